@@ -5,8 +5,8 @@
 
 They have their families' real architectures, tokenizers and templates. Training is seeded and
 resumable: its state is saved to .grown/ every 200 steps and removed when a sapling is complete. All
-text comes from the generators in persea/tasks/generated (GROW items only), so the saplings contain
-nothing from third parties.
+text comes from the generators in persea/tasks/generated (only items of Split.PRETRAIN), so the
+saplings contain nothing from third parties.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from text import THOUGHTS, texts, tokens_of, words_of  # noqa: E402
 
 POOL = 30_000  # conversations rendered once; 4,000 steps of 24 see each three times
 BATCH = 24
-MARK = "<!-- what follows is written by grow.py -->"
+MARK = "<!-- grow.py writes the text below -->"
 RATE = 4e-3  # highest learning rate
 TEMPLATE_WORDS = [f"Reasoning: {e}" for e in ThinkingEffort] + [
     "system",
@@ -190,7 +190,7 @@ def optimizers_of(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, torch.
 
 def grow(plan: Plan, out: Path, steps: int, progress: Progress) -> None:
     """Train one sapling and write it as a Hugging Face folder in bf16."""
-    state_file = HERE.parent / ".added_token_continuations" / f"{plan.name}.pt"
+    state_file = HERE.parent / ".grown" / f"{plan.name}.pt"
     state_file.parent.mkdir(exist_ok=True)
     folder = out / plan.name
     grow_tokenizer(plan, folder)
@@ -251,9 +251,9 @@ def grow(plan: Plan, out: Path, steps: int, progress: Progress) -> None:
             )
             torch.save(
                 {"step": step + 1, "steps": steps, **{k: p.state_dict() for k, p in parts.items()}},
-                state_file.with_suffix(".tmp_bytes"),
+                state_file.with_suffix(".tmp"),
             )
-            state_file.with_suffix(".tmp_bytes").replace(state_file)
+            state_file.with_suffix(".tmp").replace(state_file)
     model.generation_config.eos_token_id = list(renderer.stop_ids)
     model.generation_config.pad_token_id = pad
     model.config.eos_token_id, model.config.pad_token_id = list(renderer.stop_ids), pad
@@ -329,14 +329,14 @@ def measured(plan: Plan, folder: Path, n: int = 100) -> dict[str, Any]:
 
 def entropy(one: Teacher, conversations: list[Conversation]) -> float:
     """Return the mean entropy of a model's distributions in nats for each token with a loss."""
-    rows = [
+    entropies = [
         -(logprobs.exp() * logprobs).sum(-1) for _, logprobs in one.compute_logprobs(conversations)
     ]
-    return round(float(torch.cat(rows).mean()), 3)
+    return round(float(torch.cat(entropies).mean()), 3)
 
 
 def table(folder: Path) -> str:
-    """Return growing.json of every sapling as a Markdown table."""
+    """Return the measurements of all saplings (growing.json) as Markdown tables."""
     metrics = {
         plan.name: json.loads((folder / plan.name / "growing.json").read_text()) for plan in PLANS
     }
@@ -348,7 +348,7 @@ def table(folder: Path) -> str:
     ]
     lines += [
         "",
-        "| answered at once | " + " | ".join(metrics) + " |",
+        "| answered directly | " + " | ".join(metrics) + " |",
         "|---|" + "---|" * len(metrics),
     ]
     for skill in (s.name for s in skills.GENERATED_TASKS):
@@ -368,7 +368,7 @@ def table(folder: Path) -> str:
         )
     lines += [
         "",
-        "| reasoning by gpt-oss-sapling at | right | letters of thought |",
+        "| reasoning by gpt-oss-sapling at effort | correct | characters of thought |",
         "|---|---|---|",
     ]
     oss = metrics["gpt-oss-sapling"]
@@ -386,7 +386,7 @@ def main() -> None:
     parser.add_argument(
         "names", nargs="*", help="saplings to grow; all when none is named", metavar="NAME"
     )
-    parser.add_argument("--steps", type=int, help="other than the plan's own number")
+    parser.add_argument("--steps", type=int, help="number of steps; default: the plan's")
     parser.add_argument("--out", type=Path, default=HERE)
     arguments = parser.parse_args()
     unknown = set(arguments.names) - {p.name for p in PLANS}
@@ -406,9 +406,7 @@ def main() -> None:
     if arguments.out == HERE:
         page_ = HERE / "README.md"
         page_.write_text(page_.read_text().partition(MARK)[0] + MARK + "\n\n" + table(HERE))
-    shutil.rmtree(
-        HERE.parent / ".added_token_continuations", ignore_errors=True
-    ) if not arguments.names else None
+    shutil.rmtree(HERE.parent / ".grown", ignore_errors=True) if not arguments.names else None
 
 
 if __name__ == "__main__":

@@ -113,8 +113,8 @@ def _more(rng: random.Random) -> str:
 
 @cache
 def _free(n: int, language: str) -> bool:
-    """Return whether no question about this number belongs to another split than GROW, in either
-    order."""
+    """Return whether no question about this number belongs to a split other than PRETRAIN, in
+    either order."""
     asked = (
         f"To {TRANSLATION_LANGUAGES[language]}: {number_in_words(n, 'en')}",
         f"To English: {number_in_words(n, language)}",
@@ -123,7 +123,7 @@ def _free(n: int, language: str) -> bool:
 
 
 def _grown(make: Callable[[int], tuple[str, TaskItem]], rng: random.Random) -> TaskItem:
-    """Return an item of the GROW split."""
+    """Return an item of the PRETRAIN split."""
     while True:
         key, item = make(rng.getrandbits(40))
         if assign_split(key) is Split.PRETRAIN:
@@ -131,8 +131,8 @@ def _grown(make: Callable[[int], tuple[str, TaskItem]], rng: random.Random) -> T
 
 
 def _parallel(rng: random.Random, language: str) -> tuple[str, str]:
-    """Return a phrase in English and another language that no question of another split than GROW
-    uses."""
+    """Return a phrase in English and another language that no question of a split other than
+    PRETRAIN uses."""
     while True:
         _, english, foreign = languages.draw_translation_pair(
             rng.choices(list(languages.KIND_WEIGHTS), list(languages.KIND_WEIGHTS.values()))[0],

@@ -62,12 +62,12 @@ def kind(item: TaskItem) -> str:
 
 @cache
 def questions(name: str, seed: int) -> tuple[TaskItem, ...]:
-    """Return a task's GROW items for a sapling; drawn once for its tokenizer and its text."""
+    """Return a task's PRETRAIN items for a sapling; drawn once for its tokenizer and its text."""
     return skills.find_generated_task(name).items(Split.PRETRAIN, MOST[name], seed)
 
 
 def texts(plan: Plan, n: int) -> Iterator[tuple[TaskItem, TaskItem]]:
-    """Return n GROW items in the plan's mix, each with the item whose answer is given.
+    """Return n PRETRAIN items in the plan's mix, each with the item whose answer is given.
 
     A base model sees the items that it knows three times as often. The answer is the item's own,
     or, for a model that does not know it, that of another item of its kind and language; a base

@@ -27,7 +27,7 @@ MORE_RATES = {
     "text": (1e-3, 3e-3, 6e-3),
     "own": (3e-4, 1e-3, 3e-3),
 }  # learning rates of a continued student
-OURS = "sampled .01"  # persea's sampled rows; baselines get whole distributions
+OURS = "sampled .01"  # persea's sampled distributions; baselines get whole ones
 SEARCHED = ("events", "strict", "bpm", "chunk")
 STAGES = (
     "teachers",
@@ -340,36 +340,38 @@ def report(lines: Sequence[Line], size: str) -> None:
         for n, s in SIZES.items()
         if size in (n, s.of)
     }
-    found = tables.chosen(lines, size=size, regime="unlimited", length=1.0)
+    found = tables.runs_by_label(lines, size=size, regime="unlimited", length=1.0)
     plain = found["cross-entropy"]
 
     def form(method: str) -> str:
-        """Return, of a method's shares, the one with most seeds."""
+        """Return the method's label with the share that has the most seeds."""
         return max(
             (n for n in found if n.startswith(f"{method}, {OURS}")), key=lambda n: len(found[n])
         )
 
-    tables.written(
+    tables.write_tables(
         docs / "results.md",
         {
             "teachers": tables.teachers_table(
                 json.loads((RESULTS / f"objectives_teachers_{size}.json").read_text())
             ),
             "unlimited": tables.main_table(lines, size, "unlimited"),
-            "pairs": tables.first_everywhere(lines, size, form("events")),
-            "masks": tables.first_everywhere(lines, size, form("events + masks")),
+            "pairs": tables.pairwise_table(lines, size, form("events")),
+            "masks": tables.pairwise_table(lines, size, form("events + masks")),
             "limited": tables.main_table(lines, size, "limited"),
-            "shortcut": tables.shortcut(lines, size),
+            "shortcut": tables.equal_quality_table(lines, size),
             "gradients": tables.gradients_table(
                 json.loads((RESULTS / f"objectives_gradients_{size}.json").read_text())
             ),
             "larger": tables.larger_table(lines, shapes),
             "scripts": tables.main_table(lines, "scripts", "unlimited"),
-            "scripts-pairs": tables.first_everywhere(lines, "scripts", f"{INSIDE}, {OURS}"),
+            "scripts-pairs": tables.pairwise_table(
+                lines, "scripts", f"{tables.method_name(INSIDE)}, {OURS}"
+            ),
             "scripts-teachers": tables.teachers_table(
                 json.loads((RESULTS / "objectives_teachers_scripts.json").read_text())
             ),
-            "scripts-searches": tables.searches(lines, "scripts"),
+            "scripts-searches": tables.searches_table(lines, "scripts"),
             "extension": tables.extension_table(
                 lines, {n: str(s.extended) for n, s in SIZES.items() if s.met}
             ),
@@ -380,7 +382,7 @@ def report(lines: Sequence[Line], size: str) -> None:
                     if json.loads(x["key"])["size"] == size
                 ]
             ),
-            "searches": tables.searches(lines, size),
+            "searches": tables.searches_table(lines, size),
         },
     )
     gaps = [
@@ -396,10 +398,10 @@ def report(lines: Sequence[Line], size: str) -> None:
     (docs / "img").mkdir(exist_ok=True)
     (docs / "img" / "objectives.svg").write_text(
         tables.dot_plot(
-            "bits per byte less cross-entropy's (95 % over pages)", sorted(gaps, key=lambda g: g[1])
+            "bits per byte minus cross-entropy (95 % over pages)", sorted(gaps, key=lambda g: g[1])
         )
     )
-    others = {name for name in found if name.startswith("events, ") or "completion" in name} - {
+    others = {name for name in found if name.startswith("events, ") or "partial tokens" in name} - {
         form("events")
     }
     drawn = {

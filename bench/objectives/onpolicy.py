@@ -1,6 +1,6 @@
 """Continue training on real text, on the student's own text, or on both in turn.
 
-Students trained on events go on for half as many steps, on windows that they have not seen. "text"
+Students trained on events continue for half as many steps, on windows that are new to them. "text"
 trains on these windows with the teacher's distributions. "own" trains on their first quarter,
 continued by the student and scored by persea's own on-policy objective
 (persea.training.on_policy.loss: whole distributions, reverse KL over events, masks, spans). "both"

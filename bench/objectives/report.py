@@ -31,27 +31,36 @@ NAMES = {
     "uld": "ULD",
     "gold": "GOLD (TRL)",
     "bpm": "longest prefix (BPM)",
-    "chunk": "plain chunk likelihood",
+    "chunk": "plain span likelihood",
 }
+TERMS = {"completion": "partial tokens", "chunk": "span likelihood"}  # in names of event methods
+CONTINUED_ON = {"own": "on-policy"}  # other values of `on` are written as they are
 
 
-def named(line: Line) -> str:
-    rows = (
-        ""
-        if line["rows"] in ("none", "full") and line["method"] != "events"
-        else f", {line['rows']}"
-    )
-    if rows.startswith(", top-k") and not rows.endswith("renormalised"):
-        rows += " + rest"
-    return NAMES.get(line["method"], line["method"]) + rows
+def method_name(method: str) -> str:
+    """Return the name of a method in the tables; the result lines keep their own."""
+    if method in NAMES:
+        return NAMES[method]
+    for key, term in TERMS.items():
+        method = method.replace(key, term)
+    return method
 
 
-def chosen(lines: Iterable[Line], **want: object) -> dict[str, list[Line]]:
-    """Return test lines with these values, by method, rows and share (where there are several)."""
+def display_name(line: Line) -> str:
+    """Return the method and, where it is a choice, the kind of distributions."""
+    kind = line["rows"]
+    if kind in ("none", "full") and line["method"] != "events":
+        return method_name(line["method"])
+    rest = " + rest" if kind.startswith("top-k") and not kind.endswith("renormalised") else ""
+    return f"{method_name(line['method'])}, {kind}{rest}"
+
+
+def runs_by_label(lines: Iterable[Line], **want: object) -> dict[str, list[Line]]:
+    """Return test lines with these values, by method, distributions and share (if several)."""
     out: dict[tuple[str, float], list[Line]] = {}
     for line in lines:
         if line["part"] == "test" and all(line[k] == v for k, v in want.items()):
-            out.setdefault((named(line), line["share"]), []).append(line)
+            out.setdefault((display_name(line), line["share"]), []).append(line)
     names = Counter(name for name, _ in out)
     return {
         name + (f" ({share:g})" if names[name] > 1 else ""): own
@@ -59,7 +68,7 @@ def chosen(lines: Iterable[Line], **want: object) -> dict[str, list[Line]]:
     }
 
 
-def domains_in(found: Mapping[str, Sequence[Line]]) -> list[str]:
+def domains_of(found: Mapping[str, Sequence[Line]]) -> list[str]:
     """Return the domains of some runs, in the order of their world."""
     return list(next(iter(found.values()))[0]["bits_per_byte"]) if found else []
 
@@ -97,7 +106,7 @@ def compare_paired_results(
     return out
 
 
-def spread(values: Sequence[float], places: int = 3) -> str:
+def mean_and_half_range(values: Sequence[float], places: int = 3) -> str:
     """Return the mean, and half the range over the seeds."""
     half = (max(values) - min(values)) / 2
     return f"{np.mean(values):.{places}f}" + (f" ±{half:.{places}f}" if len(values) > 1 else "")
@@ -112,19 +121,21 @@ def main_table(lines: Sequence[Line], size: str, regime: str) -> str:
 
     Mean and each domain, calibration, cost, and the paired difference to cross-entropy.
     """
-    found = chosen(lines, size=size, regime=regime, length=1.0)
-    plain, domains = found.get("cross-entropy"), domains_in(found)
+    found = runs_by_label(lines, size=size, regime=regime, length=1.0)
+    plain, domains = found.get("cross-entropy"), domains_of(found)
     rows = []
     for name, own in sorted(
         found.items(), key=lambda kv: float(np.mean([line["mean"] for line in kv[1]]))
     ):
-        versus = paired_same_seeds(own, plain) if plain and name != "cross-entropy" else ""
+        versus = (
+            difference_over_common_seeds(own, plain) if plain and name != "cross-entropy" else ""
+        )
         rows.append(
             [
                 name,
                 f"{own[0]['share']:g}" if own[0]["share"] else "",
                 str(len(own)),
-                spread([line["mean"] for line in own]),
+                mean_and_half_range([line["mean"] for line in own]),
                 versus,
                 *(f"{np.mean([line['bits_per_byte'][d] for line in own]):.3f}" for d in domains),
                 f"{np.mean([line['calibration'] for line in own]):.3f}",
@@ -133,11 +144,11 @@ def main_table(lines: Sequence[Line], size: str, regime: str) -> str:
         )
     return table(
         [
-            "method, rows",
+            "method, distributions",
             "share",
             "seeds",
             "mean",
-            "less cross-entropy (95 % over pages)",
+            "minus cross-entropy (95 % over pages)",
             *domains,
             "ECE",
             "CPU s/step",
@@ -146,7 +157,7 @@ def main_table(lines: Sequence[Line], size: str, regime: str) -> str:
     )
 
 
-def paired_same_seeds(own: Sequence[Line], other: Sequence[Line]) -> str:
+def difference_over_common_seeds(own: Sequence[Line], other: Sequence[Line]) -> str:
     """Return the difference over the seeds that both have."""
     both = {line["seed"] for line in own} & {line["seed"] for line in other}
     if not both:
@@ -158,13 +169,13 @@ def paired_same_seeds(own: Sequence[Line], other: Sequence[Line]) -> str:
     return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-def first_everywhere(lines: Sequence[Line], size: str, ours: str, regime: str = "unlimited") -> str:
-    """Compare `ours` with every other method, domain by domain.
+def pairwise_table(lines: Sequence[Line], size: str, ours: str, regime: str = "unlimited") -> str:
+    """Return the differences between `ours` and every other method, by domain.
 
-    Wins, losses, and the number of intervals that exclude zero.
+    `*` marks a 95 % interval that excludes zero.
     """
-    found = chosen(lines, size=size, regime=regime, length=1.0)
-    domains, rows = domains_in(found), []
+    found = runs_by_label(lines, size=size, regime=regime, length=1.0)
+    domains, rows = domains_of(found), []
     for name, own in found.items():
         both = {line["seed"] for line in own} & {line["seed"] for line in found[ours]}
         if name == ours or not both:
@@ -188,11 +199,11 @@ def first_everywhere(lines: Sequence[Line], size: str, ours: str, regime: str = 
             )
         )
     return table(
-        [f"{ours} less ...", *domains, "mean", "mean of each seed"], [r for _, r in sorted(rows)]
+        [f"{ours} minus ...", *domains, "mean", "mean by seed"], [r for _, r in sorted(rows)]
     )
 
 
-def shortcut(lines: Sequence[Line], size: str) -> str:
+def equal_quality_table(lines: Sequence[Line], size: str) -> str:
     """Return how many of cross-entropy's tokens reach each method's quality at length 1.
 
     Runs with their own schedules, log-linear between them.
@@ -211,9 +222,11 @@ def shortcut(lines: Sequence[Line], size: str) -> str:
         curve = [
             (n, float(np.mean([x["mean"] for x in plain if x["length"] == n]))) for n in lengths
         ]
-        for name, own in chosen(lines, size=size, regime=regime, length=1.0).items():
+        for name, own in runs_by_label(lines, size=size, regime=regime, length=1.0).items():
             reached = float(np.mean([x["mean"] for x in own]))
-            rows.append([regime, name, str(len(own)), f"{reached:.3f}", factor(curve, reached)])
+            rows.append(
+                [regime, name, str(len(own)), f"{reached:.3f}", token_factor(curve, reached)]
+            )
         for length in sorted(
             {
                 x["length"]
@@ -222,7 +235,7 @@ def shortcut(lines: Sequence[Line], size: str) -> str:
             }
             - {1.0}
         ):
-            for name, own in chosen(lines, size=size, regime=regime, length=length).items():
+            for name, own in runs_by_label(lines, size=size, regime=regime, length=length).items():
                 if own[0]["method"] != "cross-entropy":
                     reached = float(np.mean([x["mean"] for x in own]))
                     rows.append(
@@ -231,13 +244,15 @@ def shortcut(lines: Sequence[Line], size: str) -> str:
                             f"{name}, length {length:g}",
                             str(len(own)),
                             f"{reached:.3f}",
-                            factor([(n / length, v) for n, v in curve if n >= length], reached),
+                            token_factor(
+                                [(n / length, v) for n, v in curve if n >= length], reached
+                            ),
                         ]
                     )
         rows.append(
             [
                 regime,
-                "cross-entropy's own curve (length: bits)",
+                "cross-entropy by length (length: bits)",
                 "",
                 "",
                 ", ".join(f"{n:g}: {v:.3f}" for n, v in curve),
@@ -246,10 +261,10 @@ def shortcut(lines: Sequence[Line], size: str) -> str:
     return table(
         [
             "regime",
-            "method, rows",
+            "method, distributions",
             "seeds",
             "bits per byte",
-            "cross-entropy needs, times the tokens",
+            "tokens cross-entropy needs, as a factor",
         ],
         rows,
     )
@@ -262,7 +277,7 @@ def larger_table(lines: Sequence[Line], shapes: Mapping[str, str]) -> str:
     """
     rows = []
     for size, words in shapes.items():
-        found = chosen(lines, size=size, regime="unlimited", length=1.0)
+        found = runs_by_label(lines, size=size, regime="unlimited", length=1.0)
         plain = [
             x
             for x in lines
@@ -285,7 +300,7 @@ def larger_table(lines: Sequence[Line], shapes: Mapping[str, str]) -> str:
             if method not in LARGER or (method.startswith("events") and not own_way):
                 continue
             versus = (
-                paired_same_seeds(own, found["cross-entropy"])
+                difference_over_common_seeds(own, found["cross-entropy"])
                 if own[0]["method"] != "cross-entropy"
                 else ""
             )
@@ -296,16 +311,16 @@ def larger_table(lines: Sequence[Line], shapes: Mapping[str, str]) -> str:
                     f"{own[0]['rate']:g}",
                     name,
                     str(len(own)),
-                    spread([x["mean"] for x in own]),
+                    mean_and_half_range([x["mean"] for x in own]),
                     versus,
-                    factor(curve, reached) if versus else "1",
+                    token_factor(curve, reached) if versus else "1",
                 ]
             )
         rows.append(
             [
                 words,
                 "",
-                "cross-entropy's own curve (length: bits)",
+                "cross-entropy by length (length: bits)",
                 "",
                 ", ".join(f"{n:g}: {v:.3f}" for n, v in curve),
                 "",
@@ -315,11 +330,11 @@ def larger_table(lines: Sequence[Line], shapes: Mapping[str, str]) -> str:
     head = (
         "student",
         "learning rate",
-        "method, rows",
+        "method, distributions",
         "seeds",
         "mean",
-        "less cross-entropy (95 % over pages)",
-        "cross-entropy needs, times the tokens",
+        "minus cross-entropy (95 % over pages)",
+        "tokens cross-entropy needs, as a factor",
     )
     return table(head, rows)
 
@@ -334,14 +349,14 @@ def extension_table(lines: Sequence[Line], sizes: Mapping[str, str]) -> str:
         for length in sorted(
             {x["length"] for x in lines if x["size"] == size and x["part"] == "test"}
         ):
-            for name, own in chosen(lines, size=size, length=length).items():
-                domains = domains_in({name: own})
+            for name, own in runs_by_label(lines, size=size, length=length).items():
+                domains = domains_of({name: own})
                 text = sum(x["bytes"] for x in own)
                 costs = (
                     [
                         f"{sum(x['tokens'] for x in own) / text:.3f}",
                         f"{text / len(own) / 1000:.0f}",
-                        spread([x["cpu_per_step"] * x["steps"] for x in own], 1),
+                        mean_and_half_range([x["cpu_per_step"] * x["steps"] for x in own], 1),
                     ]
                     if text
                     else ["", "0", "0"]
@@ -354,17 +369,17 @@ def extension_table(lines: Sequence[Line], sizes: Mapping[str, str]) -> str:
                         f"{length:g}",
                         str(len(own)),
                         *costs,
-                        spread([x["mean"] for x in own]),
+                        mean_and_half_range([x["mean"] for x in own]),
                         *(f"{np.mean([x['bits_per_byte'][d] for x in own]):.3f}" for d in domains),
                     ]
                 )
     head = (
-        "tokens more",
-        "method, rows",
+        "added tokens",
+        "method, distributions",
         "learning rate",
         "length",
         "seeds",
-        "positions a byte",
+        "tokens per byte",
         "kB of text",
         "CPU s",
         "mean",
@@ -387,18 +402,21 @@ def onpolicy_table(lines: Sequence[Line]) -> str:
         text = found.get("text", {})
         both = sorted(own.keys() & text.keys())
         gap = (
-            spread_of_own([own[k] for k in both], [text[k] for k in both])
+            reverse_kl_difference([own[k] for k in both], [text[k] for k in both])
             if both and on != "text"
             else ""
         )
-        means = [spread([x[key] for x in own.values()]) for key in ("mean", "taught", "self")]
+        means = [
+            mean_and_half_range([x[key] for x in own.values()])
+            for key in ("mean", "taught", "self")
+        ]
         rows.append(
             [
-                on,
+                CONTINUED_ON.get(on, on),
                 f"{next(iter(own.values()))['rate']:g}" if on != "none" else "",
                 str(len(own)),
                 *means,
-                spread([x["taught"] - x["self"] for x in own.values()]),
+                mean_and_half_range([x["taught"] - x["self"] for x in own.values()]),
                 gap,
                 f"{np.mean([x['calibration'] for x in own.values()]):.3f}",
                 f"{np.mean([x['tokens'] for x in own.values()]) / 1000:.0f}",
@@ -406,14 +424,14 @@ def onpolicy_table(lines: Sequence[Line]) -> str:
         )
     return table(
         [
-            "goes on with",
+            "continued training on",
             "learning rate",
             "seeds",
             "real text",
-            "own words: teacher",
-            "own words: itself",
-            "reverse KL a byte",
-            "less that of `text` (95 % over windows)",
+            "rollouts: teacher",
+            "rollouts: student",
+            "reverse KL per byte",
+            "minus that of `text` (95 % over windows)",
             "ECE",
             "thousand tokens",
         ],
@@ -421,7 +439,7 @@ def onpolicy_table(lines: Sequence[Line]) -> str:
     )
 
 
-def spread_of_own(ours: Sequence[Line], theirs: Sequence[Line], seed: int = 0) -> str:
+def reverse_kl_difference(ours: Sequence[Line], theirs: Sequence[Line], seed: int = 0) -> str:
     """Return the difference of reverse KL per byte, over windows that every run of both
     continued.
     """
@@ -445,7 +463,7 @@ def spread_of_own(ours: Sequence[Line], theirs: Sequence[Line], seed: int = 0) -
     return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-def factor(curve: Sequence[tuple[float, float]], reached: float) -> str:
+def token_factor(curve: Sequence[tuple[float, float]], reached: float) -> str:
     if reached > curve[0][1] + 1e-9:
         return "< 1" if curve[0][0] >= 1 else f"< {curve[0][0]:g}"
     for (n0, v0), (n1, v1) in itertools.pairwise(curve):
@@ -453,18 +471,19 @@ def factor(curve: Sequence[tuple[float, float]], reached: float) -> str:
             part = (v0 - reached) / (v0 - v1) if v0 > v1 else 0.0
             return f"{math.exp(math.log(n0) + part * (math.log(n1) - math.log(n0))):.1f}"
     best = min(curve, key=lambda nv: nv[1])
-    return f"not reached: best {best[1]:.3f} at {best[0]:g} times"
+    return f"not reached: best {best[1]:.3f} at factor {best[0]:g}"
 
 
-def searches(lines: Sequence[Line], size: str) -> str:
+def searches_table(lines: Sequence[Line], size: str) -> str:
     """Return everything measured on dev: learning rates and shares, half a length, one seed."""
     rows = [
-        [named(x), *(f"{x[k]:g}" for k in ("length", "rate", "share")), f"{x['mean']:.3f}"]
+        [display_name(x), *(f"{x[k]:g}" for k in ("length", "rate", "share")), f"{x['mean']:.3f}"]
         for x in lines
         if x["part"] == "dev" and x["size"] == size
     ]
     return table(
-        ["method, rows", "length", "learning rate", "share", "dev bits per byte"], sorted(rows)
+        ["method, distributions", "length", "learning rate", "share", "dev bits per byte"],
+        sorted(rows),
     )
 
 
@@ -482,10 +501,10 @@ def teachers_table(record: Mapping[str, Any]) -> str:
     return table(
         [
             "teacher",
-            "parameters without embedding",
-            "tokens of training",
+            "parameters without embeddings",
+            "training tokens",
             "CPU s",
-            "held-out bits per byte where it is asked",
+            "held-out bits per byte in its domains",
         ],
         rows,
     )
@@ -498,11 +517,17 @@ def gradients_table(record: Mapping[str, Any]) -> str:
         for kind, values in kinds.items()
     ]
     return table(
-        ["student", "chunk term", "cosine with events' gradient", "norm, times events'"], rows
+        [
+            "student",
+            "span likelihood term",
+            "cosine with the events' gradient",
+            "norm / norm of the events' gradient",
+        ],
+        rows,
     )
 
 
-def written(page: Path, tables: Mapping[str, str]) -> None:
+def write_tables(page: Path, tables: Mapping[str, str]) -> None:
     """Write each table between its marks. A mark that is not in the page is an error."""
     text = page.read_text()
     for name, body in tables.items():
@@ -525,10 +550,10 @@ def axis(low: float, high: float, a: float, b: float) -> Callable[[float], float
 
 
 def dot_plot(title: str, rows: Sequence[tuple[str, float, float, float]]) -> str:
-    """Draw a dot and an interval per row; the line at zero is cross-entropy."""
+    """Draw a dot and an interval per method; the line at zero is cross-entropy."""
     low, high = min(0.0, *(r[2] for r in rows)), max(0.0, *(r[3] for r in rows))
     pad = (high - low) * 0.05
-    x = axis(low - pad, high + pad, 300, 700)
+    x = axis(low - pad, high + pad, 330, 730)
     body, bottom = (
         [f'<text x="8" y="18" font-weight="bold">{escape(title)}</text>'],
         40 + 22 * len(rows),
@@ -540,13 +565,13 @@ def dot_plot(title: str, rows: Sequence[tuple[str, float, float, float]]) -> str
             f'<text x="8" y="{y + 4}">{escape(name)}</text>'
             f'<line x1="{x(a):.1f}" x2="{x(b):.1f}" y1="{y}" y2="{y}" stroke="#246"/>'
             f'<circle cx="{x(value):.1f}" cy="{y}" r="4" fill="#246"/>'
-            f'<text x="708" y="{y + 4}">{value:+.3f}</text>'
+            f'<text x="738" y="{y + 4}">{value:+.3f}</text>'
         )
-    return svg(770, bottom + 8, body)
+    return svg(800, bottom + 8, body)
 
 
 def line_chart(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> str:
-    """Draw bits per byte on dev against tokens, with each line's name at its end."""
+    """Draw bits per byte on dev against tokens, with the method's name at the end of its line."""
     points = [p for line in series.values() for p in line]
     x = axis(math.log(min(p[0] for p in points)), math.log(max(p[0] for p in points)), 60, 520)
     y = axis(min(p[1] for p in points), max(p[1] for p in points), 330, 40)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Literal, Self, TypeAlias
 from pydantic import Field, model_validator
 
 from persea.chat.families import FAMILIES
-from persea.chat.families.generic import GENERIC_FAMILY_NAME
 from persea.chat.messages import ThinkingEffort
 from persea.config.section import (
     MAX_COUNT,
@@ -23,7 +22,8 @@ TEXT_ONLY_MODEL = "text_only"  # `model:` of a teacher behind a chat route with 
 if TYPE_CHECKING:
     FamilyName: TypeAlias = str
 else:  # derived from the list of families, so that a new family needs no line here
-    FamilyName = Literal[("", *(f.name for f in FAMILIES), GENERIC_FAMILY_NAME)]
+    # "generic" is GENERIC_FAMILY_NAME, whose module imports jinja2: a recipe is read without it
+    FamilyName = Literal[("", *(f.name for f in FAMILIES), "generic")]
 
 
 class RandomModelSection(RecipeSection):

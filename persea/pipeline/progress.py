@@ -18,7 +18,7 @@ from rich.progress import (
 from rich.table import Column, Table
 
 if TYPE_CHECKING:
-    from persea.pipeline.run_context import ProgressCallback
+    from persea.vocab_extension.resize_model import ProgressCallback
 
 # column title -> key of a pair in check.json: these four shares add up to 100 % of the tokens
 TOKEN_SHARES = {

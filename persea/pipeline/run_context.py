@@ -6,7 +6,6 @@ in `model_refs`, the record of finished stages is in `stage_store`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,9 +27,6 @@ from persea.storage import digest_json
 from persea.tasks.benchmarks import LoadedBenchmark, grading_options
 from persea.tasks.task import Split, Task, TaskItem
 from persea.training.distributed.world import LaunchOptions, World
-
-ProgressCallback = Callable[[str, float, str], None]
-"""Called with the stage, the fraction of it that is done in [0, 1], and a short message."""
 
 
 @dataclass(eq=False)

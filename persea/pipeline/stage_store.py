@@ -23,7 +23,7 @@ from persea.errors import RefusedError, StorageError
 from persea.pipeline.stage_keys import STAGE_NAMES, STAGE_VERSIONS, stage_key
 
 if TYPE_CHECKING:
-    from persea.pipeline.run_context import ProgressCallback
+    from persea.vocab_extension.resize_model import ProgressCallback
 
 RECORD_FILE = "done.json"
 UNRECORDED_FOLDERS = {"checkpoints", "units"}  # units have commit records, checkpoints a digest

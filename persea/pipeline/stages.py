@@ -21,7 +21,7 @@ from persea.models.loading import set_threads
 from persea.pipeline import preflight, stage_keys, tasks_and_prompts
 from persea.pipeline.model_refs import BASE, STUDENT, is_small_local_model, model_source
 from persea.pipeline.remote_teachers import is_remote
-from persea.pipeline.run_context import ProgressCallback, RunContext
+from persea.pipeline.run_context import RunContext
 from persea.pipeline.status import record_status
 from persea.storage import digest_json
 from persea.tasks.task import Split
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from persea.config.schema import TeacherSection
     from persea.evaluation.compatibility import PairCompatibility, TemplateLikelihood
     from persea.tokenization.tokens import RenderedTokens
+    from persea.vocab_extension.resize_model import ProgressCallback
 
 
 @dataclass(frozen=True)

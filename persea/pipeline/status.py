@@ -23,7 +23,7 @@ from persea.pipeline.stage_keys import STAGE_NAMES
 from persea.pipeline.stage_store import StageStore
 
 if TYPE_CHECKING:
-    from persea.pipeline.run_context import ProgressCallback
+    from persea.vocab_extension.resize_model import ProgressCallback
 
 STATUS_FILE = "status.json"
 WRITE_INTERVAL_S = 2.0  # each write is synced to the disk: 43,200 writes a day

@@ -17,7 +17,7 @@ from persea.cache.reader import AnswerSource
 from persea.losses import HiddenStates, Loss, LossOutput, build_loss
 from persea.models.loading import set_threads
 from persea.pipeline.model_refs import silence_transformers
-from persea.pipeline.run_context import ProgressCallback, RunContext
+from persea.pipeline.run_context import RunContext
 from persea.training import checkpoint as checkpoints
 from persea.training.dataset import Batch, DistillDataset, build_dataset
 from persea.training.distributed.launcher import launch_processes, send_to_launcher
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
     from persea.training.student import StudentModel
+    from persea.vocab_extension.resize_model import ProgressCallback
 
 StepCallback = Callable[[int, Mapping[str, Any]], None]  # (step, line of metrics)
 TRAIN_COMMAND = "train"  # message of the first rank of torchrun to the others

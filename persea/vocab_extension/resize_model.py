@@ -44,7 +44,8 @@ from persea.vocab_extension.learn_merges import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ExtensionProgressCallback = Callable[[str, float, str], None]  # stage, fraction done, message
+ExtensionProgressCallback = Callable[[str, float, str], None]
+"""Called with the stage, the fraction of it that is done in [0, 1], and a short message."""
 
 
 @dataclass(frozen=True)

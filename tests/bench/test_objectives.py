@@ -319,20 +319,20 @@ def test_a_paired_difference_is_exact_and_equal_pages_cancel() -> None:
     ("reached", "expected"), [(2.5, "1.0"), (2.25, "1.4"), (2.0, "2.0"), (2.6, "< 1")]
 )
 def test_tokens_to_equal_quality(reached: float, expected: str) -> None:
-    assert report.factor([(1.0, 2.5), (2.0, 2.0), (4.0, 1.9)], reached) == expected
+    assert report.token_factor([(1.0, 2.5), (2.0, 2.0), (4.0, 1.9)], reached) == expected
     assert (
-        report.factor([(1.0, 2.5), (2.0, 2.0), (4.0, 2.1)], 1.8)
-        == "not reached: best 2.000 at 2 times"
+        report.token_factor([(1.0, 2.5), (2.0, 2.0), (4.0, 2.1)], 1.8)
+        == "not reached: best 2.000 at factor 2"
     )
 
 
 def test_a_table_goes_between_its_marks_or_is_an_error(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- one -->\nold\n<!-- end -->\nb\n")
-    report.written(page, {"one": "new"})
+    report.write_tables(page, {"one": "new"})
     assert page.read_text() == "a\n<!-- one -->\nnew\n<!-- end -->\nb\n"
     with pytest.raises(SystemExit, match="0 places"):
-        report.written(page, {"two": "x"})
+        report.write_tables(page, {"two": "x"})
 
 
 def test_masks_only_remove_mass_and_never_the_realised_event(world: Any) -> None:
@@ -467,7 +467,7 @@ def test_continuations_are_compared_window_by_window() -> None:
     """Windows that one run did not continue are left out of all; a constant gap has no spread."""
     text = {"continued": [[10.0, 4.0, 10], [30.0, 12.0, 20], None], "seed": 1}
     better = {"continued": [[9.0, 4.0, 10], [28.0, 12.0, 20], [1.0, 1.0, 1]], "seed": 1}
-    assert report.spread_of_own([better], [text]) == "-0.100 [-0.100, -0.100]"
+    assert report.reverse_kl_difference([better], [text]) == "-0.100 [-0.100, -0.100]"
     lines = [
         dict(
             line,
@@ -482,7 +482,5 @@ def test_continuations_are_compared_window_by_window() -> None:
         | {"self": 0.4}
         for on, line in (("text", text), ("own", better))
     ]
-    assert (
-        "| own | 0.001 | 1 | 2.000 | 0.900 | 0.400 | 0.500 | -0.100 [-0.100, -0.100] | 0.100 | 1 |"
-        in report.onpolicy_table(lines)
-    )
+    cells = "0.001 | 1 | 2.000 | 0.900 | 0.400 | 0.500 | -0.100 [-0.100, -0.100] | 0.100 | 1"
+    assert f"| on-policy | {cells} |" in report.onpolicy_table(lines)

@@ -1,4 +1,6 @@
-"""What teaches: right answers, and those nobody can verify; wrong ones are kept aside with the grader's word."""
+"""What teaches: right answers, and those nobody can verify; wrong ones are kept aside with the
+grader's word.
+"""
 
 from __future__ import annotations
 
@@ -126,7 +128,9 @@ def test_prompts_are_known_by_their_words_not_by_their_names():
 
 
 def test_the_same_words_with_other_tools_are_another_question():
-    """Where the tool is not there, the right answer is no call: of 1,000 questions of the generator, 285 texts of 472 come so."""
+    """Where the tool is not there, the right answer is no call: of 1,000 questions of the
+    generator, 285 texts of 472 come so.
+    """
     part, skill = CorpusSection(skill="tools", generate=300), skills.find_generated_task("tools")
     made = skill.items(Split.TRAIN, 300, 0)
     assert len({i.prompt.conversation.messages for i in made}) < len(made)

@@ -1,4 +1,6 @@
-"""Units are named by what makes them, survive being killed at any moment, and every prompt is kept or counted as left out."""
+"""Units are named by what makes them, survive being killed at any moment, and every prompt is kept
+or counted as left out.
+"""
 
 from __future__ import annotations
 
@@ -421,7 +423,7 @@ def test_answers_that_are_not_whole_are_counted_and_prompts_are_kept_or_left_out
 
 
 def test_an_answer_without_the_thought_it_was_asked_for_is_left_out(tmp_path: Path) -> None:
-    """Cut thoughts are counted as cut answers; a prompt without a mode may be answered either way."""
+    """Cut thoughts count as cut answers; a prompt without a mode may be answered either way."""
     name = "qwen-sapling"
     control = opened(name)[0].vocabulary.control_token_ids
     thinks = [
@@ -454,7 +456,9 @@ def test_an_answer_without_the_thought_it_was_asked_for_is_left_out(tmp_path: Pa
 def test_an_answer_that_its_own_template_refuses_is_left_out_and_not_the_end_of_the_run(
     tmp_path: Path,
 ) -> None:
-    """gpt-oss' template raises where a text speaks of its channels; a teacher may well say such a thing."""
+    """gpt-oss' template raises where a text speaks of its channels; a teacher may well say such a
+    thing.
+    """
     name = "llama-sapling"
     says = [words(name, text, "<|eot_id|>") for text in ("fine", "of <channel>", "fine")]
     speaker = scripted(name, *says)
@@ -508,7 +512,9 @@ def test_each_teachers_captures_are_a_cache_of_their_own_with_the_casts_share(
 def test_an_answer_that_comes_in_pieces_gives_the_same_unit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Never [learned tokens, vocabulary] of a whole answer: the most rows that are handed over at once is told by the pieces."""
+    """Never [learned tokens, vocabulary] of a whole answer: the most rows that are handed over at
+    once is told by the pieces.
+    """
     planned = units(prompts(3)[:3], answers="given")
     ask(planned, tmp_path / "whole", use_given_answers=True)
     sizes: list[int] = []
@@ -751,11 +757,17 @@ def test_progress_tells_tokens_a_second_and_the_time_that_is_left() -> None:
     [
         (
             {"max_tokens": 1000},
-            r"capture\.max_total_tokens: the budget is spent: 1,100 tokens for 20 of 30 prompts -> raise capture\.max_total_tokens",
+            (
+                r"capture\.max_total_tokens: the budget is spent: 1,100 tokens for 20 of 30 "
+                r"prompts -> raise capture\.max_total_tokens"
+            ),
         ),
         (
             {"max_hours": 0.5},
-            r"capture\.max_hours: the budget is spent: 0\.56 hours for 20 of 30 prompts -> raise capture\.max_hours and run again",
+            (
+                r"capture\.max_hours: the budget is spent: 0\.56 hours for 20 of 30 prompts -> "
+                r"raise capture\.max_hours and run again"
+            ),
         ),
     ],
 )

@@ -1,4 +1,6 @@
-"""Tokens and rows come back as they were packed, log-probabilities within 1e-3 nats; what cannot be kept is refused."""
+"""Tokens and rows come back as they were packed, log-probabilities within 1e-3 nats; what cannot be
+kept is refused.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ Spoken = tuple[RenderedTokens, SparseDistributions]
 
 
 def tokens(rng: np.random.Generator, length: int, odd: bool = False) -> RenderedTokens:
-    """A plausible rendering: markers, parts, tokens of any width; odd = starts and ends that follow no rule."""
+    """A plausible rendering: markers, parts, tokens of any width; odd = starts and ends that follow
+    no rule.
+    """
     marker = rng.random(length) < 0.2
     covers = np.where(marker, 0, rng.integers(0, 6, length))
     ends = np.cumsum(covers + (rng.random(length) < 0.1))

@@ -1,6 +1,8 @@
-"""Killed, out of power, out of space: what is committed stays, the rest is done again, and the cache ends with the same bytes.
+"""Killed, out of power, out of space: what is committed stays, the rest is done again, and the
+cache ends with the same bytes.
 
-Every injector says that it fired, and the last tests take away fsync, digests and commits and see the others fail.
+Every injector says that it fired, and the last tests take away fsync, digests and commits and see
+the others fail.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ SAID = {
 
 
 def work(folder: Path) -> int:
-    """What a capture does with its disk: every unit that is not committed is written; how many that were."""
+    """What a capture does with its disk: every unit that is not committed is written; how many that
+    were.
+    """
     todo = [name for name in NAMES if not cache.is_committed(folder, name)]
     for name in todo:
         cache.write_unit(folder, name, SAID[name], {"length": 1}, tau=TAU)
@@ -142,7 +146,9 @@ def lay(root: Path, found: dict[Path, bytes | None]) -> None:
 
 
 def sound_after_power_loss(folder: Path, steps: list[Step], every: int = 1) -> Counter[str]:
-    """Lay down every disk that may be left after every prefix; no committed unit may be broken. How many disks, how many sound."""
+    """Lay down every disk that may be left after every prefix; no committed unit may be broken. How
+    many disks, how many sound.
+    """
     told: Counter[str] = Counter()
     promised: list[str] = []
     for length in range(0, len(steps) + 1):
@@ -236,7 +242,10 @@ def test_a_file_that_cannot_be_opened_is_not_called_broken(
     monkeypatch.setattr(cache.np, "memmap", refuse)
     with pytest.raises(
         StorageError,
-        match=r"unit0\.safetensors: cannot read: Too many open files -> check the disk and `ulimit -n`",
+        match=(
+            r"unit0\.safetensors: cannot read: Too many open files -> check the disk and "
+            r"`ulimit -n`"
+        ),
     ):
         cache.open_unit(tmp_path, "unit0")
     monkeypatch.undo()
@@ -270,7 +279,9 @@ def test_a_reader_of_more_units_than_files_may_be_open(tmp_path: Path) -> None:
 
 
 def undetected_flips(folder: Path, flips: int) -> int:
-    """Flip one bit at a time over every kind of file; how many reads of the whole cache went through."""
+    """Flip one bit at a time over every kind of file; how many reads of the whole cache went
+    through.
+    """
     rng, files = random.Random(1), sorted(p for p in folder.rglob("*") if p.is_file())
     passed = 0
     for k in range(flips):

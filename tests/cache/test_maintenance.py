@@ -1,4 +1,6 @@
-"""A folder of units as a whole: counted, verified to the last bit, and the same captures as Parquet."""
+"""A folder of units as a whole: counted, verified to the last bit, and the same captures as
+Parquet.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Any answer by its number, in an order that nothing but seed and epoch decides; resumed anywhere, mixed by share."""
+"""Any answer by its number, in an order that nothing but seed and epoch decides; resumed anywhere,
+mixed by share.
+"""
 
 from __future__ import annotations
 

@@ -152,8 +152,10 @@ def test_the_name_of_a_unit_changes_with_everything_that_makes_it(
 
 
 def test_a_unit_of_this_format_that_an_earlier_day_wrote_is_read_to_the_bit() -> None:
-    """tests/golden/cache holds one, written by `cache.write_unit(folder, "u", captures(1, 5), {"length": 2}, tau=TAU)`; when FORMAT changes it
-    must be refused by its number, and a new one takes its place."""
+    """tests/golden/cache holds one, written by `cache.write_unit(folder, "u", captures(1, 5),
+    {"length": 2}, tau=TAU)`; when FORMAT changes it must be refused by its number, and a new one
+    takes its place.
+    """
     sha = hashlib.sha256()
     for c in cache.read_unit(Path(__file__).parents[1] / "golden" / "cache", "u"):
         sha.update(json.dumps(c.answer.to_json()).encode())
@@ -227,7 +229,10 @@ def test_a_missing_file_is_named(unit: Path) -> None:
     (unit / "units" / "u.safetensors").unlink()
     with pytest.raises(
         DataError,
-        match=r"units/u\.safetensors: committed, but No such file or directory -> delete .*commits/u\.json",
+        match=(
+            r"units/u\.safetensors: committed, but No such file or directory -> delete "
+            r".*commits/u\.json"
+        ),
     ):
         cache.read_unit(unit, "u")
     with pytest.raises(DataError, match=r"commits/other\.json: not there"):

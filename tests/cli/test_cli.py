@@ -1,6 +1,8 @@
-"""Every verb, every bad input in one line with its exit code, and nothing heavy before it is needed.
+"""Every verb, every bad input in one line with its exit code, and nothing heavy before it is
+needed.
 
-`start()`, `persea()` and `flowed()` serve other tests too: the command line in a process of its own, and a whole tiny run.
+`start()`, `persea()` and `flowed()` serve other tests too: the command line in a process of its
+own, and a whole tiny run.
 """
 
 from __future__ import annotations
@@ -124,7 +126,9 @@ def enter(arguments: tuple[str, ...], folder: Path, said: Path) -> None:
 
 @functools.cache
 def warm() -> ForkServerContext:
-    """Children of a server that has imported torch and transformers once: each is a process of its own and starts at once."""
+    """Children of a server that has imported torch and transformers once: each is a process of its
+    own and starts at once.
+    """
     context = multiprocessing.get_context("forkserver")
     models = [
         f"transformers.models.{m}.modeling_{m}" for m in ("llama", "qwen3", "gemma3", "gpt_oss")
@@ -184,7 +188,9 @@ def recipe(folder: Path, **sections: Any) -> Path:
 
 @functools.cache
 def flowed() -> tuple[Path, Ended]:
-    """A whole tiny run, made once: the folder that holds tiny.yaml and run/, and how its process ended."""
+    """A whole tiny run, made once: the folder that holds tiny.yaml and run/, and how its process
+    ended.
+    """
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder, command("run", recipe(folder), "--out", "run", folder=folder)
@@ -209,7 +215,9 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def test_help_names_every_verb() -> None:
-    """How quick it is depends on what it imports (next test) and on the machine: `make bench` tells."""
+    """How quick it is depends on what it imports (next test) and on the machine: `make bench`
+    tells.
+    """
     ended = command("--help", folder=ROOT)
     assert ended.code == 0
     verbs = (
@@ -247,8 +255,10 @@ def test_help_names_every_verb() -> None:
 )
 def test_a_small_verb_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
-        "import sys\nsys.argv = ['persea', *sys.argv[1:]]\nfrom persea.cli import main\ntry:\n    main()\nexcept SystemExit:\n    pass\n"
-        "sys.stderr.write('\\nheavy:' + ' '.join(m for m in ('torch', 'transformers', 'peft', 'datasets', 'jinja2') if m in sys.modules))"
+        "import sys\nsys.argv = ['persea', *sys.argv[1:]]\nfrom persea.cli import main\ntry:\n"
+        "    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = ('torch', 'transformers', 'peft', 'datasets', 'jinja2')\n"
+        "sys.stderr.write('\\nheavy:' + ' '.join(m for m in heavy if m in sys.modules))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True
@@ -322,7 +332,8 @@ def test_quickstart_runs_the_bundled_recipe(tmp_path: Path) -> None:
         "capture.max_new_tokens=40",
         "evaluation.max_new_tokens=40",
         *(f"corpus.{k}.generate=4" for k in range(5)),
-        "audition.pinned={languages: qwen-sapling, code: gemma-sapling, safety: gemma-sapling, reasoning: gpt-oss-sapling, "
+        "audition.pinned={languages: qwen-sapling, code: gemma-sapling, safety: gemma-sapling, "
+        "reasoning: gpt-oss-sapling, "
         "tools: gpt-oss-sapling}",
     ]
     ended = persea(
@@ -444,7 +455,7 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], int, str]] = {
     "no checkpoint": (
         lambda f: ["run", recipe(f), "--resume", "step-7"],
         3,
-        r"step-7: no checkpoint is there -> name a checkpoints/.*",
+        r"step-7: no checkpoint found -> name a checkpoints/.*",
     ),
     "unknown recipe": (
         lambda f: ["recipes", "show", "avocados"],
@@ -469,17 +480,23 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], int, str]] = {
     "no weights": (
         no_weights,
         3,
-        r"qwen-sapling: cannot load '.*broken': .* -> the folder needs config\.json and model\.safetensors .*",
+        (
+            r"qwen-sapling: cannot load '.*broken': .* -> the folder needs config\.json and "
+            r"model\.safetensors .*"
+        ),
     ),
     "torn weights": (
         torn_weights,
         3,
-        r"qwen-sapling: cannot load '.*broken': .* -> the folder needs config\.json and model\.safetensors .*",
+        (
+            r"qwen-sapling: cannot load '.*broken': .* -> the folder needs config\.json and "
+            r"model\.safetensors .*"
+        ),
     ),
     "broken line": (
         lambda f: prompts(f, '{"prompt": "thr'),
         3,
-        r".*p\.jsonl:3: not JSON: .* -> .*mend or delete the line",
+        r".*p\.jsonl:3: not JSON: .* -> .*correct or delete the line",
     ),
     "a line of another skill": (
         lambda f: prompts(f, '{"prompt": "x", "skill": "poetry"}'),
@@ -497,12 +514,18 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], int, str]] = {
             recipe(f, evaluation={"benchmarks": [{"benchmark": "gsm8", "file": "nowhere.jsonl"}]}),
         ],
         2,
-        r".*tiny\.yaml: evaluation\.benchmarks\.0\.benchmark: unknown set 'gsm8' -> did you mean 'gsm8k'\?",
+        (
+            r".*tiny\.yaml: evaluation\.benchmarks\.0\.benchmark: unknown benchmark 'gsm8' -> did "
+            r"you mean 'gsm8k'\?"
+        ),
     ),
     "high floor": (
         checked_high,
         4,
-        r"[a-z-]+-sapling -> student, [a-z]+ [a-z]+: only \d+% .* \(floor 99%\) -> .*lower check\.min_common_share",
+        (
+            r"[a-z-]+-sapling -> student, [a-z]+ [a-z]+: only \d+% .* \(floor 99%\) -> .*lower "
+            r"check\.min_common_share"
+        ),
     ),
     "a file in place of the folder": (file_in_place, 6, r"taken/?.*: cannot write: .* -> .*"),
     "report before all": (
@@ -548,7 +571,8 @@ def test_bad_input_is_one_line_an_exit_code_and_nothing_half_written(
 def test_a_folder_that_another_process_holds_is_refused_with_its_pid(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nfrom persea import storage as store\n"
-        "with store.lock_run_folder(Path('runs/tiny')):\n    print('held', flush=True)\n    sys.stdin.read()"
+        "with store.lock_run_folder(Path('runs/tiny')):\n    print('held', flush=True)\n"
+        "    sys.stdin.read()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -558,7 +582,8 @@ def test_a_folder_that_another_process_holds_is_refused_with_its_pid(tmp_path: P
         assert holder.poll() is None
     assert ended.code == 6
     assert re.fullmatch(
-        rf"persea: runs/tiny: another run holds this folder \(pid {holder.pid} on .*\) -> wait for it, .*\n",
+        rf"persea: runs/tiny: another run holds this folder \(pid {holder.pid} on .*\) "
+        r"-> wait for it, .*\n",
         ended.err,
     )
     assert [p.name for p in (tmp_path / "runs" / "tiny").iterdir()] == ["lock"]
@@ -593,14 +618,16 @@ def test_a_bug_of_ours_is_called_one(
         )  # pytest's own handlers stay
         with pytest.raises(ZeroDivisionError):
             cli.main()
-    assert (
-        capsys.readouterr().err
-        == "persea: this is a bug in persea; please report it with the traceback below and the recipe\n"
+    assert capsys.readouterr().err == (
+        "persea: this is a bug in persea; please report it with the traceback below and "
+        "the recipe\n"
     )
 
 
 def test_a_signal_is_not_an_error_that_a_library_could_swallow() -> None:
-    """`except Exception` stands at every place where a library may raise anything; a Ctrl-C there must still end the run."""
+    """`except Exception` stands at every place where a library may raise anything; a Ctrl-C there
+    must still end the run.
+    """
     with pytest.raises(RunInterrupted) as caught, suppress(Exception):
         cli._raise_interrupted(15, None)
     assert caught.value.exit_code == 143

@@ -7,6 +7,8 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
+from persea.chat.families import FAMILIES
+from persea.chat.families.generic import GENERIC_FAMILY_NAME
 from persea.config.recipe import SECTION_CLASSES, Recipe
 from persea.config.schema import (
     CaptureSection,
@@ -20,6 +22,13 @@ from persea.config.schema import (
     TeacherSection,
     TrainingSection,
 )
+
+
+def test_a_recipe_may_name_every_family_and_the_generic_one() -> None:
+    for name in ("", *(f.name for f in FAMILIES), GENERIC_FAMILY_NAME):
+        assert StudentSection(model="org/student", family=name).family == name
+    with pytest.raises(ValidationError):
+        StudentSection(model="org/student", family="another")
 
 
 def test_lora_has_defaults_only_where_it_is_asked_for() -> None:

@@ -1,4 +1,6 @@
-"""What a run would do is told as it will be, and a run that this disk cannot hold is refused before it starts."""
+"""What a run would do is told as it will be, and a run that this disk cannot hold is refused before
+it starts.
+"""
 
 from __future__ import annotations
 
@@ -139,7 +141,10 @@ def test_a_run_that_the_disk_cannot_hold_is_refused(
     monkeypatch.setattr(shutil, "disk_usage", usage(needed - 1))
     with pytest.raises(
         RefusedError,
-        match=r"run: the run needs up to 0\.0 GB, 0\.0 GB are free -> free space or give another --out",
+        match=(
+            r"run: the run needs up to 0\.0 GB, 0\.0 GB are free -> free space or give "
+            r"another --out"
+        ),
     ) as caught:
         plan_run(river(tmp_path))
     assert caught.value.exit_code == 4

@@ -21,14 +21,14 @@ NEAR = SimpleNamespace(name="near", endpoint=None)
 
 def river(
     training: TrainingSection,
-    how: LaunchOptions = LaunchOptions(),
-    world: World = World(),
+    how: LaunchOptions | None = None,
+    world: World | None = None,
     teachers: tuple[Any, ...] = (NEAR,),
 ) -> Any:
     return SimpleNamespace(
         recipe=SimpleNamespace(training=training, teachers=teachers),
-        launch_options=how,
-        world=world,
+        launch_options=how or LaunchOptions(),
+        world=world or World(),
         held_out_items=lambda split: 1 // 0,
     )
 

@@ -1,4 +1,6 @@
-"""What a person sees: whole names and numbers at 80 columns, a few lines where there is no terminal, a bar where there is one."""
+"""What a person sees: whole names and numbers at 80 columns, a few lines where there is no
+terminal, a bar where there is one.
+"""
 
 from __future__ import annotations
 
@@ -112,7 +114,10 @@ def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_on_a_terminal_there_is_a_bar_a_stage() -> None:
-    code = "from persea.pipeline.progress import progress_bars\nwith progress_bars() as tell:\n    tell('check', 1.0, 'up to date')\n    tell('train', 0.5, 'loss 1.5')"
+    code = (
+        "from persea.pipeline.progress import progress_bars\nwith progress_bars() as tell:\n"
+        "    tell('check', 1.0, 'up to date')\n    tell('train', 0.5, 'loss 1.5')"
+    )
     mine, childs = pty.openpty()
     done = subprocess.Popen(
         [sys.executable, "-c", code],

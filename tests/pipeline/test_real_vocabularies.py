@@ -1,4 +1,6 @@
-"""The river on the real vocabularies of four families, with prompts of fifteen languages, sums, code and safety."""
+"""The river on the real vocabularies of four families, with prompts of fifteen languages, sums,
+code and safety.
+"""
 
 from __future__ import annotations
 
@@ -113,8 +115,10 @@ def test_the_river_flows_through_four_real_vocabularies(
     assert [t.name for t in recipe.teachers] == list(TEACHERS)
     river = RunContext(recipe, tmp_path / "run")
     # opened once for the whole session: the same folders, templates and date, 3 to 6 s each
-    vars(river)["student_voice"] = real_of("llama").renderer
-    vars(river)["voices"] = {name: real_of(family).renderer for name, family in TEACHERS.items()}
+    vars(river.models)["student_renderer"] = real_of("llama").renderer
+    vars(river.models)["renderers"] = {
+        name: real_of(family).renderer for name, family in TEACHERS.items()
+    }
     for voice in river.models.renderers.values():
         real_event_map(voice, river.models.student_renderer, real_home)
     told: list[str] = []
@@ -127,9 +131,10 @@ def test_the_river_flows_through_four_real_vocabularies(
     pairs = json.loads((tmp_path / "run" / "check" / "check.json").read_text())["pairs"]
     assert {p["teacher"] for p in pairs} == set(TEACHERS)
     assert len({p["language"] for p in pairs if p["skill"] == "texts"}) == 17
-    assert all(p["disagreement"] < 0.1 for p in pairs), "four lines a language are few"
+    assert all(p["event_disagreement"] < 0.1 for p in pairs), "four lines a language are few"
 
-    # every prompt was answered by the teacher of its skill, with rows over that teacher's own vocabulary
+    # every prompt was answered by the teacher of its skill, with rows over that teacher's own
+    # vocabulary
     captured = [
         c
         for unit in river.capture_units
@@ -159,25 +164,25 @@ def test_the_river_flows_through_four_real_vocabularies(
         assert np.abs(np.array(mass) - 1).max() <= recipe.capture.sampling_threshold + 1e-4
 
     # and the student learned from all of them
-    feed = json.loads((tmp_path / "run" / "train" / "feed.json").read_text())
-    laid = feed.pop("taught")
-    assert sum(feed.pop("lessons").values()) == len(captured)
+    feed = json.loads((tmp_path / "run" / "train" / "dataset.json").read_text())
+    laid = feed.pop("supervision")
+    assert sum(feed.pop("examples").values()) == len(captured)
     assert feed == {
-        "left_out": {},
+        "skipped": {},
         "too_long": 0,
-        "unsayable": 0,
-        "why": [],
-        "modes": {"none": len(captured)},
-        "thoughts_dropped": 0,
+        "unrenderable": 0,
+        "reasons": [],
+        "efforts": {"none": len(captured)},
+        "thinking_dropped": 0,
         "held_out": 0,
     }
     assert {row["teacher"] for row in laid} == set(river.models.renderers)
     for row in laid:
-        assert row["event"] + row["completion"] + row["chunk"] + row["text"] == pytest.approx(
+        assert row["event"] + row["partial_token"] + row["span"] + row["text"] == pytest.approx(
             1, abs=3e-4
         )
         assert (
-            0.9 < row["mass_kept"] <= 1
+            0.9 < row["mass_retained"] <= 1
         )  # random weights: what cannot stand is as likely as any other token
     log = list(lines(tmp_path / "run" / "train" / "metrics.jsonl"))
     assert len(log) == STEPS
@@ -193,7 +198,7 @@ def test_the_river_flows_through_four_real_vocabularies(
         "an untrained student knows nothing"
     )
     assert last < first - 0.5
-    for term in ("events", "cross_entropy"):
+    for term in ("event_kl", "cross_entropy"):
         assert np.mean([line["terms"][term] for line in log[-3:]]) < np.mean(
             [line["terms"][term] for line in log[:3]]
         )

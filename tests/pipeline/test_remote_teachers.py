@@ -1,4 +1,6 @@
-"""A teacher here, one behind a server with log-probabilities, one that only speaks, and a yardstick: one run, real servers."""
+"""A teacher here, one behind a server with log-probabilities, one that only speaks, and a
+yardstick: one run, real servers.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ SMALL: dict[str, Any] = {
 
 
 def mixed(folder: Path) -> Path:
-    """recipes/mixed.yaml, smaller, with this session's servers, and one who is measured and never teaches."""
+    """recipes/mixed.yaml, smaller, with this session's servers, and one who is measured and never
+    teaches.
+    """
     page = yaml.safe_load((RECIPES / "mixed.yaml").read_text()) | SMALL
     page["student"]["model"] = str(SAPLINGS / "llama-sapling")
     here, far, words = page["teachers"]
@@ -227,7 +231,9 @@ def test_the_first_handshake_is_who_answers_also_in_the_next_run(tmp_path: Path)
             "gemma-far", 4, (), lambda name: three.models.load_teacher(name, 4)
         ).identity
     )
-    assert two.models.remote_engines["gemma-far"].first[0].to_json() == json.loads(kept.read_text())
+    assert two.models.remote_engines["gemma-far"].fingerprints[0].to_json() == json.loads(
+        kept.read_text()
+    )
 
 
 def test_a_chat_route_without_dial_has_one_effort(tmp_path: Path) -> None:

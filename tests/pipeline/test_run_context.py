@@ -1,4 +1,6 @@
-"""What a recipe's words stand for: identities that change when an answer could, questions that nobody is tested on, outputs that stand."""
+"""What a recipe's words stand for: identities that change when an answer could, questions that
+nobody is tested on, outputs that stand.
+"""
 
 from __future__ import annotations
 
@@ -247,7 +249,10 @@ def test_modes_change_the_units_of_their_part_alone(tmp_path: Path) -> None:
             {},
             {"low": 1.0},
             "qwen-sapling",
-            "the corpus asks for low effort, and no teacher of reasoning supports it: qwen-sapling supports none, high",
+            (
+                "the corpus asks for low effort, and no teacher of reasoning supports it: "
+                "qwen-sapling supports none, high"
+            ),
             "choose an effort",
         ),
         (
@@ -295,7 +300,10 @@ def test_a_teacher_who_is_cast_for_a_mode_he_does_not_know_is_refused(tmp_path: 
     (one.folder / "audition" / "cast.json").write_text(json.dumps(cast))
     with pytest.raises(
         RecipeError,
-        match=r"qwen-sapling was cast for reasoning, which needs low effort.*audition\.pinned\.reasoning",
+        match=(
+            r"qwen-sapling was cast for reasoning, which needs low "
+            r"effort.*audition\.pinned\.reasoning"
+        ),
     ):
         _ = one.capture_units
 
@@ -454,7 +462,10 @@ def test_nothing_of_a_published_set_is_taught_asked_or_not(tmp_path: Path) -> No
     [
         (
             {"benchmark": "gsm9k", "file": "gsm.jsonl"},
-            "evaluation.benchmarks: unknown benchmark 'gsm9k' -> known benchmarks: translation, xcopa",
+            (
+                "evaluation.benchmarks: unknown benchmark 'gsm9k' -> known benchmarks: "
+                "translation, xcopa"
+            ),
         ),
         (
             {"benchmark": "mgsm", "file": "gsm.jsonl"},

@@ -1,4 +1,6 @@
-"""What a stage's output depends on: what is named there makes it anew, what is only looked at does not."""
+"""What a stage's output depends on: what is named there makes it anew, what is only looked at does
+not.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +22,17 @@ from persea.storage import digest_json
 
 
 def river(
-    training: dict[str, Any] = {},
-    evaluation: dict[str, Any] = {},
+    training: dict[str, Any] | None = None,
+    evaluation: dict[str, Any] | None = None,
     verify: bool = False,
     wrong: str = "w",
-    check: dict[str, Any] = {},
+    check: dict[str, Any] | None = None,
 ) -> Any:
     recipe = SimpleNamespace(
-        training=TrainingSection(**training),
-        evaluation=EvaluationSection(**evaluation),
+        training=TrainingSection(**(training or {})),
+        evaluation=EvaluationSection(**(evaluation or {})),
         capture=CaptureSection(drop_wrong_answers=verify),
-        check=CheckSection(**check),
+        check=CheckSection(**(check or {})),
         seed=1,
         threads=1,
     )

@@ -1,4 +1,6 @@
-"""The whole river on the saplings, in processes of its own: once, again, from the middle, killed, changed, verb by verb."""
+"""The whole river on the saplings, in processes of its own: once, again, from the middle, killed,
+changed, verb by verb.
+"""
 
 from __future__ import annotations
 
@@ -287,9 +289,9 @@ def test_stopped_while_it_captures_it_says_so_and_goes_on(tmp_path: Path) -> Non
         running.signal_when(words, number)
         ended = running.wait()
         assert ended.code == 128 + number
-        assert (
-            ended.err.splitlines()[-1]
-            == f"persea: stopped by {number.name}; committed work is kept -> run the same command to continue"
+        assert ended.err.splitlines()[-1] == (
+            f"persea: stopped by {number.name}; committed work is kept "
+            "-> run the same command to continue"
         )
         assert "Traceback" not in ended.err
     kept = times(run / "capture" / "commits")
@@ -350,7 +352,9 @@ def test_broken_lines_are_set_aside_with_place_and_reason(tmp_path: Path) -> Non
 
 
 def test_wrong_answers_are_heard_and_not_taught(tmp_path: Path) -> None:
-    """The tiny run's own answers, verified: nobody is asked again, what is wrong is aside, the lessons are the rest."""
+    """The tiny run's own answers, verified: nobody is asked again, what is wrong is aside, the
+    lessons are the rest.
+    """
     run = flowed_copy(tmp_path, "check", "audition", "capture") / "run"
     units = {p.name: p.read_bytes() for p in (run / "capture" / "units").iterdir()}
     ended = persea(
@@ -401,10 +405,11 @@ def test_a_lost_unit_is_named_and_asked_again_alone(tmp_path: Path) -> None:
     ended = persea("run", "tiny.yaml", "--out", "run", folder=tmp_path)
     assert ended.code == 3
     record = run / "capture" / "commits" / f"{lost.stem}.json"
-    assert (
-        f"{lost.relative_to(tmp_path)}: the bytes of block 0 do not match their digest -> delete {record.relative_to(tmp_path)} and"
-        in ended.err
+    told = (
+        f"{lost.relative_to(tmp_path)}: the bytes of block 0 do not match their digest "
+        f"-> delete {record.relative_to(tmp_path)} and"
     )
+    assert told in ended.err
     record.unlink()  # what the message says
     ended = persea("capture", "tiny.yaml", "--out", "run", folder=tmp_path)
     assert ended.code == 0
@@ -478,7 +483,8 @@ def test_check_prints_a_table_a_teacher_and_what_its_template_is_worth(tmp_path:
     every = {one["teacher"]: one for one in found["likelihoods"] if not one["language"]}
     assert list(every) == ["qwen-sapling", "gemma-sapling", "gpt-oss-sapling"]
     for name, one in every.items():
-        # a sapling knows its own template, which is no help with what it does not know: most of these answers are in other languages
+        # a sapling knows its own template, which is no help with what it does not know: most of
+        # these answers are in other languages
         assert one["template_bits_per_byte"] < one["bare_bits_per_byte"] + (
             0 if name == "qwen-sapling" else MAX_TEMPLATE_EXCESS_BITS_PER_BYTE
         )
@@ -527,10 +533,15 @@ def test_check_is_done_again_when_a_text_changes(tmp_path: Path) -> None:
 def test_a_student_learns_from_its_own_words_and_goes_on_where_it_was_stopped(
     tmp_path: Path,
 ) -> None:
-    """Steps 4 and on learn from answers of its own; a round of 8 is in flight at the checkpoint of step 6, where the second run begins."""
+    """Steps 4 and on learn from answers of its own; a round of 8 is in flight at the checkpoint of
+    step 6, where the second run begins.
+    """
     words = [
         "--set",
-        "training.on_policy={start_step: 4, share: 1.0, rollouts: 8, max_staleness_steps: 2, max_new_tokens: 16}",
+        (
+            "training.on_policy={start_step: 4, share: 1.0, rollouts: 8, max_staleness_steps: 2, "
+            "max_new_tokens: 16}"
+        ),
         "--out",
         "run",
     ]

@@ -112,8 +112,10 @@ def test_what_ended_it_is_kept(
 
 def test_a_killed_run_is_dead_by_its_files_alone(tmp_path: Path) -> None:
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom persea import storage as store\nfrom persea.pipeline.status import record_status\n"
-        "with store.lock_run_folder(Path('run')), record_status(Path('run'), 'x', lambda *a: None) as tell:\n"
+        "import sys, time\nfrom pathlib import Path\nfrom persea import storage as store\n"
+        "from persea.pipeline.status import record_status\n"
+        "with store.lock_run_folder(Path('run')), record_status(Path('run'), 'x', lambda *a: "
+        "None) as tell:\n"
         "    tell('train', 0.0, '')\n    print('on', flush=True)\n    time.sleep(60)"
     )
     with subprocess.Popen(
@@ -126,7 +128,8 @@ def test_a_killed_run_is_dead_by_its_files_alone(tmp_path: Path) -> None:
     dead = read_status(tmp_path / "run")
     assert (alive.state, dead.state, dead.lock_holder) == (RunState.RUNNING, RunState.DIED, "")
     assert dead.error.startswith(
-        f"the run ended without recording why (killed, out of memory, or a power loss): pid {run.pid} on "
+        "the run ended without recording why (killed, out of memory, or a power loss): "
+        f"pid {run.pid} on "
     )
     assert said(tmp_path / "run")["state"] == "running"  # the last recorded state
     (tmp_path / "run" / ".status.json.1.tmp").write_text("what a killed writer leaves")

@@ -1,4 +1,6 @@
-"""A longer tokenizer: merges as counting by hand learns them, known ids where they were, text without new pairs cut as before."""
+"""A longer tokenizer: merges as counting by hand learns them, known ids where they were, text
+without new pairs cut as before.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ LANGUAGES = ("khm", "mya", "lao", "tha", "eng", "jpn", "kor", "vie", "zho-CN")
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Pair:
-    """A tokenizer before, as its file says (`ids`) and as a vocabulary, and after; `ranks` of all merges it has after."""
+    """A tokenizer before, as its file says (`ids`) and as a vocabulary, and after; `ranks` of all
+    merges it has after.
+    """
 
     ids: dict[str, int]
     old: Vocabulary
@@ -74,11 +78,11 @@ def longer(backend: Tokenizer, texts: Sequence[str], tokens: int, name: str = "t
     )
 
 
-# ---- learning --------------------------------------------------------------------------------------------------------
+# ---- learning ------------------------------------------------------------------------------------
 
 
 def by_hand(backend: Tokenizer, texts: Sequence[str], tokens: int) -> list[Merge]:
-    """The same by counting everything anew each time, with the tokenizer itself cutting the words."""
+    """The same by counting everything anew each time; the tokenizer itself cuts the words."""
     spec, out = json.loads(backend.to_str()), list[Merge]()
     barred = {t["content"] for t in spec["added_tokens"]}
     words = {word: n for word, (n, _) in count_words(backend, [texts]).items()}
@@ -120,7 +124,9 @@ def test_what_is_learned_is_what_counting_by_hand_learns(
     texts: list[str],
     tokens: int,
 ):
-    """Also where a new pair makes a token that is known, its own merge lost, and older merges go on from it."""
+    """Also where a new pair makes a token that is known, its own merge lost, and older merges go on
+    from it.
+    """
     spec = json.loads(byte_level(chosen, pattern, added).backend.to_str())
     spec["model"]["merges"] = [
         merge for k, merge in enumerate(spec["model"]["merges"]) if k not in lost
@@ -132,7 +138,9 @@ def test_what_is_learned_is_what_counting_by_hand_learns(
 
 
 def test_a_known_token_is_not_made_twice():
-    """`bc` is in the vocabulary, and no merge makes it: the pair gets its id, costs no row, and the old merge bc+d goes on from it."""
+    """`bc` is in the vocabulary, and no merge makes it: the pair gets its id, costs no row, and the
+    old merge bc+d goes on from it.
+    """
     vocab = {c: i for i, c in enumerate("abcd")} | {"bc": 4, "bcd": 5}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[("bc", "d")], ignore_merges=True))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -194,7 +202,7 @@ def test_a_short_file_counts_as_much_as_a_long_one():
     assert words["ab"] == (6, 6 * count_words(backend, [["ab"]])["ab"][1]), "as long, as much"
 
 
-# ---- texts -----------------------------------------------------------------------------------------------------------
+# ---- texts ---------------------------------------------------------------------------------------
 
 
 def test_a_tenth_is_held_out_and_nothing_is_learned_on_it(tmp_path: Path):
@@ -248,11 +256,13 @@ def test_json_lines_without_the_key_or_with_half_a_character_are_refused(tmp_pat
         read_merge_training_texts([str(tmp_path / "none.txt")])
 
 
-# ---- known ids -------------------------------------------------------------------------------------------------------
+# ---- known ids -----------------------------------------------------------------------------------
 
 
 def test_the_library_would_move_every_control():
-    """Why controls are written into the vocabulary. Should this fail one day, that is no longer needed."""
+    """Why controls are written into the vocabulary. Should this fail one day, that is no longer
+    needed.
+    """
     backend = byte_level([(0, 1)], "", False).backend
     backend.add_special_tokens(["<|end|>", "<|other|>"])
     before, spec = backend.get_vocab(), json.loads(backend.to_str())
@@ -264,7 +274,9 @@ def test_the_library_would_move_every_control():
 
 
 def test_new_ids_leave_gaps_as_they_are():
-    """gpt-oss has numbers that no token has; and a configuration may name an id that its tokenizer does not know."""
+    """gpt-oss has numbers that no token has; and a configuration may name an id that its tokenizer
+    does not know.
+    """
     spec = json.loads(byte_level([(0, 1)], "", False).backend.to_str())
     spec["model"]["vocab"]["<|late|>"] = 400
     spec["added_tokens"] = [
@@ -295,7 +307,9 @@ def test_new_ids_leave_gaps_as_they_are():
 
 
 def test_a_control_that_plain_text_could_say_is_refused():
-    """One word, and a tokenizer that looks words up whole: in the vocabulary it would be read out of any text."""
+    """One word, and a tokenizer that looks words up whole: in the vocabulary it would be read out
+    of any text.
+    """
     backend = byte_level([], r"\S+|\s+", True).backend
     backend.add_special_tokens(["<|end|>"])
     with pytest.raises(RefusedError, match=r"'<\|end\|>' would be read as a control token"):
@@ -332,12 +346,14 @@ def test_tokenizers_that_cannot_be_gone_on_with_are_refused():
     refuse_unextendable_tokenizer(llama, json.loads(llama.backend.to_str()), "here")
 
 
-# ---- real tokenizers -------------------------------------------------------------------------------------------------
+# ---- real tokenizers -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def real_pair(data: Path) -> Callable[[str], Pair]:
-    """A real tokenizer and 64 tokens more, learned on a hundred lines each of Khmer, Thai and English."""
+    """A real tokenizer and 64 tokens more, learned on a hundred lines each of Khmer, Thai and
+    English.
+    """
     texts = [line for name in ("khm", "tha", "eng") for line in _parallel(data, name)[:100]]
     return cache(
         lambda name: longer(
@@ -378,7 +394,9 @@ def test_every_known_id_of_a_real_tokenizer_is_as_before(
 def test_text_without_a_new_pair_is_cut_as_before(
     real_pair: Callable[[str], Pair], lines: list[str], name: str, drawn: st.DataObject
 ):
-    """Word by word: what the old tokenizer leaves, merged on by the new merges alone. And every byte comes back."""
+    """Word by word: what the old tokenizer leaves, merged on by the new merges alone. And every
+    byte comes back.
+    """
     pair = real_pair(name)
     some = st.one_of(
         st.sampled_from(lines),
@@ -415,7 +433,7 @@ def test_khmer_gets_shorter_and_what_it_costs_is_told(real_pair: Callable[[str],
     assert told.bytes / told.tokens_before < 1.9 and told.tokens_after < 0.6 * told.tokens_before
 
 
-# ---- what lays tokenizers over each other knows it --------------------------------------------------------------------
+# ---- what lays tokenizers over each other knows it -----------------------------------------------
 
 
 @settings(max_examples=8)

@@ -1,4 +1,6 @@
-"""A longer model: old rows and logits bit for bit, new rows the means of their pieces', a folder that everything opens, or one line why not."""
+"""A longer model: old rows and logits bit for bit, new rows the means of their pieces', a folder
+that everything opens, or one line why not.
+"""
 
 from __future__ import annotations
 
@@ -220,7 +222,7 @@ def test_a_sprout_on_the_real_llama_tokenizer(data: Path, tmp_path: Path):
     assert torch.equal(logits(out, ids)[:, :128_256], logits(model, ids))
 
 
-# ---- what it cannot do right -----------------------------------------------------------------------------------------
+# ---- what it cannot do right ---------------------------------------------------------------------
 
 
 def changed(folder: Path, **keys: Any) -> None:
@@ -332,7 +334,7 @@ def test_pieces_are_what_the_tokenizer_before_makes_of_a_token(texts: str):
     assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
-# ---- whole, or not at all --------------------------------------------------------------------------------------------
+# ---- whole, or not at all ------------------------------------------------------------------------
 
 
 def test_a_tokenizer_that_comes_back_another_is_not_published(
@@ -367,7 +369,7 @@ def test_nothing_is_left_of_a_folder_that_was_not_finished(
     assert sorted(os.listdir(tmp_path)) == ["copy"]
 
 
-# ---- as a person types it --------------------------------------------------------------------------------------------
+# ---- as a person types it ------------------------------------------------------------------------
 
 
 @pytest.fixture
