@@ -44,7 +44,7 @@ from persea.vocab_extension.learn_merges import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ExtensionProgressCallback = Callable[[str, float, str], None]
+ProgressCallback = Callable[[str, float, str], None]
 """Called with the stage, the fraction of it that is done in [0, 1], and a short message."""
 
 
@@ -266,7 +266,7 @@ def extend_vocabulary(
     source: ModelSource,
     file_specs: Sequence[str],
     num_tokens: int,
-    progress: ExtensionProgressCallback,
+    progress: ProgressCallback,
 ) -> VocabExtension:
     """Learn new tokens for a model from text files. Writes nothing and reads no weights.
 
@@ -332,7 +332,7 @@ def extend_vocabulary(
 
 
 def write_extended_model(
-    extension: VocabExtension, out_folder: Path, progress: ExtensionProgressCallback
+    extension: VocabExtension, out_folder: Path, progress: ProgressCallback
 ) -> None:
     """Write the extended model as a Hugging Face folder.
 
