@@ -11,7 +11,7 @@ class PerseaError(Exception):
     Attributes:
         message: One clause that names the failure.
         where: The place to look at: file:line:column, a model, a token, a recipe key.
-        remedy: What the person can do about it.
+        remedy: How to avoid or repair the failure.
         exit_code: Exit code of the command line.
     """
 

@@ -1,7 +1,7 @@
 """Atomic, checksummed file writes, and one run per folder.
 
-A file is written to a temporary file beside it, synced, renamed, and its folder synced, so that
-after a crash or a power loss it is complete or absent.
+Data goes to a temporary file in the same folder, which is synced and renamed; then the folder is
+synced. So after a crash or a power loss a file is complete or absent.
 """
 
 from __future__ import annotations
@@ -113,14 +113,14 @@ def _make_folder(folder: Path) -> None:
 
 @contextmanager
 def _temporary_file(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
-    """Open a temporary file beside `path`; it is deleted at the end, also when the disk is full."""
+    """Open a temporary file in the folder of `path`; delete it at the end, also on a full disk."""
     _make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with DISK.create(temporary) as file:
             yield file, temporary
     finally:
-        DISK.remove(temporary)  # it is incomplete if the disk is full
+        DISK.remove(temporary)  # still there, and incomplete, if the disk is full
 
 
 @contextmanager
@@ -203,7 +203,7 @@ def read_json_with_checksum(path: Path, remedy: str) -> dict[str, Any]:
     """Read a record that `write_json_with_checksum` wrote, without its checksum.
 
     Raises:
-        DataError: The file is missing, is not JSON, or differs in one byte from what was written.
+        DataError: The file is missing, is not JSON, or differs from the written record in one byte.
         StorageError: The file cannot be read.
     """
     stored = read_json(path)

@@ -93,7 +93,7 @@ class BoundaryMask:
             return np.empty(0, np.int64)
         blocked_W = np.zeros(len(self.other.vocabulary) + 1, np.bool_)
         blocked = self.other.impossible_next_tokens(context)
-        # the last entry is what an index of -1 reads: no first token, no witness
+        # an index of -1 (no first token, no witness) reads the last entry
         blocked_W[blocked] = blocked_W[-1] = True
         # A candidate whose first token is possible here is possible itself; only others are tested.
         if candidates is None:

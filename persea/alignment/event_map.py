@@ -28,6 +28,7 @@ from persea.alignment.token_order import TokenOrder, get_token_order
 from persea.chat.renderer import ChatRenderer
 from persea.errors import DataError
 from persea.tokenization.bpe import BpeDerivations, expand_groups
+from persea.tokenization.pretokenizer import decode_whole_characters
 from persea.tokenization.vocabulary import BYTE_TO_CHAR, Vocabulary
 
 EVENT_MAP_FORMAT = 4
@@ -128,10 +129,10 @@ def event_map(*, teacher: ChatRenderer, student: ChatRenderer) -> EventMap:
         DataError: One tokenizer cannot encode a byte of the other's tokens.
 
     Example:
-        >>> from persea.models.loading import ModelSource, load_renderer
-        >>> teacher = load_renderer(ModelSource("saplings/qwen-sapling"), "teacher")
-        >>> student = load_renderer(ModelSource("saplings/llama-sapling"), "student")
-        >>> emap = event_map(teacher=teacher, student=student)
+        >>> import persea
+        >>> teacher = persea.load_renderer("saplings/qwen-sapling")
+        >>> student = persea.load_renderer("saplings/llama-sapling")
+        >>> emap = persea.event_map(teacher=teacher, student=student)
         >>> emap.is_identity, emap.num_events < len(student.vocabulary)
         (False, True)
     """
@@ -391,7 +392,7 @@ def _first_token_below_normalizer(raw: bytes, source: Vocabulary, target: Vocabu
         tokens = target.backend.model.tokenize("".join(BYTE_TO_CHAR[b] for b in raw))
         candidates: list[int | None] = [tokens[0].id] if tokens else []
     else:
-        text = _valid_utf8_prefix(raw)
+        text = decode_whole_characters(raw)[0]
         candidates = (
             [*target.backend.encode(text, add_special_tokens=False).ids[:1]] if text else []
         )
@@ -406,11 +407,3 @@ def _first_token_below_normalizer(raw: bytes, source: Vocabulary, target: Vocabu
         where=f"{source.name} -> {target.name}",
         remedy="the target's vocabulary lacks single bytes; use another student or teacher",
     )
-
-
-def _valid_utf8_prefix(raw: bytes) -> str:
-    """Return the longest valid UTF-8 prefix of some bytes."""
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        return raw[: error.start].decode()

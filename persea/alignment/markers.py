@@ -10,9 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from persea.alignment.spans import CommonBoundaries, align
-from persea.tokenization.tokens import RenderedTokens
+from persea.tokenization.tokens import IntArray, RenderedTokens
 
-IntArray = npt.NDArray[np.int64]
 START_OF_ANSWER = -2  # position of the markers that an answer begins with
 
 

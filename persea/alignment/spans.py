@@ -57,8 +57,8 @@ class AlignedSpans:
     """Half-open token ranges that cover the same bytes on both sides. C = spans, in order.
 
     Together they tile the supervised content from the first common boundary on, except for bytes
-    that only one rendering has (trimmed white space, a thought, what a length limit cut off) and
-    the span around them.
+    that only one rendering has (trimmed white space, a thought, text that a length limit cut off)
+    and the span around them.
 
     Attributes:
         student_C2: int64, (first, last + 1) of the student's tokens.
@@ -167,13 +167,13 @@ def align(student: RenderedTokens, teacher: RenderedTokens) -> Alignment:
         DataError: The tokens of one side overlap, so they are not a rendering.
 
     Example:
-        >>> from persea.chat.messages import Conversation, Text
-        >>> from persea.models.loading import ModelSource, load_renderer
-        >>> student = load_renderer(ModelSource("saplings/llama-sapling"), "student")
-        >>> teacher = load_renderer(ModelSource("saplings/qwen-sapling"), "teacher")
-        >>> question = Conversation.from_question("What is the capital of France?")
+        >>> import persea
+        >>> from persea.chat.messages import Text
+        >>> student = persea.load_renderer("saplings/llama-sapling")
+        >>> teacher = persea.load_renderer("saplings/qwen-sapling")
+        >>> question = persea.Conversation.from_question("What is the capital of France?")
         >>> conversation = question.with_answer(Text("The capital is Paris."))
-        >>> alignment = align(student.render(conversation), teacher.render(conversation))
+        >>> alignment = persea.align(student.render(conversation), teacher.render(conversation))
         >>> boundaries = alignment.boundaries
         >>> len(boundaries.student_C) == len(boundaries.teacher_C) > 0
         True

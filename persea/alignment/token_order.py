@@ -3,7 +3,8 @@
 A tokenizer produces only some of the token sequences that spell a text: after "hel" no BPE
 tokenizer with the merge "hel" + "lo" starts the token "lo". Inside a word the merges decide
 (tokenization/bpe.py); where a word may end, the pre-tokenizer does (tokenization/pretokenizer.py).
-`TokenOrder` answers both and caches, because what it knows of a student serves all teachers.
+`TokenOrder` answers both questions and caches the answers: those of a student serve all its
+teachers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Count what a capture did: its speed and budget, and where every prompt went."""
+"""Account for a capture: its speed, its budget, and the outcome of every prompt."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def quarantine_records(
 def account_for_prompts(
     totals: dict[str, Any], corpus: Corpus, quarantine: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return where every prompt went: kept, skipped or quarantined.
+    """Return how many prompts were kept, skipped or quarantined.
 
     Raises:
         AssertionError: The counts do not add up to the prompts that came in: a bug in persea.
@@ -173,13 +173,13 @@ class CaptureBudget:
 
     def _refuse_overspending(self, hours: float) -> None:
         tokens = self._tokens_cached
-        for limit, spent, key, words in (
+        for limit, spent, key, amount in (
             (self.max_tokens, tokens, "capture.max_total_tokens", f"{tokens:,} tokens"),
             (self.max_hours, hours, "capture.max_hours", f"{hours:.2f} hours"),
         ):
             if limit and spent >= limit and self._prompts_done < self.num_prompts:
                 raise RefusedError(
-                    f"the budget is spent: {words} for {self._prompts_done:,} of "
+                    f"the budget is spent: {amount} for {self._prompts_done:,} of "
                     f"{self.num_prompts:,} prompts",
                     where=key,
                     remedy=f"raise {key} and run again: committed units stay",

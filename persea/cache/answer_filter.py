@@ -24,7 +24,7 @@ QuestionKey: TypeAlias = tuple[tuple[Message, ...], tuple[Tool, ...]]
 
 
 def question_key(conversation: Conversation) -> QuestionKey:
-    """Return what identifies a question: its messages and its tools.
+    """Return the identity of a question: its messages and its tools.
 
     With other tools the same messages have another right answer.
     """

@@ -79,7 +79,7 @@ def plan_units(
         cast: Which teacher answers which prompts.
         teacher_identities: Teacher name -> digest of weights, renderer and effort.
         prompts_per_unit: Prompts of a unit, at most.
-        settings: What else determines a unit's bytes: tau, seed, limits.
+        settings: The other settings that determine a unit's bytes: tau, seed, limits.
         max_new_tokens: Longest answer in tokens; None = the prompts bring their answers.
 
     Returns:
@@ -206,7 +206,7 @@ class DistributionSparsifier:
         )
 
 
-MAX_REASON_CHARS = 300  # of a message in the quarantine list
+MAX_QUARANTINE_REASON_CHARS = 300  # of a message in the quarantine list
 CONTENT_FILTER_REASON = "the content filter of the server refused to answer"
 
 
@@ -308,7 +308,7 @@ def _split_renderable(
                     f"{teacher.max_context_tokens:,}, answer included"
                 )
         except (DataError, UnicodeError) as error:
-            quarantine.append((prompt.id, str(error)[:MAX_REASON_CHARS]))
+            quarantine.append((prompt.id, str(error)[:MAX_QUARANTINE_REASON_CHARS]))
         else:
             renderable.append(prompt)
     return renderable, quarantine

@@ -1,6 +1,6 @@
 """Encode tokens and sparse distributions of a unit as entropy-coded streams, and decode them.
 
-Token ids are most of a cache's bytes (84 % in the best format so far). The columns avoid them:
+Token ids are most of a cache's bytes (84 % in the best format measured). The columns avoid them:
 - the target token, usually the largest entry of its distribution, costs no id;
 - tail entries cost no value, which is tau;
 - the number of tail entries follows from the mass of the head to within one;
@@ -26,7 +26,6 @@ from persea.cache.entropy_coding import (
     EncodedStream,
     FrequencyTable,
     FrequencyTables,
-    IntArray,
     StreamColumns,
     concat_or_empty,
     encode_columns,
@@ -47,7 +46,7 @@ from persea.cache.quantization import (
 )
 from persea.distributions import LOGPROB_STEP_NATS, DistributionKind, SparseDistributions
 from persea.errors import DataError
-from persea.tokenization.tokens import RenderedTokens
+from persea.tokenization.tokens import IntArray, RenderedTokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -496,4 +495,4 @@ def _check_round_trip(
             equal_nan=True,
         )
     ):
-        raise AssertionError("the decoded unit differs from what was encoded")
+        raise AssertionError("the decoded unit differs from the encoded one")

@@ -18,10 +18,11 @@ import numpy as np
 import numpy.typing as npt
 from constriction import stream as ans
 
+from persea.tokenization.tokens import IntArray
+
 # values within this range are counted and looked up in an array: a sort costs ten times as much
 MAX_DENSE_RANGE = 1 << 20
 
-IntArray: TypeAlias = npt.NDArray[np.int64]
 EncodedStream: TypeAlias = npt.NDArray[np.uint32]
 
 
@@ -104,7 +105,7 @@ class ArrayColumns:
     coded_parts: list[tuple[str, IntArray]]
 
     def __call__(self, name: str, contexts: IntArray) -> IntArray:
-        """Return a known column, and record what each table codes."""
+        """Return a known column, and record the values that each table codes."""
         values = self.arrays[name]
         if len(values) != len(contexts):
             raise AssertionError(f"{name}: {len(values)} values for {len(contexts)} contexts")
@@ -199,7 +200,7 @@ def tables_to_bytes(tables: FrequencyTables, extra: IntArray) -> bytes:
 
 
 def tables_from_bytes(data: bytes) -> tuple[FrequencyTables, IntArray]:
-    """Read what `tables_to_bytes` wrote: the tables and the extra array."""
+    """Return the tables and the extra array that `tables_to_bytes` serialized."""
     plain = zlib.decompress(data)
     size = 8 + int.from_bytes(plain[:8], "little")
     head = json.loads(plain[8:size])

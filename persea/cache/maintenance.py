@@ -30,9 +30,9 @@ def find_cache_folder(folder: Path) -> Path:
     Raises:
         DataError: Neither has them.
     """
-    for place in (folder, folder / "capture"):
-        if (place / "commits").is_dir():
-            return place
+    for candidate in (folder, folder / "capture"):
+        if (candidate / "commits").is_dir():
+            return candidate
     raise DataError(
         "no cache in this folder",
         where=str(folder),
@@ -87,8 +87,8 @@ class CacheProblem:
 
     Attributes:
         path: The file.
-        message: What is wrong.
-        remedy: What to do.
+        message: The fault.
+        remedy: How to repair the cache.
         is_harmless: Whether it only takes disk space, such as the files of a killed run.
     """
 
@@ -156,7 +156,7 @@ def _check_counts(unit: CacheUnit, cached_answers: Sequence[CachedAnswer]) -> No
 
 
 def _check_stage_record(folder: Path) -> list[CacheProblem]:
-    """Compare the files that the stage wrote beside the units with its record, if it has one."""
+    """Compare the stage's other files with its record, if it has one."""
     path = folder / "done.json"
     remedy = f"delete {path} and capture again: committed units stay"
     if not path.is_file():
@@ -231,8 +231,8 @@ def export_parquet(folder: Path, path: Path) -> int:
     """Write a cache as one Parquet file: a row an answer, a row group a unit.
 
     Columns: unit, teacher, prompt_id, skill, language, conversation (JSON); ids, starts, ends,
-        learn
-    (lists with a value a token); row_sizes, row_ids, row_probs, realised (of the learned tokens).
+    learn (lists with a value a token); row_sizes, row_ids, row_probs, realised (of the learned
+    tokens).
     The file is written whole or not at all.
 
     Returns:

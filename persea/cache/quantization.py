@@ -8,8 +8,8 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from persea.cache.entropy_coding import IntArray
 from persea.distributions import LOGPROB_STEP_NATS
+from persea.tokenization.tokens import IntArray
 
 # These constants are part of the format: a change needs a new CACHE_FORMAT (cache/unit.py).
 CODEC_TOLERANCE_NATS = LOGPROB_STEP_NATS / 2 + 1e-6  # largest change of a log-probability: 0.00098

@@ -90,7 +90,7 @@ def write_unit(
         dropped: Reason -> number of answers that are left out.
         tau: For kind SAMPLED: entries of exactly this probability are the sampled tail.
         kind: Kind of all distributions.
-        unit_metadata: What else the unit records: teacher, identity.
+        unit_metadata: Further entries of the record: teacher, identity.
         quarantine: (prompt id, reason) of the prompts among `dropped` that were not asked.
 
     Raises:
@@ -243,7 +243,7 @@ class CacheUnit:
         slices: Tensor name -> byte range.
         layout: Decodes the blocks.
         index_B4: int64, answers, tokens, stream bytes and text bytes of each block.
-        remedy: What to do if the unit is damaged, for messages.
+        remedy: How to replace the unit if it is damaged, for messages.
     """
 
     path: Path

@@ -73,8 +73,8 @@ class Family:
         random_config: (settings common to all architectures, sizes) -> configuration of a small
             model of the family's architecture, for random initialisation; None where none is
             defined.
-        limitations: What persea does not know about this family, for people; "" for a family
-            written by hand.
+        limitations: Facts about this family that persea does not know, for people; "" for a
+            family written by hand.
     """
 
     name: str
@@ -96,6 +96,11 @@ class Family:
     text_thought_markers: tuple[str, str] = ("", "")
     random_config: Callable[[dict[str, Any], Mapping[str, int]], PretrainedConfig] | None = None
     limitations: str = ""
+
+    @property
+    def lowest_effort(self) -> ThinkingEffort:
+        """The lowest effort that the template can distinguish; gpt-oss has no NONE."""
+        return next(e for e in ThinkingEffort if e in self.efforts)
 
 
 def edit_texts(

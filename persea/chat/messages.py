@@ -224,7 +224,12 @@ def _refuse_equal_keys(pairs: list[tuple[str, Any]]) -> None:
 
 @dataclass(frozen=True)
 class Message:
-    """One message of a conversation."""
+    """One message of a conversation.
+
+    Attributes:
+        role: Who the message is from.
+        parts: Texts, thoughts, tool calls or tool results, in order.
+    """
 
     role: Role
     parts: tuple[ContentPart, ...]
@@ -252,7 +257,12 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages, the thinking effort asked for, and the tools that the assistant may call.
+    """Messages, the requested thinking effort, and the tools that the assistant may call.
+
+    Attributes:
+        messages: Messages in order.
+        effort: Thinking effort of the next answer.
+        tools: Tools that the assistant may call.
 
     Example:
         >>> from persea.chat.messages import Conversation, Text

@@ -58,11 +58,13 @@ class ChatRenderer:
         special_tokens: bos_token, eos_token, ... as the template sees them.
 
     Example:
-        >>> from persea.chat.messages import Conversation, Text
-        >>> from persea.models.loading import load_renderer
-        >>> renderer = load_renderer("saplings/llama-sapling")
-        >>> tokens = renderer.render(Conversation.from_question("Hi").with_answer(Text("Hello")))
-        >>> parts, finish = renderer.parse(tokens.ids_T[tokens.loss_mask_T].tolist(), "none")
+        >>> import persea
+        >>> from persea.chat.messages import Text, ThinkingEffort
+        >>> renderer = persea.load_renderer("saplings/llama-sapling")
+        >>> conversation = persea.Conversation.from_question("Hi").with_answer(Text("Hello"))
+        >>> tokens = renderer.render(conversation)
+        >>> answer_ids = tokens.ids_T[tokens.loss_mask_T].tolist()
+        >>> parts, finish = renderer.parse(answer_ids, ThinkingEffort.NONE)
         >>> parts, finish.value
         ((Text(text='Hello'),), 'stop')
     """

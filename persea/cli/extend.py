@@ -36,7 +36,7 @@ def extend(
         Path | None, typer.Option(help="The folder to write: new, or empty.", show_default=False)
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be gained; write nothing.")
+        bool, typer.Option("--dry-run", help="Print the gain; write nothing.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:

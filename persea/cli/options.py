@@ -87,7 +87,7 @@ def count_available_cores() -> int:
 def bundled_folder(kind: str) -> Path:
     """Return the folder of bundled recipes or saplings.
 
-    It lies inside an installed package, and beside the package in a checkout.
+    It lies inside an installed package, and next to the package in a checkout.
     """
     package = Path(__file__).resolve().parent.parent
     inside = package / "bundled" / kind
@@ -101,15 +101,15 @@ def load_checked_recipe(path: Path, overrides: list[str]) -> Recipe:
         RecipeError: The recipe is wrong. The message lists every problem.
     """
     from persea.config.recipe import load_recipe
-    from persea.tasks.benchmarks import reject_unknown_names
-    from persea.teachers.engines import reject_unknown_engines
+    from persea.tasks.benchmarks import refuse_unknown_names
+    from persea.teachers.engines import refuse_unknown_engines
 
     recipe = load_recipe(path, overrides)
     if os.environ.get("RANK", "0") == "0":  # one process of torchrun's prints for all
         for notice in recipe.notices:
             typer.echo(notice, err=True)
-    reject_unknown_names(recipe.evaluation.benchmarks, recipe.corpus, str(path))
-    reject_unknown_engines(recipe.teachers, str(path))
+    refuse_unknown_names(recipe.evaluation.benchmarks, recipe.corpus, str(path))
+    refuse_unknown_engines(recipe.teachers, str(path))
     return recipe
 
 

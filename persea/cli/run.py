@@ -63,7 +63,7 @@ def run(
     shard: Sharding = ParallelStrategy.DDP,
     resume: Resume = "auto",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be done, and stop: persea plan.")
+        bool, typer.Option("--dry-run", help="Print the plan, and stop: persea plan.")
     ] = False,
 ) -> None:
     """Run all stages: check, audition, capture, train, evaluate, lineage, report.
@@ -117,7 +117,7 @@ def _add_stage_command(name: str, help_text: str) -> Callable[..., None]:
         try:
             _run_with_progress(context, name, as_json)
         except RefusedError as error:
-            # a refused result is shown beside the rest
+            # a refused result is shown with the rest
             if not as_json and (name == "check" or isinstance(error, SafetyRegressionError)):
                 _show_stage(name, context)
             raise
@@ -171,7 +171,7 @@ _add_stage_command("report", "Write the report page, the model card and report.j
 def plan(
     recipe: RecipePath, set_: Sets = NO_OVERRIDES, out: Out = DEFAULT_OUT, as_json: AsJson = False
 ) -> None:
-    """Show what a run would do: stages that are up to date, answers, disk space.
+    """Show the plan of a run: stages that are up to date, answers, disk space.
 
     Loads no weights.
     """

@@ -74,36 +74,36 @@ class ModelRef(RecipeSection):
 
     @model_validator(mode="after")
     def _check_model_source(self) -> Self:
-        made, local = self.model == "random", self.model.startswith((".", "/", "~"))
+        is_random, is_local = self.model == "random", self.model.startswith((".", "/", "~"))
         return check_contradictions(
             self,
             (
                 self.model == TEXT_ONLY_MODEL
                 and bool(self.tokenizer or self.revision or self.family or self.sizes),
                 ("model",),
-                "text_only, and a tokenizer, revision, family or sizes beside it",
+                "text_only, together with a tokenizer, revision, family or sizes",
                 "delete them, or name the model they belong to",
             ),
             (
-                made and not self.tokenizer,
+                is_random and not self.tokenizer,
                 ("tokenizer",),
                 "missing; random weights have no tokenizer of their own",
                 "add `tokenizer:`, a folder or hub id",
             ),
             (
-                made and not self.sizes,
+                is_random and not self.sizes,
                 ("sizes",),
                 "missing; random weights need a size",
                 "add `sizes: {hidden: 32, layers: 1, heads: 2}`",
             ),
             (
-                not made and self.model != TEXT_ONLY_MODEL and bool(self.sizes),
+                not is_random and self.model != TEXT_ONLY_MODEL and bool(self.sizes),
                 ("sizes",),
                 "given, but this model has a size of its own",
                 "delete `sizes:`, or write `model: random`",
             ),
             (
-                bool(self.revision) and (made or local),
+                bool(self.revision) and (is_random or is_local),
                 ("revision",),
                 "given, but only a hub model has one",
                 "delete `revision:`",
@@ -138,7 +138,7 @@ class StudentSection(ModelRef):
     )
     adapt: Literal["full", "lora"] = Field(
         default="full",
-        description="full = train every weight; lora = train low-rank matrices beside them",
+        description="full = train every weight; lora = train low-rank matrices added to them",
     )
     lora: LoraSection | None = Field(
         default_factory=lambda seen: LoraSection() if seen["adapt"] == "lora" else None,
@@ -322,12 +322,12 @@ class TeacherSection(ModelRef):
     )
     reference: bool = Field(
         default=False,
-        description="reference model: measured beside the student in the evaluation, never teaches",
+        description="reference model: evaluated like the student, never teaches",
     )
 
     @model_validator(mode="after")
     def _check_placement(self) -> Self:
-        made = self.model == "random"
+        is_random = self.model == "random"
         remote = self.endpoint is not None or self.engine != "local"
         placed = self.quantize != "none" or self.offload
         return check_contradictions(
@@ -339,13 +339,13 @@ class TeacherSection(ModelRef):
                 "set it where the server is started",
             ),
             (
-                made and self.quantize != "none",
+                is_random and self.quantize != "none",
                 ("quantize",),
                 "given, but these are random weights",
                 "delete `quantize:`",
             ),
             (
-                made and self.offload,
+                is_random and self.offload,
                 ("offload",),
                 "given, but these are random weights",
                 "delete `offload:`",

@@ -358,8 +358,8 @@ def _validate(data: Any, source: YamlSource) -> Recipe | None:
         return Recipe.model_validate_json(json.dumps(data))
     except ValidationError as error:
         for problem in error.errors(include_url=False):
-            for path, what, remedy in _explain_error(problem):
-                source.add_problem(path, what, remedy)
+            for path, message, remedy in _explain_error(problem):
+                source.add_problem(path, message, remedy)
     return None
 
 
@@ -390,7 +390,7 @@ def _explain_error(error: ErrorDetails) -> Iterator[tuple[KeyPath, str, str]]:
         return  # pydantic also reports the wrong value that this default or list depends on
     given = f"(got {_abbreviate_value(error['input'])})"
     if kind == "contradiction":
-        yield from (((*path, *key), what, remedy) for key, what, remedy in context["found"])
+        yield from (((*path, *key), message, remedy) for key, message, remedy in context["found"])
     elif kind == "extra_forbidden":
         yield path, "unknown key", _did_you_mean(path)
     elif kind == "missing":
@@ -409,9 +409,9 @@ def _explain_error(error: ErrorDetails) -> Iterator[tuple[KeyPath, str, str]]:
 def _explain_value_error(error: ErrorDetails, path: KeyPath, given: str) -> tuple[str, str]:
     kind, context = error["type"], error.get("ctx", {})
     if kind in BOUND_TEXTS:
-        bound, words = BOUND_TEXTS[kind]
+        bound, comparison = BOUND_TEXTS[kind]
         limit = str(context[bound]).removesuffix(".0")
-        return f"should be {words} {limit} {given}", _key_description(path)
+        return f"should be {comparison} {limit} {given}", _key_description(path)
     if kind == "string_type" and not isinstance(error["input"], dict | list):
         return f"should be text {given}", "put it in quotes"
     if kind == "too_short":

@@ -1,4 +1,4 @@
-"""All sections of a recipe, by name. The modules beside this one define them."""
+"""All sections of a recipe, by name. The other modules of this package define them."""
 
 from persea.config.data_sections import (
     AuditionSection,

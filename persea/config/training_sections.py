@@ -345,7 +345,7 @@ class TrainingSection(RecipeSection):
             (
                 bool(given),
                 ("loss",),
-                f"given beside {' and '.join(f'`{key}`' for key in sorted(given))}",
+                f"given together with {' and '.join(f'`{key}`' for key in sorted(given))}",
                 f"delete {' and '.join(f'`{key}:`' for key in sorted(given))}; the weights of "
                 "`loss` replace them",
             ),

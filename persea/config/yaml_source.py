@@ -92,12 +92,13 @@ class YamlSource:
         self.locations = {moved(p): place for p, place in self.locations.items()}
         self.problems = {moved(p): problem for p, problem in self.problems.items()}
 
-    def add_problem(self, path: KeyPath, what: str, remedy: str) -> None:
+    def add_problem(self, path: KeyPath, message: str, remedy: str) -> None:
         """Note a problem of a key, unless the key has one already."""
         dotted = ".".join(k if isinstance(k, str) and k.isprintable() else repr(k) for k in path)
         where = self.locations[self.nearest_key(path)]
         self.problems.setdefault(
-            path, RecipeError(f"{dotted}: {what}" if path else what, where=where, remedy=remedy)
+            path,
+            RecipeError(f"{dotted}: {message}" if path else message, where=where, remedy=remedy),
         )
 
 
@@ -131,12 +132,12 @@ def read_yaml(path: Path) -> YamlSource:
         ) from error
     node = _parse_yaml(text, str(path))
     if not isinstance(node, yaml.MappingNode):
-        what = (
+        message = (
             "the recipe is empty"
             if node is None
             else "the recipe does not consist of `key: value` lines"
         )
-        raise RecipeError(what, where=f"{path}:1:1", remedy="start from recipes/quickstart.yaml")
+        raise RecipeError(message, where=f"{path}:1:1", remedy="start from recipes/quickstart.yaml")
     reading = YamlSource(path, {(): f"{path}:1:1"})
     reading.data = _to_plain_data(node, (), reading, str(path))
     return reading
@@ -155,7 +156,7 @@ def _parse_yaml(text: str, origin: str) -> yaml.Node | None:
             )
             aliases += isinstance(event, yaml.AliasEvent)
             tag = str(getattr(event, "tag", None) or "").replace("tag:yaml.org,2002:", "!!")
-            what = (
+            fault = (
                 f"the tag {tag} is refused"
                 if tag
                 else f"more than {MAX_ALIASES} aliases"
@@ -166,9 +167,9 @@ def _parse_yaml(text: str, origin: str) -> yaml.Node | None:
                 if re.search("[\ud800-\udfff]", getattr(event, "value", ""))
                 else ""
             )
-            if what:
+            if fault:
                 raise RecipeError(
-                    what,
+                    fault,
                     where=_format_location(origin, event.start_mark),
                     remedy="write the plain values; a recipe holds nothing else",
                 )

@@ -14,7 +14,7 @@ from persea.errors import DataError
 
 MAX_LINE_BYTES = 16 << 20  # a longer line is a damaged file, not a prompt
 MALFORMED_PREFIX_BYTES = 200  # enough to recognise a malformed line; the file has the rest
-MAX_REASON_CHARACTERS = 300
+MAX_MALFORMED_REASON_CHARS = 300
 ROW_REMEDY = 'a line is {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
 
 
@@ -70,7 +70,7 @@ def read_prompts(
             if on_malformed is None:
                 raise
             prefix = line[:MALFORMED_PREFIX_BYTES].decode(errors="backslashreplace")
-            reason = error.message[:MAX_REASON_CHARACTERS]
+            reason = error.message[:MAX_MALFORMED_REASON_CHARS]
             on_malformed(MalformedLine(error.where, reason, len(line), prefix))
         else:
             yield prompt

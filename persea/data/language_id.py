@@ -32,7 +32,7 @@ LANGUAGE_NAMES = {
     "ru": "Russian",
     "hi": "Hindi",
 }
-# py3langid and its peers cannot tell these apart in one or two sentences
+# language identifiers such as py3langid confuse these in texts of one or two sentences
 CONFUSABLE_LANGUAGES = ({"id", "ms", "jv"}, {"zh", "yue"}, {"tl", "fil"})
 LANGUAGE_OF_SCRIPT = {  # scripts that are used by one language almost alone
     "THAI": "th",
@@ -116,7 +116,7 @@ def detect_language(text: str) -> str:
 
 
 def is_same_language(found: str, wanted: str) -> bool:
-    """Return whether two codes are equal or too close for short texts to tell apart.
+    """Return whether two codes are equal, or confusable in short texts.
 
     Args:
         found: Code from `detect_language`.

@@ -136,7 +136,7 @@ class MalformedLine:
 
     Attributes:
         location: file:line.
-        reason: What is wrong with it.
+        reason: Why the line is malformed.
         num_bytes: Length of the line.
         prefix: Its first characters.
     """

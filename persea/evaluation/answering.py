@@ -1,8 +1,7 @@
 """Ask a model the items of a task, keep its answers on disk, and grade them anew each time.
 
 Answers are kept in PERSEA_HOME/answers under the digest of everything they depend on, so that a
-killed audition or
-evaluation continues, and the next run does not generate the same answers again.
+killed audition or evaluation continues, and the next run does not generate the same answers again.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from persea import storage as store
+from persea import storage
 from persea.chat.messages import Conversation, FinishReason, Message, Text, ThinkingEffort
 from persea.errors import DataError, TeacherError
 from persea.tasks.task import ItemResult, Task, TaskItem, grade_answers
@@ -43,7 +42,7 @@ class EvaluatedModel:
             depends on besides the prompt and the effort.
         efforts: Thinking efforts it is measured at, its own first.
         load: Loads its weights; called only if something must be computed.
-        settings: What else may change a last digit: batch size, threads.
+        settings: Settings that may change a last digit: batch size, threads.
         is_text_only: Whether it returns no log-probabilities.
     """
 
@@ -157,7 +156,7 @@ def _generate_answers(
                     raise TeacherError(
                         answer.failure_reason,
                         where=f"{model.name}, {answer.prompt_id}",
-                        remedy="look at the server, then run again: answers so far are kept",
+                        remedy="look at the server, then run again: finished answers are kept",
                     )
             return [
                 [Conversation((a.conversation.messages[-1],)).to_json(), a.finish.value]
@@ -172,8 +171,8 @@ def _generate_answers(
             dict(model.settings),
             [_item_key(i) for i in batch],
         ]
-        records, was_kept = _load_or_compute(key, generate)
-        num_reused += len(batch) * was_kept
+        records, was_cached = _load_or_compute(key, generate)
+        num_reused += len(batch) * was_cached
         for item, (message, finish) in zip(batch, records, strict=True):
             conversation = Conversation.from_json(message)
             answers[item.prompt.id] = (conversation.messages[0], FinishReason(finish), ())
@@ -183,7 +182,7 @@ def _generate_answers(
 def _choose_answers(
     model: EvaluatedModel, items: Sequence[TaskItem]
 ) -> tuple[dict[str, _ItemAnswer], int]:
-    """Choose the most likely choice per byte; return what `_generate_answers` returns."""
+    """Choose the most likely choice per byte; same result as `_generate_answers`."""
     answers: dict[str, _ItemAnswer] = {}
     num_reused = 0
     for batch in _item_batches(items):
@@ -200,8 +199,8 @@ def _choose_answers(
             dict(model.settings),
             [[_item_key(i), i.choices] for i in batch],
         ]
-        nll, was_kept = _load_or_compute(key, score)
-        num_reused += len(batch) * was_kept
+        nll, was_cached = _load_or_compute(key, score)
+        num_reused += len(batch) * was_cached
         remaining = iter(nll)
         for item in batch:
             logprobs = tuple(-next(remaining) / len(c.encode()) for c in item.choices)
@@ -294,14 +293,14 @@ def _load_or_compute(key: object, compute: Callable[[], list[Any]]) -> tuple[lis
     name = hashlib.sha256(
         json.dumps([ANSWERS_VERSION, key], sort_keys=True, default=str).encode()
     ).hexdigest()
-    path = store.persea_home() / "answers" / name[:2] / f"{name}.json"
+    path = storage.persea_home() / "answers" / name[:2] / f"{name}.json"
     if path.is_file():
         try:
-            record = store.read_json_with_checksum(path, "delete it")
+            record = storage.read_json_with_checksum(path, "delete it")
             if record["key"] == name:
                 return list(record["said"]), True
         except DataError:
             pass
     values = compute()
-    store.write_json_with_checksum(path, {"key": name, "said": values})
+    storage.write_json_with_checksum(path, {"key": name, "said": values})
     return values, False

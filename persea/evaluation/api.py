@@ -1,8 +1,7 @@
 """Check, audition and evaluate as Python functions, without a recipe.
 
 Models are given as folders in Hugging Face form, hub ids, run folders (then their student), or as a
-`Teacher` with an
-engine of its own. Answers are kept in PERSEA_HOME and reused, as in a run.
+`Teacher` with an engine of its own. Answers are kept in PERSEA_HOME and reused, as in a run.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from persea.evaluation.compatibility import (
     MAX_TEMPLATE_EXCESS_BITS_PER_BYTE,
     MIN_COUNTED_PROBABILITY,
     TEXT_FILES_SKILL,
-    ConversationSample,
     PairCompatibility,
     TemplateLikelihood,
     check_pair,
     make_retained_mass,
     measure_template_likelihood,
     read_texts,
+    reference_samples,
     refuse_incompatible,
 )
 from persea.evaluation.evaluate import EvaluationAnswers, compare_student, evaluate_model
@@ -130,7 +129,7 @@ def check(
     teacher_renderer = _open_renderer(teacher)
     name = _name_of(teacher) if isinstance(teacher, str) else teacher.family.name
     samples = [
-        *_reference_samples(_draw_items(tasks, Split.AUDITION, items, seed)),
+        *reference_samples(_draw_items(tasks, Split.AUDITION, items, seed)),
         *(read_texts(language, file, max_lines) for language, file in (texts or {}).items()),
     ]
     samples = [s for s in samples if s.is_supported_by(teacher_renderer)]
@@ -184,7 +183,7 @@ def audition(
     settings: RaceSettings = DEFAULT_RACE_SETTINGS,
     progress: Callable[[float, str], None] = lambda share, text: None,
 ) -> Cast:
-    """Measure teachers on tasks, in rounds, and choose who teaches what.
+    """Measure teachers on tasks, in rounds, and choose the teachers of each task.
 
     Args:
         teachers: Folders, hub ids or Teachers. One is in memory at a time.
@@ -199,7 +198,7 @@ def audition(
         progress: Called with (share done, text).
 
     Returns:
-        Which teachers teach what, with all scores.
+        The teachers of each task and their shares, with all scores.
 
     Raises:
         RefusedError: No teacher of a task reaches `min_score`.
@@ -292,12 +291,7 @@ def _load_teacher(name: str, model: str, renderer: ChatRenderer, batch_size: int
     source, _ = resolve_model_source(model, name)
     options = EngineOptions(name, renderer, source=source, batch_size=batch_size)
     engine = find_engine("local").open(options)
-    return Teacher(name, renderer, engine, _own_effort(renderer))
-
-
-def _own_effort(renderer: ChatRenderer) -> ThinkingEffort:
-    """Return the lowest effort that a family has: gpt-oss, for one, always thinks."""
-    return next(e for e in ThinkingEffort if e in renderer.family.efforts)
+    return Teacher(name, renderer, engine, renderer.family.lowest_effort)
 
 
 def _open_models(models: Sequence[Teacher | str], batch_size: int) -> dict[str, EvaluatedModel]:
@@ -345,7 +339,7 @@ def _evaluated_model(
         weights, effort = model.fingerprint or uuid.uuid4().hex, model.effort
     else:
         weights = fingerprint(resolve_model_source(model, name)[0], name)
-        effort = _own_effort(renderer)
+        effort = renderer.family.lowest_effort
     return EvaluatedModel(
         name,
         digest_json([weights, renderer.digest, effort]),
@@ -361,17 +355,3 @@ def _draw_items(
 ) -> list[tuple[Task, tuple[TaskItem, ...]]]:
     found = [find_generated_task(t) if isinstance(t, str) else t for t in tasks]
     return [(task, tuple(task.items(split, items, seed))) for task in found]
-
-
-def _reference_samples(
-    tasks: Sequence[tuple[Task, Sequence[TaskItem]]],
-) -> list[ConversationSample]:
-    samples = []
-    for task, items in tasks:
-        answered = [i for i in items if i.reference or i.calls]
-        for language in dict.fromkeys(i.prompt.language for i in answered):
-            chosen = [i for i in answered if i.prompt.language == language]
-            conversations = tuple(i.reference_conversation for i in chosen)
-            labels = tuple(i.prompt.id for i in chosen)
-            samples.append(ConversationSample(task.name, language, conversations, labels))
-    return samples

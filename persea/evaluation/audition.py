@@ -1,4 +1,4 @@
-"""Audition: measure every teacher on every skill, and decide which teachers teach what.
+"""Audition: measure every teacher on every skill, and choose the teachers of each skill.
 
 The result is the cast: for each skill, or language of a skill, the strongest teachers and their
 shares of the prompts.
@@ -16,7 +16,7 @@ from persea.errors import RefusedError
 from persea.evaluation.racing import EffortComparison, StopReason, TaskRace, find_eliminated, mean
 from persea.tasks.task import Score, score_results
 
-MIN_TEACHING_SCORE = 1e-9  # a teacher with a score of 0 teaches nothing, whatever the floor
+MIN_TEACHING_SCORE = 1e-9  # a teacher with a score of 0 teaches nothing, also with min_score 0
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class PartDecision:
 
 @dataclass(frozen=True)
 class Cast:
-    """Which teachers teach what.
+    """The teachers of each skill, and their shares of its prompts.
 
     Attributes:
         parts: Part -> ((teacher, share), ...); shares sum to 1. A part is a skill, or
@@ -75,7 +75,7 @@ class Cast:
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Cast:
-        """Read what `to_json` wrote; a cast from before decisions were recorded has none."""
+        """Read the result of `to_json`; an old cast may have no decisions."""
 
         def read_score(s: Mapping[str, Any]) -> Score:
             return Score(**{**s, "effort": ThinkingEffort(s["effort"])})

@@ -1,9 +1,8 @@
 """Compatibility check: is a teacher usable for this student?
 
-Measured on real conversations before a teacher is asked or a student trained: how many student
-tokens begin at a common
-boundary, how often the two tokenizers disagree on the event there, and whether the teacher's chat
-template suits it.
+Measured on real conversations, before the capture and the training: how many student tokens begin
+at a common boundary, how often the two tokenizers disagree on the event there, and whether the
+teacher's chat template suits the teacher.
 """
 
 from __future__ import annotations
@@ -24,16 +23,15 @@ from persea.chat.renderer import ChatRenderer
 from persea.data.text_files import read_text_lines
 from persea.errors import DataError, RefusedError
 from persea.tasks.intervals import Z95, wilson_interval
+from persea.tasks.task import Task, TaskItem
 from persea.teachers.teacher import Teacher
 from persea.tokenization.tokens import RenderedTokens
 from persea.tokenization.vocabulary import Vocabulary
 
 # Bits per byte by which a chat template may be worse than no template. Measured on the qwen sapling
 # (tests/evaluation/test_compatibility.py): losing the newlines of its template costs .01, losing
-# the
-# empty thinking block, as under Qwen 2.5's template, .74. A small change of wording passes, a
-# format
-# that the model was not trained with does not.
+# the empty thinking block, as under Qwen 2.5's template, .74. A small change of wording passes, a
+# format that the model was not trained with does not.
 MAX_TEMPLATE_EXCESS_BITS_PER_BYTE = 0.25
 # Retained mass counts impossible tokens from this probability on: with a real vocabulary there are
 # about ten such tokens at a boundary, out of 262,144.
@@ -67,7 +65,8 @@ class ConversationSample:
     def is_supported_by(self, renderer: ChatRenderer) -> bool:
         """Return whether a family can render the sample; only tools can be unsupported.
 
-        A teacher is not asked what its family cannot render, so there is nothing to check.
+        Prompts that a teacher's family cannot render are not given to the teacher, so there is
+        nothing to check.
         """
         return renderer.family.is_tool_text_verbatim is not None or not any(
             c.tools for c in self.conversations
@@ -106,7 +105,8 @@ class PairCompatibility:
         boundary_share: Tokens where both tokenizers begin a token: taught by events.
         partial_token_share: Tokens inside a teacher token that begins at a common boundary.
         span_share: Tokens in a span whose two ends only are common boundaries.
-        cross_entropy_only_share: Tokens that nothing of the teacher reaches.
+        cross_entropy_only_share: Tokens without any target of the teacher: markers, and text that
+            only the student's rendering has.
         one_to_one_share: Of all spans, those of one student and one teacher token.
         event_disagreement: Of the common boundaries, those where the two tokens map to different
             events.
@@ -388,6 +388,32 @@ def _summarize_likelihood(
         float(bare_bits / num_bytes),
         low,
     )
+
+
+def reference_samples(
+    tasks: Iterable[tuple[Task, Sequence[TaskItem]]], max_answers: int | None = None
+) -> list[ConversationSample]:
+    """Return the reference answers of tasks as samples, one for each task and language.
+
+    Args:
+        tasks: Tasks with their items; items without a reference answer are left out, as some
+            published questions have none.
+        max_answers: Reference answers of one task and language, at most; None = all.
+    """
+    samples = []
+    for task, items in tasks:
+        answered = [i for i in items if i.reference or i.calls]
+        for language in dict.fromkeys(i.prompt.language for i in answered):
+            chosen = [i for i in answered if i.prompt.language == language][:max_answers]
+            samples.append(
+                ConversationSample(
+                    task.name,
+                    language,
+                    tuple(i.reference_conversation for i in chosen),
+                    tuple(i.prompt.id for i in chosen),
+                )
+            )
+    return samples
 
 
 def read_texts(language: str, file_ref: str, max_lines: int) -> ConversationSample:

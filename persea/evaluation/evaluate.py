@@ -2,8 +2,7 @@
 held-out items.
 
 Every model answers every task in every language at every effort; the result is scores, bits per
-byte and paired
-differences with intervals.
+byte and paired differences with intervals.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from persea import storage as store
+from persea import storage
 from persea.chat.messages import ThinkingEffort
 from persea.errors import SafetyRegressionError
 from persea.evaluation.answering import EvaluatedModel, answer_items, reference_bits
@@ -78,7 +77,7 @@ class EvaluationResult:
 
 @dataclass
 class EvaluationAnswers:
-    """Graded answers of all models so far.
+    """Graded answers of the models that were measured.
 
     Attributes:
         results: (model, effort, skill) -> graded answers, in the order measured.
@@ -234,7 +233,7 @@ def find_regressions(
 def refuse_saved_regressions(evaluation_path: Path) -> None:
     """Apply `refuse_safety_regressions` to an evaluation.json."""
     refuse_safety_regressions(
-        [PairedComparison(**p) for p in store.read_json(evaluation_path)["regressions"]],
+        [PairedComparison(**p) for p in storage.read_json(evaluation_path)["regressions"]],
         str(evaluation_path),
     )
 

@@ -1,8 +1,7 @@
 """Racing: rank teachers on a task with as few items as possible.
 
 Teachers answer in rounds of a few items. A teacher that is worse than another with confidence is
-eliminated; a race ends
-when one teacher is left or the items are used up.
+eliminated; a race ends when one teacher is left or the items are used up.
 """
 
 from __future__ import annotations
@@ -126,10 +125,10 @@ def find_eliminated(
             n = min(len(scores), len(rival_scores))
             if name == rival or n == 0 or {name, rival} & set(found):
                 continue
-            mine, theirs = scores[:n], rival_scores[:n]
-            wealth = betting_wealth([b - a for a, b in zip(mine, theirs, strict=True)])[-1]
+            own, others = scores[:n], rival_scores[:n]
+            wealth = betting_wealth([b - a for a, b in zip(own, others, strict=True)])[-1]
             if wealth >= min_wealth or (
-                is_last_look and paired_difference_interval(theirs, mine, confidence)[0] > 0
+                is_last_look and paired_difference_interval(others, own, confidence)[0] > 0
             ):
                 found[name] = rival
     return found

@@ -56,7 +56,7 @@ LOSSES: tuple[type[Loss], ...] = (
 def build_loss(terms: Iterable[tuple[str, float]]) -> Loss:
     """Build the weighted sum of losses that a recipe lists under `training.loss`.
 
-    Event KL is built with event weight 1; a cross-entropy term beside it takes the rest.
+    Event KL is built with event weight 1; a cross-entropy term in the same sum takes the rest.
 
     Args:
         terms: name and weight of each loss.

@@ -36,7 +36,7 @@ from persea.losses.matmul import (
 )
 from persea.losses.targets import BatchTargets, split_targets
 
-# Bytes of the logits of a chunk, teacher's included; with the tensors beside them 64 MiB and 1 GiB.
+# Bytes of the logits of a chunk, teacher's included; with the other tensors 64 MiB and 1 GiB.
 MAX_CHUNK_BYTES = {"cpu": 59 << 20, "cuda": 768 << 20}
 PerTokenTensors = tuple[torch.Tensor, ...]
 # (logits of a chunk, number of the chunk, its positions) -> tensors by position, the loss first.

@@ -17,7 +17,8 @@ class Divergence(StrEnum):
     """Divergence between a teacher distribution p and a student distribution q.
 
     FORWARD is sum p log(p/q) and covers every mode of the teacher. REVERSE is sum q log(q/p) and
-    avoids what the teacher avoids. JSD is half of each against the mean of both (Lin 1991).
+    avoids outcomes that the teacher avoids. JSD is half of each against the mean of both (Lin
+    1991).
     """
 
     FORWARD = "forward"

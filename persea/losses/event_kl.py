@@ -147,7 +147,7 @@ class EventKLPerToken:
         row_G: position of each target token.
         token_G: target token.
         target_mass_G: its target mass.
-        unscaled_row_S: position of a token that is named beside a rest and therefore not scaled.
+        unscaled_row_S: position of a token that an entry names where there is a rest: not scaled.
         unscaled_token_S: that token. Its gradient is set, not corrected: where the student is
             certain the scale reaches 1e25, and a difference would keep no digits.
     """

@@ -98,7 +98,7 @@ class Loss(torch.nn.Module):
     if TYPE_CHECKING:
 
         def __call__(self, *args: Any, **kwargs: Any) -> LossOutput:
-            """Return the type of `forward`; `nn.Module` says Any."""
+            """Declare the type of `forward`: `nn.Module` declares Any."""
 
     def forward(
         self,

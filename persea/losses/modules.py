@@ -44,11 +44,11 @@ class TokenLoss(Loss):
     Example:
         >>> import torch
         >>> from persea.losses import TokenLoss
-        >>> class SquaredError(TokenLoss):
-        ...     name = "squared_error"
+        >>> class ErrorProbability(TokenLoss):
+        ...     name = "error_probability"
         ...     def token_losses(self, logits_CV, labels_C, targets):
         ...         return 1 - logits_CV.softmax(-1).gather(1, labels_C[:, None]).squeeze(1)
-        >>> out = SquaredError()(torch.zeros(2, 4), torch.tensor([0, 3]), ())
+        >>> out = ErrorProbability()(torch.zeros(2, 4), torch.tensor([0, 3]), ())
         >>> out.loss.item(), out.num_tokens
         (0.75, 2)
     """
@@ -367,7 +367,7 @@ def _fold_cross_entropy(terms: Sequence[tuple[Loss, float]]) -> list[tuple[Loss,
         return list(terms)
     loss_fn, weight = events[0]
     total = weight + text
-    total = 1.0 if abs(total - 1) < 1e-9 else total  # 0.7 + 0.3 is one, whatever float sums say
+    total = 1.0 if abs(total - 1) < 1e-9 else total  # 0.7 + 0.3 is one, also in floats
     folded = EventKL(loss_fn.event_map, weight * loss_fn.event_weight / total)
     others = [pair for pair in terms if not isinstance(pair[0], EventKL | CrossEntropy)]
     return [(folded, total), *others]

@@ -68,8 +68,8 @@ class BatchTargets:
             comes next.
         token_G: int64, the student token.
         rest_N: probability that a distribution of kind TOPK does not name; empty for other kinds.
-        excluded_row_A: int64, position of a token that is no part of the rest, beside the tokens of
-            the entries.
+        excluded_row_A: int64, position of a token that is no part of the rest, besides the tokens
+            of the entries.
         excluded_token_A: int64, the token.
         vocab_size: number of student tokens V; logits must have as many columns.
         kind: FULL, SAMPLED, TOPK, or TEXT_ONLY (no entries).

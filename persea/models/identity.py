@@ -75,7 +75,7 @@ def _fingerprinted_files(folder: Path) -> list[Path]:
 
 
 def model_warnings(source: ModelSource, renderer: ChatRenderer, where: str) -> str:
-    """Return what a person should know about a model and its renderer; "" if nothing is unusual.
+    """Return warnings about a model and its renderer, for people; "" if nothing is unusual.
 
     Nothing here stops a run. Reported are: a family that persea does not know; a base model with a
     chat template (its configuration ends a text with another token than the template ends a turn,

@@ -64,7 +64,7 @@ def distill(
 ) -> DistillResult:
     """Run a recipe: check, audition, capture, train, evaluate, lineage, report.
 
-    Does what `persea run` does. Stages that are up to date are skipped, and an interrupted run
+    The same as `persea run`. Stages that are up to date are skipped, and an interrupted run
     continues.
 
     Args:
@@ -104,8 +104,8 @@ def distill(
     from persea.pipeline.progress import progress_bars
     from persea.pipeline.run_context import RunContext
     from persea.pipeline.stages import run_pipeline
-    from persea.tasks.benchmarks import reject_unknown_names
-    from persea.teachers.engines import reject_unknown_engines
+    from persea.tasks.benchmarks import refuse_unknown_names
+    from persea.teachers.engines import refuse_unknown_engines
 
     if isinstance(recipe, Recipe):
         if overrides:
@@ -117,8 +117,8 @@ def distill(
         loaded, where = recipe, recipe.name
     else:
         loaded, where = load_recipe(Path(recipe), list(overrides)), str(recipe)
-    reject_unknown_names(loaded.evaluation.benchmarks, loaded.corpus, where)
-    reject_unknown_engines(loaded.teachers, where)
+    refuse_unknown_names(loaded.evaluation.benchmarks, loaded.corpus, where)
+    refuse_unknown_engines(loaded.teachers, where)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     silence_transformers()
     folder = Path(out) if out is not None else Path("runs") / loaded.name

@@ -1,4 +1,4 @@
-"""Plan a run: list what each stage would do, and refuse a run that the disk cannot hold.
+"""Plan a run: list the work of each stage, and refuse a run that the disk cannot hold.
 
 Loads no weights.
 """
@@ -40,7 +40,7 @@ class StagePlan:
     Attributes:
         stage: Name of the stage.
         state: "up to date", "to do", or "waits" if it needs the output of an earlier stage.
-        work: What the stage does, in words.
+        work: Description of the work.
     """
 
     stage: str
@@ -50,7 +50,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run would do.
+    """The work of a run, before it starts.
 
     Attributes:
         stages: The stages, in order.
@@ -80,7 +80,7 @@ class RunPlan:
 
 
 def plan_run(context: RunContext) -> RunPlan:
-    """Count what each stage asks, stores and writes.
+    """Count the answers, bytes and steps of each stage.
 
     Raises:
         RefusedError: The disk cannot hold the run.
@@ -169,9 +169,9 @@ def _stage_state(context: RunContext, stage: Stage, earlier_states: Mapping[str,
 def training_bytes(student: StudentSection) -> int:
     """Return the bytes that a training adds to the disk, at most: student and checkpoints.
 
-    Checkpoints hold what is trained: all weights, or the LoRA matrices. Two checkpoints are kept,
-    and a third is written before the oldest is deleted. Returns 0 for a model that is not in a
-    local folder: its size is unknown before it is downloaded.
+    Checkpoints hold the trained weights: all of them, or the LoRA matrices. Two checkpoints are
+    kept, and a third is written before the oldest is deleted. Returns 0 for a model that is not in
+    a local folder: its size is unknown before it is downloaded.
     """
     from persea.training.checkpoint import MAX_CHECKPOINTS  # imports torch
 

@@ -39,12 +39,14 @@ def has_fixed_effort(ref: TeacherSection) -> bool:
 
 
 def endpoint_identity(ref: TeacherSection) -> list[Any]:
-    """Return what the answers of a teacher behind a server depend on.
+    """Return the settings that the answers of a teacher behind a server depend on.
 
     The address and the retry settings are no part of it. Empty for a local teacher.
     """
     at = ref.endpoint
-    model = "words" if ref.model == TEXT_ONLY_MODEL else ref.model  # literal in kept caches
+    model = (
+        "words" if ref.model == TEXT_ONLY_MODEL else ref.model
+    )  # the old name, part of identities in existing caches
     return (
         []
         if at is None
@@ -102,7 +104,7 @@ def open_remote_engine(ref: TeacherSection, renderer: ChatRenderer, handshake_fi
     The first handshake of a run is stored in `handshake_file`, and later ones must match it.
 
     Raises:
-        TeacherError: The server does not return what is needed, or serves another model.
+        TeacherError: The server does not return the needed values, or serves another model.
         MissingRequirementError: The API key or vLLM is missing.
     """
     endpoint = ref.endpoint

@@ -132,7 +132,7 @@ class RunContext:
             ]
         )
 
-    # --- the corpus and what is captured from it ---
+    # --- the corpus and its capture ---
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -169,7 +169,7 @@ class RunContext:
 
     @cached_property
     def taught_efforts(self) -> dict[str, tuple[ThinkingEffort, ...]]:
-        """Skill -> thinking efforts that the corpus teaches; empty if no part has modes."""
+        """Skill -> thinking efforts that the corpus teaches; empty if no part has effort shares."""
         taught: dict[str, set[ThinkingEffort]] = {}
         for part in self.recipe.corpus:
             taught.setdefault(part.skill, set()).update(part.effort_shares)
@@ -181,7 +181,7 @@ class RunContext:
 
     @cached_property
     def cast(self) -> Cast:
-        """Which teacher answers which prompts, read from the audition's output.
+        """The teachers of each skill, read from the audition's output.
 
         Raises:
             DataError: The audition has not run.

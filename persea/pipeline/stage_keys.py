@@ -40,7 +40,7 @@ def stage_key(stage: str, inputs: object) -> str:
 
 
 def check_inputs(context: RunContext) -> object:
-    """Return what the output of `check` depends on, as JSON."""
+    """Return the inputs of `check`, as JSON: everything that its output depends on."""
     return [
         context.models.teacher_identities,
         context.models.student_identity,
@@ -50,7 +50,7 @@ def check_inputs(context: RunContext) -> object:
 
 
 def audition_inputs(context: RunContext) -> object:
-    """Return what the output of `audition` depends on, as JSON."""
+    """Return the inputs of `audition`, as JSON: everything that its output depends on."""
     return [
         context.models.teacher_identities,
         context.items_digest(Split.AUDITION),
@@ -62,7 +62,7 @@ def audition_inputs(context: RunContext) -> object:
 
 
 def capture_inputs(context: RunContext) -> object:
-    """Return what the output of `capture` depends on, as JSON."""
+    """Return the inputs of `capture`, as JSON: everything that its output depends on."""
     return [
         *(u.name for u in context.capture_units),
         *([b.location, b.reason] for b in context.corpus.malformed),
@@ -75,7 +75,7 @@ def capture_inputs(context: RunContext) -> object:
 
 
 def train_inputs(context: RunContext) -> dict[str, Any]:
-    """Return what the trained student depends on, as JSON.
+    """Return everything that the trained student depends on, as JSON.
 
     Checkpoints hold the same value: a training resumes only from a checkpoint with equal inputs.
     Answers that `capture.drop_wrong_answers` rejected are part of it.
@@ -96,7 +96,7 @@ def train_inputs(context: RunContext) -> dict[str, Any]:
 
 
 def evaluate_inputs(context: RunContext) -> object:
-    """Return what the output of `evaluate` depends on, as JSON."""
+    """Return the inputs of `evaluate`, as JSON: everything that its output depends on."""
     return [
         context.stages.read_record("train")["outputs"],
         context.models.teacher_identities,
@@ -106,7 +106,7 @@ def evaluate_inputs(context: RunContext) -> object:
 
 
 def lineage_inputs(context: RunContext) -> object:
-    """Return what the output of `lineage` depends on, as JSON."""
+    """Return the inputs of `lineage`, as JSON: everything that its output depends on."""
     return [
         context.stages.read_record("train")["outputs"],
         context.recipe.hash,
@@ -116,7 +116,7 @@ def lineage_inputs(context: RunContext) -> object:
 
 
 def report_inputs(context: RunContext) -> object:
-    """Return what the output of `report` depends on, as JSON."""
+    """Return the inputs of `report`, as JSON: everything that its output depends on."""
     return [
         *(context.stages.read_record(stage)["key"] for stage in STAGE_NAMES[:-1]),
         context.lm_eval_digests(),

@@ -55,9 +55,9 @@ class RunStatus:
         fraction_done: Fraction of that stage that is done, in [0, 1].
         message: The stage's last progress message.
         updated_at: Time of the last update, seconds since 1970.
-        seconds_left: Seconds until that stage ends at its pace so far; None = unknown.
+        seconds_left: Seconds until that stage ends at its present pace; None = unknown.
         lock_holder: Process that holds the folder; "" = none.
-        error: What ended the run, one line; "" = nothing.
+        error: Why the run ended, one line; "" = nothing.
         checkpoint_step: Step of the newest checkpoint of the training; None = no checkpoint.
     """
 

@@ -13,7 +13,7 @@ from persea.config.schema import BenchmarkSection, CorpusSection, TeacherSection
 from persea.data.formats import read_prompts
 from persea.data.prompts import MalformedLine, Prompt, assign_efforts
 from persea.errors import DataError, TeacherError
-from persea.evaluation.compatibility import ConversationSample, read_texts
+from persea.evaluation.compatibility import ConversationSample, read_texts, reference_samples
 from persea.tasks import benchmarks as benchmark_tasks
 from persea.tasks import generated
 from persea.tasks.benchmarks.benchmark import Benchmark, BenchmarkSource, GradingOptions
@@ -220,18 +220,7 @@ def make_check_samples(
         max_answers: Reference answers of one skill and language, at most. They are short and
             similar: more of them change no share by much.
     """
-    samples = []
-    for task, items in held_out:
-        # some published questions have no reference answer
-        answered = [i for i in items if i.reference or i.calls]
-        for language in dict.fromkeys(i.prompt.language for i in answered):
-            chosen = [i for i in answered if i.prompt.language == language][:max_answers]
-            samples.append(
-                ConversationSample(
-                    task.name,
-                    language,
-                    tuple(i.reference_conversation for i in chosen),
-                    tuple(i.prompt.id for i in chosen),
-                )
-            )
-    return (*samples, *(read_texts(language, file, max_lines) for language, file in texts.items()))
+    return (
+        *reference_samples(held_out, max_answers),
+        *(read_texts(language, file, max_lines) for language, file in texts.items()),
+    )

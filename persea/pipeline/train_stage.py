@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persea import storage as store
+from persea import storage
 from persea.cache.answer_filter import without_rejected
 from persea.cache.capture import assign_prompts, open_teacher_caches
 from persea.cache.reader import AnswerSource
@@ -166,7 +166,7 @@ def train_rank(
     )
     if not world.rank:
         counts = dataset.stats.to_json() | {"held_out": len(held_out) if held_out else 0}
-        store.write_json(folder / "dataset.json", counts)
+        storage.write_json(folder / "dataset.json", counts)
     return student
 
 
@@ -178,7 +178,7 @@ def _teacher_caches(context: RunContext) -> Sequence[tuple[AnswerSource, float]]
         context.recipe.training.shuffle_window_blocks,
     )
     return (
-        without_rejected(caches, store.read_json(context.folder / "capture" / "rejected.json"))
+        without_rejected(caches, storage.read_json(context.folder / "capture" / "rejected.json"))
         if context.recipe.capture.drop_wrong_answers
         else caches
     )

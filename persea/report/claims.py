@@ -40,17 +40,17 @@ def headline(comparisons: Sequence[SkillComparison]) -> str:
     nothing = f"no teacher answered anything right on {join_list(unscored)}" if unscored else ""
     if not retained:
         return f"{start} cannot be compared, because {nothing}."
-    whose = "the best teacher's score" if num_teachers > 1 else "its teacher's score"
+    compared_score = "the best teacher's score" if num_teachers > 1 else "its teacher's score"
     shares = [f"{format_percent(share)} on {skill}" for share, skill in retained]
     (highest, first), (lowest, last) = retained[0], retained[-1]
     if len(retained) > MAX_LISTED:
         summary = (
             f"between {format_percent(lowest)} ({last}, its lowest) "
-            f"and {format_percent(highest)} ({first}) of {whose} "
+            f"and {format_percent(highest)} ({first}) of {compared_score} "
             f"on {spell_count(len(retained))} skills"
         )
     else:
-        shares[0] = f"{format_percent(highest)} of {whose} on {first}"
+        shares[0] = f"{format_percent(highest)} of {compared_score} on {first}"
         if len(retained) > 1:
             shares[-1] = f"{format_percent(lowest)} (its lowest) on {last}"
         summary = join_list(shares)
@@ -82,7 +82,7 @@ def claims(evaluation: EvaluationRecord, comparisons: Sequence[SkillComparison])
 
 
 def _coverage_sentence(comparisons: Sequence[SkillComparison]) -> str:
-    """Say whether one teacher is among the best on every skill."""
+    """Return a sentence: whether one teacher is among the best on every skill."""
     worse_on = {
         t.model_name: [
             c.skill
@@ -111,15 +111,17 @@ def _coverage_sentence(comparisons: Sequence[SkillComparison]) -> str:
 def _comparison_sentence(
     skill_orders: Sequence[tuple[str, IntervalOrder]], compared_to: str
 ) -> str:
-    words = {
+    phrases = {
         IntervalOrder.ABOVE: "above",
         IntervalOrder.OVERLAPS: (
             "not distinguishable (the 95 % interval of the difference contains 0)"
         ),
         IntervalOrder.BELOW: "below",
     }
-    groups = {which: [skill for skill, s in skill_orders if s is which] for which in words}
-    parts = [f"{words[which]} on {join_list(skills)}" for which, skills in groups.items() if skills]
+    groups = {order: [skill for skill, s in skill_orders if s is order] for order in phrases}
+    parts = [
+        f"{phrases[order]} on {join_list(skills)}" for order, skills in groups.items() if skills
+    ]
     return f"Compared with {compared_to}, the student is {'; '.join(parts)}."
 
 

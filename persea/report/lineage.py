@@ -1,6 +1,6 @@
 """Record the origin of a student's weights: parents, licences, data, recipe and software.
 
-The record is written beside the student and shown in its model card.
+The record is written to the run folder and shown in its model card.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from persea import storage as store
+from persea import storage
 from persea.errors import DataError
 from persea.evaluation.audition import Cast
 
@@ -64,7 +64,7 @@ def lineage_record(
     Raises:
         DataError: If the folder holds no weights.
     """
-    weights = {p.name: store.digest_file(p) for p in sorted(student_folder.glob("*.safetensors"))}
+    weights = {p.name: storage.digest_file(p) for p in sorted(student_folder.glob("*.safetensors"))}
     if not weights:
         raise DataError(
             "the folder holds no weights of a student",

@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
-from persea import storage as store
+from persea import storage
 from persea.chat.messages import ThinkingEffort
 from persea.evaluation.audition import CAST_TABLE_COLUMNS, cast_table
 from persea.evaluation.lm_eval_results import LmEvalResult, read_lm_eval_results
@@ -229,11 +229,11 @@ def write_report(
     card = _render_template("model_card.md.jinja", context)
     summary = report_summary(files, comparisons, lm_eval_results)
     folder = out_folder or run_folder / "report"
-    store.write_json(
+    storage.write_json(
         folder / "report.json", summary | ({"modes": modes.to_json()} if modes else {})
     )
-    store.write_atomic(folder / "README.md", card)
-    store.write_atomic(folder / "index.html", page)
+    storage.write_atomic(folder / "README.md", card)
+    storage.write_atomic(folder / "index.html", page)
     return folder / "index.html"
 
 

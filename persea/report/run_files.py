@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeAlias, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from persea import storage as store
+from persea import storage
 from persea.chat.messages import ThinkingEffort
 from persea.errors import DataError
 from persea.evaluation.audition import Cast
@@ -58,9 +58,9 @@ class EvaluationRecord:
     @property
     def student_efforts(self) -> tuple[ThinkingEffort, ...]:
         """Efforts at which the student was measured, its own first."""
-        mine = {s.effort for s in self.scores if s.model_name == self.student}
+        efforts = {s.effort for s in self.scores if s.model_name == self.student}
         return tuple(
-            sorted(mine, key=lambda e: (e is not self.effort, list(ThinkingEffort).index(e)))
+            sorted(efforts, key=lambda e: (e is not self.effort, list(ThinkingEffort).index(e)))
         )
 
     def mark(self, model: str) -> str:
@@ -74,12 +74,12 @@ class EvaluationRecord:
         self, other: str, skill: str, language: str, effort: ThinkingEffort
     ) -> PairedComparison | None:
         """Return the comparison of the student with another model on the same items."""
-        wanted = (other, skill, language, effort)
+        key = (other, skill, language, effort)
         return next(
             (
                 p
                 for p in self.compared
-                if (p.other_model_name, p.skill, p.language, p.effort) == wanted
+                if (p.other_model_name, p.skill, p.language, p.effort) == key
             ),
             None,
         )
@@ -237,7 +237,7 @@ def _read_validated(path: Path, target_type: type[ParsedT]) -> ParsedT:
                 f"a line is not JSON: {error}", where=str(path), remedy=remedy
             ) from error
     else:
-        value = store.read_json(path)
+        value = storage.read_json(path)
     if not _is_finite(value):
         raise DataError("holds NaN or infinity", where=str(path), remedy=remedy)
     try:

@@ -206,7 +206,7 @@ def gap_chart(
 
 
 def line_chart(element_id: str, title: str, values: Sequence[tuple[int, float]]) -> str:
-    """Draw a quantity over training steps; the description says how many steps each point averages.
+    """Draw a quantity over training steps; the description gives the number of steps per point.
 
     Args:
         element_id: Unique id in the page.

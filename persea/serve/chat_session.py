@@ -29,7 +29,7 @@ from persea.teachers.teacher import Teacher
 CHAT_COMMAND_HELP = {
     "/think": "on, off, low, medium or high: thinking before the answer; alone: show it",
     "/lang": f"language of the answers ({', '.join(LANGUAGE_NAMES)}), or off",
-    "/history": "the conversation so far, without thinking",
+    "/history": "the conversation, without thinking",
     "/reset": "start a new conversation",
     "/help": "this list",
     "/quit": "end, as Ctrl-D does; Ctrl-C stops an answer. Begin a line with a space to send a /",
@@ -69,9 +69,7 @@ class ChatSession:
     @staticmethod
     def start(renderer: ChatRenderer) -> ChatSession:
         """Start an empty conversation at the model's lowest thinking effort."""
-        return ChatSession(
-            renderer, next(e for e in ThinkingEffort if e in renderer.family.efforts)
-        )
+        return ChatSession(renderer, renderer.family.lowest_effort)
 
     def build_conversation(self, question_text: str) -> Conversation:
         """Return the whole conversation with a new question at its end."""
@@ -146,7 +144,7 @@ class ChatDisplay(Protocol):
         ...
 
     def end_answer(self, note: str) -> None:
-        """End the answer; `note` says what was unusual, or is ""."""
+        """End the answer; `note` describes anything unusual, or is ""."""
         ...
 
     def show_note(self, text: str) -> None:

@@ -54,9 +54,8 @@ class ServerLimits:
     max_logprobs: int = 64
 
 
-MAX_BUFFERED_BODIES = (
-    8  # all bodies being read have together at most this many times the limit of one
-)
+# All bodies that are being read together have at most this many times the limit of one.
+MAX_BUFFERED_BODIES = 8
 RETRY_AFTER_HEADERS = ((b"retry-after", b"1"),)
 
 

@@ -199,8 +199,7 @@ class ChatCompletionRequest(OpenAIRequest):
 
         Raises:
             DataError: Tool calls of the wrong role, results without a call, malformed JSON, or an
-            effort
-                that the model lacks.
+                effort that the model lacks.
         """
         messages: list[Message] = []
         names: dict[str, str] = {}

@@ -205,9 +205,8 @@ def betting_wealth(differences: ScoreValues) -> npt.NDArray[np.float64]:
     """
     stakes_L = (np.arange(BETTING_STAKES) + 0.5) / BETTING_STAKES
     logs_NL = np.cumsum(np.log1p(np.outer(np.asarray(differences, np.float64), stakes_L)), axis=0)
-    with np.errstate(
-        over="ignore"
-    ):  # past 1e308 the wealth is infinite, which decides just as well
+    # Past 1e308 the wealth is infinite, which decides just as well.
+    with np.errstate(over="ignore"):
         return np.asarray(np.exp(logs_NL).mean(axis=1), np.float64)
 
 

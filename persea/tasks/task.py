@@ -29,7 +29,7 @@ from persea.tasks.intervals import (
 # Fixed for ever: another bound would put test items into the text that the saplings were trained
 # on.
 PRETRAIN_BELOW, TRAIN_BELOW, AUDITION_BELOW = 60, 86, 92
-MAX_REASON_CHARS = 300  # of a grader's exception, in the examples
+MAX_GRADER_ERROR_CHARS = 300  # of a grader's exception, in the examples
 
 
 class Split(StrEnum):
@@ -283,7 +283,7 @@ def _grade_one(task: Task, item: TaskItem, answer: Message) -> Grade:
         raise  # the grader's resources are gone, which is no fault of the answer
     except Exception as error:
         return Grade(
-            Verdict.GRADER_ERROR, 0.0, f"{type(error).__name__}: {error}"[:MAX_REASON_CHARS]
+            Verdict.GRADER_ERROR, 0.0, f"{type(error).__name__}: {error}"[:MAX_GRADER_ERROR_CHARS]
         )
 
 
@@ -308,8 +308,8 @@ def score_results(
     Returns:
         The score; value 0 and interval [0, 1] if no item is left.
     """
-    mine = [r for r in results if not language or r.item.prompt.language == language]
-    values = [r.value for r in mine]
+    selected = [r for r in results if not language or r.item.prompt.language == language]
+    values = [r.value for r in selected]
     low, high = mean_interval(values, confidence)
     return Score(
         model_name,
@@ -320,8 +320,8 @@ def score_results(
         len(values),
         low,
         high,
-        grader_errors=sum(r.verdict is Verdict.GRADER_ERROR for r in mine),
-        malformed=sum(r.verdict is Verdict.MALFORMED for r in mine),
+        grader_errors=sum(r.verdict is Verdict.GRADER_ERROR for r in selected),
+        malformed=sum(r.verdict is Verdict.MALFORMED for r in selected),
     )
 
 

@@ -1,5 +1,6 @@
-"""Teacher: a chat renderer and an engine. It answers prompts and scores text; an evaluated student
-is one too.
+"""Teacher: a chat renderer and an engine that answer prompts and score text.
+
+An evaluated student is a `Teacher` too.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Answer:
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> Answer:
-        """Read what `to_json` wrote."""
+        """Read the result of `to_json`."""
         return Answer(
             value["prompt_id"],
             value["teacher"],

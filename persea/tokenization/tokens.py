@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+IntArray: TypeAlias = npt.NDArray[np.int64]  # ids, positions and counts
 
 
 @dataclass(frozen=True)
 class RenderedTokens:
     """A conversation as token ids of one tokenizer. T = tokens.
 
-    The byte offsets refer to the content of the conversation: the UTF-8 bytes of all its parts laid
-    end to end, with one unused byte between two parts, so that the end of one part and the start of
-    the next are different offsets. A part that the family drops has no tokens. All tokenizers share
-    these offsets, so tokens of two tokenizers are comparable.
+    The byte offsets refer to the content of the conversation: the UTF-8 bytes of all its parts,
+    concatenated, with one unused byte between two parts, so that the end of one part and the start
+    of the next are different offsets. A part that the family drops has no tokens. All tokenizers
+    share these offsets, so tokens of two tokenizers are comparable.
 
     Attributes:
         ids_T: int32 token ids.

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from persea import storage as store
+from persea import storage
 from persea.errors import DataError, RefusedError
 from persea.training.distributed.world import World
 from persea.training.loss_balancing import Group, GroupScale
@@ -28,7 +28,7 @@ MAX_CHECKPOINTS = 2  # checkpoints to keep: the newest, and one more in case the
 RESUME_AUTO, RESUME_NEVER = "auto", "never"  # values of --resume besides a path
 # Keys of the recipe's section `training` that change how often a training is observed and saved,
 # not its result: a checkpoint may be resumed with other values.
-OBSERVATION_KEYS = frozenset({"checkpoint_every", "log_every", "report_to"})
+IGNORED_ON_RESUME_KEYS = frozenset({"checkpoint_every", "log_every", "report_to"})
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def save_checkpoint(
     if world.rank:
         return
     name = folder / "checkpoints" / f"step-{state.step:08d}"
-    with store.open_atomic(name.with_suffix(".pt")) as file:
+    with storage.open_atomic(name.with_suffix(".pt")) as file:
         writer: Any = _HashingWriter(file)
         try:
             torch.save(
@@ -210,16 +210,16 @@ def save_checkpoint(
     metrics = "".join(
         json.dumps(line, allow_nan=False) + "\n" for line in state.log_history
     ).encode()
-    store.write_atomic(name.with_suffix(".jsonl"), metrics)
-    store.write_atomic(folder / "metrics.jsonl", metrics)
-    store.write_json_with_checksum(
+    storage.write_atomic(name.with_suffix(".jsonl"), metrics)
+    storage.write_atomic(folder / "metrics.jsonl", metrics)
+    storage.write_json_with_checksum(
         name.with_suffix(".json"),
         {
             "inputs": inputs,
             "step": state.step,
             "world": world.size,
             "state": writer.sha.hexdigest(),
-            "metrics": store.digest_bytes(metrics),
+            "metrics": storage.digest_bytes(metrics),
         },
     )
     delete_old_checkpoints(folder)
@@ -231,7 +231,7 @@ def delete_old_checkpoints(folder: Path, keep: int = MAX_CHECKPOINTS) -> None:
     # sorted: the record (.json) is deleted before .jsonl and .pt
     for path in sorted((folder / "checkpoints").glob("step-*")):
         if not keep or (records and path.stem < records[0].stem):
-            store.DISK.remove(path)
+            storage.DISK.remove(path)
 
 
 def delete_later_checkpoints(folder: Path, step: int) -> None:
@@ -241,7 +241,7 @@ def delete_later_checkpoints(folder: Path, step: int) -> None:
     """
     for path in sorted((folder / "checkpoints").glob("step-*")):
         if path.stem > f"step-{step:08d}":
-            store.DISK.remove(path)
+            storage.DISK.remove(path)
 
 
 # --- reading ---
@@ -294,11 +294,11 @@ def describe_changes(before: Any, now: Any, key: str = "") -> list[str]:
 
 
 def _comparable(inputs: Any) -> Any:
-    """Return inputs as they come back from a file (tuples are lists), without OBSERVATION_KEYS."""
+    """Return inputs as read from a file (tuples are lists), without IGNORED_ON_RESUME_KEYS."""
     again = json.loads(json.dumps(inputs))
     training = again.get("training")
     if isinstance(training, dict):
-        again["training"] = {k: v for k, v in training.items() if k not in OBSERVATION_KEYS}
+        again["training"] = {k: v for k, v in training.items() if k not in IGNORED_ON_RESUME_KEYS}
     return again
 
 
@@ -330,7 +330,7 @@ def _corrupt_checkpoint(record: Path) -> DataError:
 def _read_record(path: Path) -> dict[str, Any]:
     """Read and check the record of a checkpoint."""
     try:
-        record = store.read_json_with_checksum(path, "")
+        record = storage.read_json_with_checksum(path, "")
     except DataError as error:
         raise _corrupt_checkpoint(path) from error
     if (
@@ -352,7 +352,7 @@ def load_checkpoint(
 
     Args:
         path: record of the checkpoint.
-        inputs: recipe and data as JSON; keys of OBSERVATION_KEYS may differ.
+        inputs: recipe and data as JSON; keys of IGNORED_ON_RESUME_KEYS may differ.
         parameters: the trainable parameters.
         optimizer: their optimiser; None = load only the weights.
         world: this process among all processes.
@@ -374,11 +374,11 @@ def load_checkpoint(
         )
     try:
         metrics = path.with_suffix(".jsonl").read_bytes()
-        digests = store.digest_file(path.with_suffix(".pt")), store.digest_bytes(metrics)
+        digests = storage.digest_file(path.with_suffix(".pt")), storage.digest_bytes(metrics)
     except FileNotFoundError as error:
         raise _corrupt_checkpoint(path) from error
     except OSError as error:
-        raise store.unreadable_file_error(path, error) from error
+        raise storage.unreadable_file_error(path, error) from error
     if digests != (record["state"], record["metrics"]):
         raise _corrupt_checkpoint(path)
     state = torch.load(path.with_suffix(".pt"), weights_only=True, mmap=True, map_location="cpu")

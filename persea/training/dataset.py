@@ -103,7 +103,7 @@ class DistillDataset(torch.utils.data.Dataset[Example]):
         partial_tokens: whether student tokens that begin inside a teacher token get targets too.
 
     Attributes:
-        stats: what became an example and what was skipped.
+        stats: counts of examples and of skipped answers.
 
     Raises:
         DataError: if no answer is left, if a cached distribution is invalid, or if the cache holds
@@ -244,6 +244,9 @@ class DistillDataset(torch.utils.data.Dataset[Example]):
         Args:
             validation_share: share of the examples to hold out. The number is rounded to whole
                 batches, at least one of each; the seed decides which.
+
+        Returns:
+            (training dataset, held-out dataset).
 
         Raises:
             DataError: if there are not enough examples.

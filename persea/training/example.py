@@ -92,7 +92,7 @@ def align_answer(
     """Build the example of an answer that is already rendered; see `build_example`."""
     aligned = align(tokens, answer.tokens)
     boundaries, rows = aligned.boundaries, answer.distributions
-    index_S, index_T = _supervised_index(tokens), _supervised_index(answer.tokens)
+    index_S, index_T = supervised_index(tokens), supervised_index(answer.tokens)
     row_C, position_C = index_T[boundaries.teacher_C], index_S[boundaries.student_C]
     entry_M, which_M = expand_groups(rows.offsets_N1, row_C)
     contexts = np.full((2, int(tokens.loss_mask_T.sum())), UNRESTRICTED_CONTEXT)
@@ -132,7 +132,7 @@ def align_answer(
     return Example(tokens, one.teacher, one.skill, one.language, targets, counts)
 
 
-def _supervised_index(tokens: RenderedTokens) -> npt.NDArray[np.int64]:
+def supervised_index(tokens: RenderedTokens) -> npt.NDArray[np.int64]:
     """Return the number of each supervised token among the supervised ones."""
     return np.cumsum(tokens.loss_mask_T, dtype=np.int64) - 1
 
@@ -156,13 +156,13 @@ def _partial_token_targets(
     )
     projected = projector.project(
         rows,
-        _supervised_index(answer.tokens)[teacher_I],
+        supervised_index(answer.tokens)[teacher_I],
         prefixes,
         projector.student_order.supervised_context_ids(tokens, student_I),
     )
     none = np.empty(0, np.int64)
     return EventTargets(
-        _supervised_index(tokens)[student_I][projected.student_index_M],
+        supervised_index(tokens)[student_I][projected.student_index_M],
         projected.event_M,
         projected.probs_M,
         projected.entry_D,

@@ -129,7 +129,7 @@ def find_logit_scaling(model: PreTrainedModel, vocab_size: int, where: str) -> L
         hidden_SD.dtype,
     ):
         raise RefusedError(
-            f"the logits of {type(model).__name__} are not what its configuration says",
+            f"the logits of {type(model).__name__} do not follow from its configuration",
             where=where,
             remedy="persea knows final_logit_softcapping, logits_scaling, "
             f"{', '.join(LOGIT_SCALE_KEYS)}; this model cannot be trained with persea",
@@ -147,7 +147,7 @@ def refuse_packing(model: PreTrainedModel, vocab_size: int, where: str) -> None:
         where: place for error messages.
 
     Raises:
-        RefusedError: if a text's hidden states change when another text stands before it in the row
+        RefusedError: if a text's hidden states change when another text precedes it in the row
             (recurrent state, attention without masks): packed texts would train on each other.
     """
     one_BS, two_BS = (

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from persea import storage as store
+from persea import storage
 from persea.errors import RefusedError, RunInterrupted
 from persea.training import checkpoint as checkpoints
 from persea.training import loss_balancing as balance
@@ -365,7 +365,7 @@ def _record_skipped_step(
             ),
         )
     if not world.rank:
-        store.write_json_lines(
+        storage.write_json_lines(
             folder / "metrics.jsonl",
             (*state.log_history, {"step": state.step, "skipped": list(state.skipped_steps)}),
         )
@@ -412,11 +412,11 @@ def _collect_signals() -> Iterator[list[int]]:
     """Collect SIGTERM and SIGINT, so that the state is saved between steps, never inside one."""
     received: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def record_signal(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
     try:
-        before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+        before = {s: signal.signal(s, record_signal) for s in (signal.SIGTERM, signal.SIGINT)}
     except ValueError:  # not the main thread (a notebook's worker), which may set no handlers
         before = {}
     try:

@@ -45,7 +45,7 @@ def open_tracker(
         folder: folder of tensorboard's files, and of the id of a wandb run.
         steps_done: steps of the checkpoint that the training resumes. Points after it are of a
             killed run; tensorboard drops them.
-        config: shown beside the curves: the recipe's section `training`.
+        config: shown with the curves: the recipe's section `training`.
         last_step: last step of the training. wandb and trackio send in the background, so the run
             is finished explicitly after this step.
     """

@@ -1,8 +1,7 @@
 """Continue a tokenizer's byte-pair encoding on new text, and extend the tokenizer with the merges.
 
 Merges are learned within the words of the tokenizer's own pre-tokenizer, and are appended to its
-own
-merges: a word without a new pair is split as before, and no known token gets another id. When
+own merges: a word without a new pair is split as before, and no known token gets another id. When
 `tokenizers` (0.23) opens a file, it numbers added tokens that the model's vocabulary lacks from the
 vocabulary's size on: every new token would shift all control tokens by one. So control tokens are
 written into the vocabulary. `refuse_changed_tokens` proves for each tokenizer that none is read out
@@ -109,7 +108,7 @@ def read_merge_training_texts(file_specs: Sequence[str]) -> tuple[MergeTrainingT
             raise DataError(
                 f"fewer than {HELD_OUT_LINE_INTERVAL} different lines with text",
                 where=one.file,
-                remedy="give more text: every tenth line is held_out training_texts, to measure on",
+                remedy="give more text: every tenth line is held out, to measure on",
             )
     return training_texts
 

@@ -50,7 +50,7 @@ ProgressCallback = Callable[[str, float, str], None]
 
 @dataclass(frozen=True)
 class VocabExtension:
-    """A tokenizer with more tokens, and what its model needs for them.
+    """A tokenizer with more tokens, and the data that its model needs for them.
 
     Attributes:
         model: Name of the model's folder or repository.
@@ -263,7 +263,10 @@ def load_in_stored_dtype(source: ModelSource, where: str) -> PreTrainedModel:
 
 
 def extend_vocabulary(
-    source: ModelSource, file_specs: Sequence[str], num_tokens: int, progress: ProgressCallback
+    source: ModelSource,
+    file_specs: Sequence[str],
+    num_tokens: int,
+    progress: ProgressCallback,
 ) -> VocabExtension:
     """Learn new tokens for a model from text files. Writes nothing and reads no weights.
 
@@ -378,7 +381,7 @@ def write_extended_model(
             != extension.tokenizer_spec["model"]
         ):
             raise RefusedError(
-                "its tokenizer, read back, differs from what was written",
+                "its tokenizer, read back, differs from the written one",
                 where=where,
                 remedy="extend a student of another family",
             )

@@ -155,7 +155,7 @@ def test_entries_by_brute_force(
                 rest = raw[len(said) :]
                 try:
                     first = s.vocabulary.encode(rest.decode())[0]
-                except Exception:  # no text: the first token is another test's (test_bridge.py)
+                except Exception:  # no text: the first token is another test's (test_event_map.py)
                     continue
                 event = int(emap.student_event_V[first])
                 members = np.flatnonzero(emap.student_event_V == event).tolist()

@@ -30,8 +30,8 @@ def test_terms(keys: dict[str, Any], terms: tuple[tuple[str, float], ...]) -> No
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"loss": EVENTS, "event_weight": 0.7}, "given beside `event_weight`"),
-        ({"loss": EVENTS, "objective": "events"}, "given beside `objective`"),
+        ({"loss": EVENTS, "event_weight": 0.7}, "given together with `event_weight`"),
+        ({"loss": EVENTS, "objective": "events"}, "given together with `objective`"),
         ({"loss": (*EVENTS, EVENTS[0])}, "a loss is named twice"),
         (
             {"loss": EVENTS[1:], "partial_tokens": True},

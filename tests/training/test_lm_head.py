@@ -118,7 +118,7 @@ def test_logits_that_are_not_what_the_configuration_says_are_refused(config: typ
         return out
 
     model.forward = warmer
-    with pytest.raises(RefusedError, match="are not what its configuration says") as caught:
+    with pytest.raises(RefusedError, match="do not follow from its configuration") as caught:
         find_logit_scaling(model, V, "student")
     assert caught.value.exit_code == 4
 

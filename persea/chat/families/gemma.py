@@ -25,8 +25,8 @@ Gemma 4 has other control tokens, a system turn, a thinking switch, and its own 
 
 A call and its result belong to one turn of the model, which ends a call with <|tool_response>.
 Arguments are written key by key in sorted order: a call has no byte offsets, and `normalise_gemma4`
-sorts it. The template keeps a thought only beside a call after the last question. Without thinking
-its prompt ends with an empty thought that its finished conversations leave out: see
+sorts it. The template keeps a thought only in a turn with a call after the last question. Without
+thinking its prompt ends with an empty thought that its finished conversations leave out: see
 `Family.prompt_only_suffix`.
 """
 
@@ -90,7 +90,7 @@ def parse(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, .
 def normalise_gemma4(conversation: Conversation) -> Conversation:
     """Trim texts, sort arguments, and drop most thoughts.
 
-    Thoughts are kept beside calls after the last question if thinking is on.
+    Thoughts are kept in turns with calls after the last question if thinking is on.
     """
     last_question = max(
         (k for k, m in enumerate(conversation.messages) if m.role is Role.USER), default=-1
@@ -134,12 +134,12 @@ def template_inputs_gemma4(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return messages, tools and the thinking switch.
 
-    Text beside a call and arguments that cannot be parsed back are refused.
+    Text in a turn with a call and arguments that cannot be parsed back are refused.
     """
     for k, m in enumerate(conversation.messages):
         if m.calls and m.text:
             raise DataError(
-                f"message {k} has text beside its tool calls",
+                f"message {k} has text and tool calls",
                 where="gemma-4",
                 remedy="the template writes the text after the results; leave the conversation out",
             )
@@ -299,4 +299,3 @@ GEMMA4 = Family(
     is_tool_text_verbatim=verbatim_except_calls,
     thought_ends=(("<channel|>",),),
 )
-GEMMAS = (GEMMA, GEMMA4)

@@ -4,14 +4,13 @@ The facts that a family's file states are found here by rendering probe conversa
 are placeholders and reading the text around the placeholders.
 
     stop token     the control token after an answer; if the template leaves the last answer open,
-    the
-                   token before the next question, provided the model's configuration calls it an
-                   end
+                   the token before the next question, provided that the model's configuration
+                   declares it as end of text
     strip rules    the white space that the template strips from a text, by role
     answer prefix  text between prompt and answer; the model generates it, `parse` removes it
 
-If the probes contradict each other the model is refused. What they cannot find out is stated in
-`Family.limitations`.
+If the probes contradict each other the model is refused. `Family.limitations` lists the facts that
+probes cannot find.
 """
 
 from __future__ import annotations
@@ -90,7 +89,7 @@ def infer_family(
     strip_rules = dict(behaviour.strip_rules)
 
     def normalise(conversation: Conversation) -> Conversation:
-        """Thoughts dropped; texts trimmed as the template was seen to."""
+        """Drop thoughts; trim texts as the template does."""
         last = len(conversation.messages) - 1
         return edit_texts(
             conversation,
@@ -158,7 +157,7 @@ def close_last_answer(template: ChatTemplate, stop_token: str) -> ChatTemplate:
 
 
 def describe_limitations(behaviour: TemplateBehaviour, eos_tokens: Collection[str]) -> str:
-    """Return what persea knows and does not know about such a model, for people."""
+    """Return the known and unknown facts about such a model, for people."""
     limitations = [
         "persea does not know this family and uses its chat template alone: no thinking and no "
         "tools, although the model may have them",

@@ -11,10 +11,10 @@ The template drops the thoughts of earlier turns and writes today's date; persea
     <|start|>assistant to=functions.f<|channel|>commentary json<|message|>{"x": 1}<|call|>
     <|start|>functions.f to=assistant<|channel|>commentary<|message|>"42"<|end|>
 
-One call a turn, no text beside it. The thought before a call is kept until a final answer follows;
-then the template drops it, so a finished conversation differs from what the model saw while it
-called. Models also write <|channel|>commentary to=functions.f <|constrain|>json, which is parsed
-but never rendered.
+One call a turn, and no text in that turn. The thought before a call is kept until a final answer
+follows; then the template drops it, so a finished conversation differs from the prompt that the
+model saw when it called. Models also write <|channel|>commentary to=functions.f <|constrain|>json,
+which is parsed but never rendered.
 """
 
 from __future__ import annotations
@@ -77,10 +77,9 @@ def template_inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], d
     for k, m in enumerate(conversation.messages):
         if len(m.calls) > 1 or (m.calls and m.text):
             raise DataError(
-                f"message {k} has {len(m.calls)} tool calls"
-                + (" and text beside them" if m.text else ""),
+                f"message {k} has {len(m.calls)} tool calls" + (" and text" if m.text else ""),
                 where="gpt-oss",
-                remedy="the template writes one call a turn and nothing beside it; "
+                remedy="the template writes one call a turn and no text; "
                 "leave the conversation out",
             )
         last_call = m.calls[0].name if m.calls else last_call

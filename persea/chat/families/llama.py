@@ -11,7 +11,7 @@ see `hybrid.py`). The template trims texts.
 
 Tools are declared before the first question. A call is the whole answer, as plain text:
 {"name": "f", "parameters": {"x": 1}}. So a text of that shape is a call if tools are declared, and
-only then. One call a turn, no text beside it; results are quoted.
+only then. One call a turn, and no text in that turn; results are quoted.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def normalise(conversation: Conversation) -> Conversation:
 
 
 def template_inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return messages and tools; refuse what the template would drop or make ambiguous."""
+    """Return messages and tools; refuse content that the template would drop or make ambiguous."""
     turns = [m for m in conversation.messages if m.role is not Role.SYSTEM]
     if conversation.tools and turns and turns[0].role is not Role.USER:
         raise DataError(
@@ -68,10 +68,9 @@ def template_inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], d
     for k, m in enumerate(conversation.messages):
         if len(m.calls) > 1 or (m.calls and m.text):
             raise DataError(
-                f"message {k} has {len(m.calls)} tool calls"
-                + (" and text beside them" if m.text else ""),
+                f"message {k} has {len(m.calls)} tool calls" + (" and text" if m.text else ""),
                 where="llama",
-                remedy="the template writes one call a turn and nothing beside it; "
+                remedy="the template writes one call a turn and no text; "
                 "leave the conversation out",
             )
         if (

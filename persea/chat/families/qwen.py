@@ -177,8 +177,7 @@ def _parse_call(text: str) -> ToolCall | None:
     return ToolCall.from_generated(parsed["name"], parsed["arguments"])
 
 
-# ---- Qwen 2.5 and Qwen3-Coder: no thinking
-# ---------------------------------------------------------------------------------------
+# --- Qwen 2.5 and Qwen3-Coder: no thinking ---
 
 
 def _strip_leading_line_breaks(text: str) -> str:
@@ -213,7 +212,7 @@ def parse_qwen25(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[Content
 
 
 def normalise_coder(conversation: Conversation) -> Conversation:
-    """Normalise as Qwen 2.5, and trim text beside calls."""
+    """Normalise as Qwen 2.5, and trim the text of turns with calls."""
     return edit_texts(
         normalise_qwen25(conversation), lambda k, m, p: p.text.strip() if m.calls else p.text
     )
@@ -228,11 +227,11 @@ def template_inputs_coder(
 
 
 def parse_coder(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
-    """Parse answer [calls]; line breaks around text beside calls are stripped."""
-    return _trim_text_beside_calls(_parse_answer(pieces))
+    """Parse answer [calls]; the text before calls is trimmed."""
+    return _trim_text_before_calls(_parse_answer(pieces))
 
 
-def _trim_text_beside_calls(parts: Sequence[ContentPart] | None) -> tuple[ContentPart, ...] | None:
+def _trim_text_before_calls(parts: Sequence[ContentPart] | None) -> tuple[ContentPart, ...] | None:
     """Trim the text of an answer with calls."""
     if parts is None or not any(isinstance(p, ToolCall) for p in parts):
         return None if parts is None else tuple(parts)
@@ -240,8 +239,7 @@ def _trim_text_beside_calls(parts: Sequence[ContentPart] | None) -> tuple[Conten
     return tuple(p for p in trimmed if p.text)
 
 
-# ---- Qwen 3.5 and QwQ: the prompt opens <think>
-# ----------------------------------------------------------------------------------
+# --- Qwen 3.5 and QwQ: the prompt opens <think> ---
 
 
 def normalise_qwen35(conversation: Conversation) -> Conversation:

@@ -89,7 +89,7 @@ def find_benchmark(name: str) -> Benchmark:
     )
 
 
-def reject_unknown_names(
+def refuse_unknown_names(
     refs: Sequence[BenchmarkSection], corpus: Sequence[CorpusSection], where: str
 ) -> None:
     """Check the names of benchmarks and skills in a recipe. Opens no file.

@@ -159,5 +159,5 @@ def select_split(
         return hashlib.sha256(f"{salt} {name}/{row}".encode()).digest()
 
     is_audition = {Split.AUDITION: True, Split.TEST: False}.get(split)
-    mine = [i for i in items if (digest("split", i)[0] < NUM_AUDITION_VALUES) is is_audition]
-    return tuple(sorted(mine, key=lambda i: (digest(seed, i), i.prompt.id))[:n])
+    selected = [i for i in items if (digest("split", i)[0] < NUM_AUDITION_VALUES) is is_audition]
+    return tuple(sorted(selected, key=lambda i: (digest(seed, i), i.prompt.id))[:n])

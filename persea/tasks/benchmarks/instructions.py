@@ -248,9 +248,8 @@ def ifeval(source: BenchmarkSource) -> BenchmarkItems:
         unknown = [i for i in ids if i not in CONSTRAINT_CHECKERS]
         if unknown:
             return f"no checker for {unknown[0]}"
-        given = [
-            {k: v for k, v in some.items() if v is not None} for some in arguments
-        ]  # copies on the hub fill absent arguments with null
+        # Copies on the hub fill absent arguments with null.
+        given = [{k: v for k, v in some.items() if v is not None} for some in arguments]
         for name, some in zip(ids, given, strict=True):
             try:
                 CONSTRAINT_CHECKERS[name]("Probe.", **some)
@@ -273,11 +272,13 @@ def grade_instructions(item: TaskItem, answer: Message) -> Grade:
     """Grade by the share of the instructions that the answer follows; right if it follows all."""
     if not answer.text.strip():
         return malformed_grade("empty answer")
-    wanted: list[tuple[str, dict[str, Any]]] = json.loads(item.answer_key)
-    missed = [name for name, some in wanted if not CONSTRAINT_CHECKERS[name](answer.text, **some)]
+    instructions: list[tuple[str, dict[str, Any]]] = json.loads(item.answer_key)
+    missed = [
+        name for name, some in instructions if not CONSTRAINT_CHECKERS[name](answer.text, **some)
+    ]
     return Grade(
         Verdict.WRONG if missed else Verdict.RIGHT,
-        1 - len(missed) / len(wanted),
+        1 - len(missed) / len(instructions),
         f"not followed: {', '.join(missed)}" if missed else "",
     )
 

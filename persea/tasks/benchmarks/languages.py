@@ -175,9 +175,8 @@ def jcommonsenseqa(source: BenchmarkSource) -> BenchmarkItems:
             "jcommonsenseqa", row, "ja", row.text("question"), choices[label], choices=choices
         )
 
-    return collect_items(
-        map(one, read_benchmark_rows(source, read_json_lines)), source
-    )  # the published .json file holds one object per line
+    # The published .json file holds one object per line.
+    return collect_items(map(one, read_benchmark_rows(source, read_json_lines)), source)
 
 
 def grade_choice(item: TaskItem, answer: Message) -> Grade:

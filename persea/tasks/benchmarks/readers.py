@@ -297,7 +297,7 @@ def _hub_error(name: str, error: Exception) -> DataError:
 def collect_items(
     items_or_reasons: Iterable[TaskItem | str], source: BenchmarkSource
 ) -> BenchmarkItems:
-    """Collect items, and count the reasons that stand in place of items that are left out.
+    """Collect items, and count the reasons that are given in place of items that are left out.
 
     Args:
         items_or_reasons: Items; a text is the reason why a row is left out.

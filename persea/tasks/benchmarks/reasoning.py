@@ -49,7 +49,7 @@ ANSWER_PHRASE = re.compile(
 def extract_final_answer(text: str) -> str:
     r"""Return the final answer of a text; "" if it gives none.
 
-    It follows the last ####, or stands in the last \boxed{}, or follows the last "the answer is"
+    It follows the last ####, or is in the last \boxed{}, or follows the last "the answer is"
     (in seven languages).
     """
     if "####" in text:

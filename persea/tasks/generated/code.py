@@ -173,9 +173,9 @@ ALLOWED_CALLS: Mapping[str, Callable[[Any], Any]] = {
 
 
 def parse_function(source: str) -> Callable[[Any], Any]:
-    """Parse `def f(x).
+    """Parse `def f(x): return EXPRESSION`, or the same as a lambda, into a Python function.
 
-    Return EXPRESSION`, or the same as a lambda, into a function that evaluates the expression.
+    The function evaluates the expression (`_evaluate`); no code is executed.
 
     Raises:
         DisallowedExpressionError: If the source is too long, no Python, or another kind of program.

@@ -6,9 +6,8 @@ from collections.abc import Callable
 
 from persea.tasks.task import Split, TaskItem, assign_split
 
-ITEM_SEED_STRIDE = (
-    1_000_003  # item seeds are number * stride + seed: sets of different seeds do not overlap
-)
+# Item seeds are number * stride + seed: sets of different seeds do not overlap.
+ITEM_SEED_STRIDE = 1_000_003
 TRIES_PER_ITEM, EXTRA_TRIES = 60, 1000  # so that the search ends when a task has fewer than n items
 
 

@@ -53,7 +53,7 @@ def draw_chain(rng: random.Random, length: int) -> tuple[int, ...]:
 def make_item(item_seed: int) -> tuple[str, TaskItem]:
     """Make one item from a seed: `answer_key` is the bare answer, a whole number or a name."""
     rng = random.Random(f"reasoning {item_seed}")
-    (who, other), what = rng.sample(PERSON_NAMES, 2), rng.choice(OBJECTS)
+    (person, other), thing = rng.sample(PERSON_NAMES, 2), rng.choice(OBJECTS)
     kind = rng.choices(list(KIND_WEIGHTS), list(KIND_WEIGHTS.values()))[0]
     figures = draw_chain(rng, 1 if kind == "compare" else 2 if kind == "two" else 3)
     changes = [f"{CHANGE_VERBS[1 if f > 0 else -1]} {abs(f)}" for f in figures[1:]]
@@ -61,11 +61,12 @@ def make_item(item_seed: int) -> tuple[str, TaskItem]:
         total = sum(figures)
         rival = rng.choice([n for n in range(max(1, total - 9), total + 10) if n != total])
         question = (
-            f"{who} has {figures[0]} {what} and {changes[0]}. {other} has {rival}. Who has more?"
+            f"{person} has {figures[0]} {thing} and {changes[0]}. "
+            f"{other} has {rival}. Who has more?"
         )
-        answer, figures = who if total > rival else other, (*figures, rival)
+        answer, figures = person if total > rival else other, (*figures, rival)
     else:
-        question = f"{who} has {figures[0]} {what}, {', '.join(changes)}. How many?"
+        question = f"{person} has {figures[0]} {thing}, {', '.join(changes)}. How many?"
         answer = str(sum(figures))
     key = f"reasoning/{kind}/{'/'.join(map(str, figures))}"
     prompt = Prompt(key, Conversation.from_question(question), "reasoning", "en")

@@ -119,9 +119,8 @@ def build_root(settings: dict[str, Any]) -> None:
     )
     set_mount_flags(root, MS_RDONLY | MS_NOSUID | MS_NODEV, recursive=False)
     os.chdir(root)
-    check_syscall(
-        LIBC.pivot_root(b".", b"."), "pivot_root"
-    )  # the old root is now mounted over the new one, and is removed
+    check_syscall(LIBC.pivot_root(b".", b"."), "pivot_root")
+    # The old root is now mounted over the new one, and is removed.
     check_syscall(LIBC.umount2(b".", MNT_DETACH), "umount the old root")
     os.chdir("/tmp")
 
@@ -143,9 +142,8 @@ def drop_privileges(uid: int) -> None:
         LIBC.capset((ctypes.c_uint32 * 2)(*CAPABILITY_HEADER), (ctypes.c_uint32 * 6)()), "capset"
     )
     check_syscall(LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
-    check_syscall(
-        LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "dumpable"
-    )  # nobody may read the memory of the supervisor
+    # No other process may read the memory of the supervisor.
+    check_syscall(LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "dumpable")
 
 
 def run_program(settings: dict[str, Any]) -> None:

@@ -195,8 +195,8 @@ class Sandbox:
             status_fd, inherited_status = os.pipe()
             on_failure.callback(os.close, status_fd)
             inherited.callback(os.close, inherited_status)
-            # Source and output are files and not pipes, so that nobody has to feed them during the
-            # start.
+            # Source and output are files and not pipes, so that no thread has to feed them during
+            # the start.
             source = inherited.enter_context(tempfile.TemporaryFile())
             source.write(program.encode(errors="surrogatepass"))
             source.seek(0)

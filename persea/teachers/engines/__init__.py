@@ -1,9 +1,8 @@
 """Engines: where a teacher's weights run, in this process or behind a server.
 
 All engines implement one protocol, `Engine`, and declare what they support in `EngineCapabilities`.
-Callers look at
-the capabilities, never at the class. `ENGINES` lists every engine; docs/new_engine.md shows how to
-add one.
+Callers look at the capabilities, never at the class. `ENGINES` lists every engine;
+docs/new_engine.md shows how to add one.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ DEFAULT_MAX_FINGERPRINT_DRIFT_NATS = 0.1  # half-precision kernels and batch siz
 
 @dataclass(frozen=True)
 class EngineCapabilities:
-    """What an engine supports.
+    """Capabilities of an engine.
 
     Attributes:
         kind: Distributions it returns. FULL: log-probabilities over the whole vocabulary, by
@@ -100,7 +99,7 @@ class Engine(Protocol):
 
     @property
     def capabilities(self) -> EngineCapabilities:
-        """What this engine supports."""
+        """Capabilities of this engine."""
         ...
 
     def generate(
@@ -133,7 +132,7 @@ class Engine(Protocol):
         sequences: Sequence[npt.NDArray[np.int32]],
         loss_masks: Sequence[npt.NDArray[np.bool_]],
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield what `compute_logprobs` returns in blocks of rows, to bound memory.
+        """Yield the rows of `compute_logprobs` in blocks, to bound memory.
 
         Yields:
             (index of the sequence, its next rows [n, W]). The rows of a sequence come in order;
@@ -181,7 +180,7 @@ def _refuse(engine: Engine, reason: str, remedy: str) -> NoReturn:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What is needed to open any engine; each engine uses a part of it.
+    """Options to open any engine; each engine uses a part of them.
 
     Attributes:
         teacher_name: Name of the teacher, for messages.
@@ -257,7 +256,7 @@ def find_engine(name: str) -> EngineSpec:
     )
 
 
-def reject_unknown_engines(teachers: Sequence[TeacherSection], where: str) -> None:
+def refuse_unknown_engines(teachers: Sequence[TeacherSection], where: str) -> None:
     """Check the names of a recipe's engines and protocols against `ENGINES`.
 
     Raises:

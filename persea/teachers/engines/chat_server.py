@@ -1,5 +1,5 @@
-"""Engine for chat routes: conversations in, text out. No distributions, so such a teacher teaches
-by its text alone.
+"""Engine for chat routes: conversations in, text out. There are no distributions, so such a teacher
+teaches by its text alone.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class ChatServerEngine(ServerEngine):
 
     @property
     def capabilities(self) -> EngineCapabilities:
-        """What this engine supports."""
+        """Capabilities of this engine."""
         return EngineCapabilities(DistributionKind.TEXT_ONLY, takes_token_ids=False)
 
     def compute_fingerprint(self) -> ServerFingerprint:
@@ -204,7 +204,7 @@ def _count_response_tokens(answer: tuple[tuple[ContentPart, ...], FinishReason, 
 def _merge_delta(
     texts: dict[str, str], calls: dict[int, dict[str, str]], delta: dict[str, Any]
 ) -> None:
-    """Add an event's delta to the texts and tool calls so far."""
+    """Add an event's delta to the collected texts and tool calls."""
     for key, alias in (("reasoning_content", "reasoning"), ("content", "content")):
         text = delta.get(key) or delta.get(alias) or ""
         if not isinstance(text, str):

@@ -1,8 +1,7 @@
 """HTTP client for one server: many requests at once, each answered exactly once, with retries.
 
 The watchdog counts tokens, not connections: a server whose health route answers but that generates
-no token within
-`stall_timeout_s` counts as dead.
+no token within `stall_timeout_s` counts as dead.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Validation of what servers return: every value is checked before it becomes a distribution.
+"""Validation of server responses: every value is checked before it becomes a distribution.
 
 Servers return wrong tokens, truncated distributions and sentinel values without an error; all of
 them are refused here.
@@ -33,8 +33,9 @@ REPEATED_LOGPROB_TOLERANCE_NATS = 1e-3
 
 
 class MalformedResponseError(ValueError):
-    """A server's answer is malformed or impossible; the message says why. The request may be
-    repeated.
+    """A server's answer is malformed or impossible, for the reason in the message.
+
+    The request may be repeated.
     """
 
 

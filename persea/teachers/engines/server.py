@@ -1,9 +1,7 @@
-"""What engines behind a server share: the handshake, the fingerprint and the check that the model
-did not change.
+"""Common parts of engines behind a server: handshake, fingerprint, and the check of the model.
 
-The server is verified before and after every batch of requests in which a connection was lost, so
-that answers of
-two models never mix.
+The model is verified before every batch of requests, and again after a batch in which a connection
+was lost, so that answers of two models never mix.
 """
 
 from __future__ import annotations
@@ -83,7 +81,7 @@ class ServerFingerprint:
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> ServerFingerprint:
-        """Read what `to_json` wrote."""
+        """Read the result of `to_json`."""
         return ServerFingerprint(str(value["model"]), tuple(float(x) for x in value["logs"]))
 
 
@@ -105,14 +103,14 @@ class ServerEngine(Engine):
         """Ask the server for its fingerprint.
 
         Raises:
-            TeacherError: The server does not return what is needed.
+            TeacherError: The server does not return the needed values.
         """
 
     def handshake(self) -> ServerFingerprint:
-        """Check what the server supports, and record its fingerprint.
+        """Check the capabilities of the server, and record its fingerprint.
 
         Raises:
-            TeacherError: The server does not return what is needed, with the reason.
+            TeacherError: The server does not return the needed values; the message has the reason.
         """
         fingerprint = self.compute_fingerprint()
         self.fingerprints.append(fingerprint)

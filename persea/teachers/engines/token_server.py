@@ -1,12 +1,10 @@
 """Engine for servers that take and return token ids: vLLM, SGLang, `persea serve`.
 
 The handshake checks three things before the server is trusted: which model it serves; that the
-server tokenizes a
-text as the teacher's own tokenizer does; that it returns plausible log-probabilities, by token id,
-for every position
-of a scored conversation. Later connections score that conversation again, and another model is
-refused. The bytes of
-tokens come from the teacher's own tokenizer, never from the server.
+server tokenizes a text as the teacher's own tokenizer does; that it returns plausible
+log-probabilities, by token id, for every position of a scored conversation. Later connections
+score that conversation again, and another model is refused. The bytes of tokens come from the
+teacher's own tokenizer, never from the server.
 """
 
 from __future__ import annotations
@@ -74,7 +72,7 @@ class TokenServerEngine(ServerEngine):
 
     @property
     def capabilities(self) -> EngineCapabilities:
-        """What this engine supports."""
+        """Capabilities of this engine."""
         return EngineCapabilities(DistributionKind.TOPK, self.num_top_logprobs)
 
     def handshake(self) -> ServerFingerprint:

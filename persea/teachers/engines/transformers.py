@@ -49,7 +49,7 @@ class TransformersEngine(Engine):
 
     @property
     def capabilities(self) -> EngineCapabilities:
-        """What this engine supports."""
+        """Capabilities of this engine."""
         return LOCAL_CAPABILITIES
 
     @property

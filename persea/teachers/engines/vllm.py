@@ -52,7 +52,7 @@ class VllmEngine(Engine):
 
     @property
     def capabilities(self) -> EngineCapabilities:
-        """What this engine supports."""
+        """Capabilities of this engine."""
         return EngineCapabilities(DistributionKind.TOPK, self.num_top_logprobs)
 
     def generate(
@@ -129,7 +129,7 @@ def load_vllm_engine(
         raise MissingRequirementError(
             "vLLM is not installed in this environment",
             where="teachers: engine: vllm",
-            remedy="install it beside persea as docs/engines.md says, or run `vllm serve` "
+            remedy="install it into persea's environment (docs/engines.md), or run `vllm serve` "
             "and give the teacher an `endpoint:`",
         )
     llm = import_module("vllm").LLM(

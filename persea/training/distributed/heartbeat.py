@@ -264,20 +264,20 @@ def encode_failure(rank: int, error: BaseException) -> str:
     """Encode an error for the store."""
     failure = {"rank": rank, "code": getattr(error, "exit_code", 1)}
     if isinstance(error, RunInterrupted):
-        return json.dumps(failure | {"what": error.detail, "signal": error.signal_number})
+        return json.dumps(failure | {"message": error.detail, "signal": error.signal_number})
     if isinstance(error, PerseaError):
         return json.dumps(
-            failure | {"what": error.message, "where": error.where, "remedy": error.remedy}
+            failure | {"message": error.message, "where": error.where, "remedy": error.remedy}
         )
-    return json.dumps(failure | {"what": "".join(traceback.format_exception(error))})
+    return json.dumps(failure | {"message": "".join(traceback.format_exception(error))})
 
 
 def decode_failure(encoded: str) -> BaseException:
     """Decode an error from the store, to be raised again."""
     failure = json.loads(encoded)
     if "signal" in failure:
-        return RunInterrupted(failure["signal"], failure["what"])
+        return RunInterrupted(failure["signal"], failure["message"])
     for kind in FORWARDED_ERRORS:
         if failure["code"] == kind.exit_code:
-            return kind(failure["what"], where=failure["where"], remedy=failure["remedy"])
-    return RuntimeError(f"rank {failure['rank']}:\n{failure['what']}")
+            return kind(failure["message"], where=failure["where"], remedy=failure["remedy"])
+    return RuntimeError(f"rank {failure['rank']}:\n{failure['message']}")

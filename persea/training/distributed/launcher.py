@@ -1,6 +1,6 @@
 """Start several training processes on this machine, forward signals, and leave none behind.
 
-The launcher does what torchrun does: the same variables, a store on the loopback interface, one
+The launcher works as torchrun does: the same variables, a store on the loopback interface, one
 process a rank.
 """
 
@@ -69,14 +69,14 @@ def launch_processes(
     """
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-    with socket.create_server(("127.0.0.1", 0)) as door:
-        port = door.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
         server = TCPStore(
             "127.0.0.1",
             port,
             is_master=True,
             wait_for_workers=False,
-            master_listen_fd=os.dup(door.fileno()),
+            master_listen_fd=os.dup(listener.fileno()),
         )
     store = PrefixStore("persea/0", server)
     variables = {

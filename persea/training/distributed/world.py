@@ -168,18 +168,19 @@ def _incomplete_launch(environment: Mapping[str, str], given: list[str], world: 
     return ""
 
 
-def refuse_too_many_processes(world_size: int, batch: int, accumulate: int) -> None:
+def refuse_too_many_processes(world_size: int, batch_size: int, micro_batches: int) -> None:
     """Check that every process gets a conversation in each of its micro-batches.
 
     Raises:
         RecipeError: if the batch is too small.
     """
-    if world_size * accumulate > batch:
+    if world_size * micro_batches > batch_size:
         raise RecipeError(
-            f"a batch of {batch} conversations cannot be split over {world_size} processes"
-            + (f" with {accumulate} micro-batches each" if accumulate > 1 else ""),
+            f"a batch of {batch_size} conversations cannot be split over {world_size} processes"
+            + (f" with {micro_batches} micro-batches each" if micro_batches > 1 else ""),
             where="training.batch_size",
-            remedy=f"at most {batch // accumulate or 1} processes, or a larger training.batch_size",
+            remedy=f"at most {batch_size // micro_batches or 1} processes, "
+            "or a larger training.batch_size",
         )
 
 

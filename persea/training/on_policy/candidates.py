@@ -1,7 +1,7 @@
 """Candidate tokens: those of a distribution that are probable enough to test for impossibility.
 
 Nearly all tokens of a real vocabulary have almost no probability at any position, and testing each
-of them against a boundary mask takes seconds a position (bench/beside.py). In that bench's
+of them against a boundary mask takes seconds a position (bench/mask_cost.py). In that bench's
 distributions, which are less peaked than a model's, 830 to 910 tokens have MIN_CANDIDATE_PROB or
 more.
 """
@@ -12,12 +12,11 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from persea.losses import LMHead
+from persea.tokenization.tokens import IntArray
 
-IntArray = npt.NDArray[np.int64]
 NO_TOKENS = np.empty(0, np.int64)
 MIN_CANDIDATE_PROB = 1e-4  # default of training.on_policy.min_candidate_prob
 MAX_LOGIT_ELEMENTS = 1 << 24  # logits in memory at once: 64 MiB in float32

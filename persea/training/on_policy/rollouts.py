@@ -83,7 +83,7 @@ class Rollouts:
 
     `config.rollouts` answers are sampled at the first step that needs them; each step uses
     `batch_size` of them. The samples of a step depend on the seed, the step and the student's
-    weights alone. `state` is what a checkpoint must hold.
+    weights alone. `state` is the part for a checkpoint.
 
     Attributes:
         student: the student; it samples answers and is trained on them.
@@ -95,7 +95,7 @@ class Rollouts:
         max_tokens: longest conversation, in student tokens.
 
     Raises:
-        RecipeError: if a teacher does not give what the objective needs.
+        RecipeError: if a teacher's distributions are not of the kind that the objective needs.
     """
 
     student: StudentModel

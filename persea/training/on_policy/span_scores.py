@@ -18,8 +18,9 @@ from persea.alignment.boundary_mask import BoundaryMask
 from persea.alignment.event_map import EventMap
 from persea.distributions import MASS_TOLERANCE, SparseDistributions
 from persea.losses import ImpossibleTokens, SpanTargets
-from persea.tokenization.tokens import RenderedTokens
-from persea.training.on_policy.candidates import NO_TOKENS, CandidateTokens, IntArray
+from persea.tokenization.tokens import IntArray, RenderedTokens
+from persea.training.example import supervised_index
+from persea.training.on_policy.candidates import NO_TOKENS, CandidateTokens
 
 MULTI_TOKEN_SPANS, ALL_SPANS = 0, 1  # which spans: of several tokens on a side, or every span
 
@@ -56,7 +57,7 @@ class ImpossibleTokenSource(Protocol):
 
 
 class TeacherSpanScores:
-    """What a teacher gives its own tokens of each answer, filled in from its distributions.
+    """A teacher's log-probabilities of its own tokens of each answer, from its distributions.
 
     Attributes:
         token_logprobs: by answer, the log-probability of each supervised token.
@@ -151,7 +152,7 @@ def build_span_targets(
         scorer: finds impossible tokens.
         answers: (student tokens, teacher tokens) of each answer.
         aligned: boundaries and spans of each answer.
-        teacher_scores: what the teacher gives its tokens.
+        teacher_scores: the teacher's log-probabilities of its tokens.
         candidates: the student's candidates by supervised position, numbered through all answers;
             None = all tokens.
     """
@@ -266,11 +267,6 @@ class _SpanTargetsBuilder:
                 [row for row, _ in self.impossible], [tokens for _, tokens in self.impossible]
             ),
         )
-
-
-def supervised_index(tokens: RenderedTokens) -> IntArray:
-    """Return the number of each supervised token among the supervised ones."""
-    return np.cumsum(tokens.loss_mask_T, dtype=np.int64) - 1
 
 
 def to_impossible_tokens(rows: Sequence[int], tokens: Sequence[IntArray]) -> ImpossibleTokens:

@@ -17,8 +17,8 @@ all tokens of an event look alike, and only the span distinguishes them. Without
 student forgot digits (code 0.97 -> 0.81).
 
 Impossible tokens are looked for among tokens that either side gives at least `min_prob`. Testing
-every token of a real vocabulary takes seconds a boundary (bench/beside.py); the mass of impossible
-tokens below `min_prob` is missed.
+every token of a real vocabulary takes seconds a boundary (bench/mask_cost.py); the mass of
+impossible tokens below `min_prob` is missed.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ from persea.losses import ImpossibleTokens, LMHead, SpanTargets
 from persea.teachers.engines import EngineFailure
 from persea.teachers.engines.transformers import TransformersEngine
 from persea.teachers.teacher import Teacher
-from persea.tokenization.tokens import RenderedTokens
+from persea.tokenization.tokens import IntArray, RenderedTokens
+from persea.training.example import supervised_index
 from persea.training.lm_head import find_logit_scaling, hidden_states
 from persea.training.on_policy.candidates import (
     MAX_LOGIT_ELEMENTS,
     NO_TOKENS,
     CandidateTokens,
-    IntArray,
     candidates_from_logprobs,
 )
 from persea.training.on_policy.span_scores import (
@@ -61,7 +61,6 @@ from persea.training.on_policy.span_scores import (
     AlignedAnswer,
     TeacherSpanScores,
     build_span_targets,
-    supervised_index,
     to_impossible_tokens,
 )
 

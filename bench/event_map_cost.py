@@ -1,14 +1,14 @@
-"""Measure the cost of alignment, event maps and the event objective, beside TRL 1.16.
+"""Measure the cost of alignment, event maps and the event objective, compared with TRL 1.16.
 
     pip install -e '.[bench]'                    (TRL; its columns are left out without it)
-    PERSEA_DATA=/folder python bench/bridge.py   (make bench does both)
+    PERSEA_DATA=/folder python bench/event_map_cost.py   (make bench does both)
 
 Real tokenizers: Llama 3 as student; Qwen 3, Gemma 3 and gpt-oss as teachers. Texts of about 2,000
 bytes from NTREX (English, Chinese, Vietnamese) and from MBPP (Python). CPU seconds of one thread.
 Each figure comes from interleaved pairs, so that a machine that slows down favours neither side; a
 ratio is the median of the pairs with the 96 % interval of a median (2nd and 8th of 9). Teacher rows
 are sparse, 1 to 29 entries, as in a capture; TRL's ULDLoss gets whole teacher logits, which it
-requires. Writes bench/results/bridge.json.
+requires. Writes bench/results/event_map_cost.json.
 """
 
 from __future__ import annotations
@@ -381,7 +381,9 @@ def main() -> None:
         else None
     )
     print("gold", out["gold"], flush=True)
-    (Path(__file__).parent / "results" / "bridge.json").write_text(json.dumps(out, indent=1) + "\n")
+    (Path(__file__).parent / "results" / "event_map_cost.json").write_text(
+        json.dumps(out, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Measure the cost of boundary masks for on-policy batches with real vocabularies.
 
-    PERSEA_DATA=... python bench/beside.py      (8 minutes; 2 more for event maps at first)
+    PERSEA_DATA=... python bench/mask_cost.py      (8 minutes; 2 more for event maps at first)
 
 Lines of parallel text stand in for answers of a Llama 3 student. Each teacher row is half the
 realised next token and half the token frequencies of that language, which names more likely tokens
 than a real, unsure model. Per teacher: milliseconds per common boundary (both sides) over all
 boundaries and over the last ones, where most searches are cached; seconds per boundary with a cold
 cache when every token of both vocabularies is tested; and the probability mass on impossible
-tokens, found among likely tokens and missed below them. Writes bench/results/beside.json.
+tokens, found among likely tokens and missed below them. Writes bench/results/mask_cost.json.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from persea.models.loading import ModelSource, load_renderer
 from persea.training.on_policy.candidates import MIN_CANDIDATE_PROB
 
 DATA = Path(os.environ.get("PERSEA_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
-OUT = Path(__file__).resolve().parent / "results" / "beside.json"
+OUT = Path(__file__).resolve().parent / "results" / "mask_cost.json"
 TEACHERS = ("qwen3", "gemma3", "gpt-oss")
 LANGUAGES = ("eng", "vie", "zho-CN", "jpn", "tha")
 LINES, SEEN = 30, 400  # lines of each language measured; lines that token frequencies come from
