@@ -86,8 +86,8 @@ def check(
     max_lines: int = 200,
     batch_size: int = 64,
     seed: int = 0,
-    min_boundary_share: float = 0.3,
-    max_event_disagreement: float = 0.1,
+    min_common_share: float = 0.3,
+    max_disagreement: float = 0.1,
     max_template_excess: float = MAX_TEMPLATE_EXCESS_BITS_PER_BYTE,
     min_counted_probability: float = MIN_COUNTED_PROBABILITY,
 ) -> CompatibilityResult:
@@ -104,8 +104,8 @@ def check(
         max_lines: Lines per text file, at most.
         batch_size: Sequences in one forward pass.
         seed: Seed of the items.
-        min_boundary_share: Lowest share of student tokens at a common boundary.
-        max_event_disagreement: Highest share of boundaries at which the events differ.
+        min_common_share: Lowest share of student tokens at a common boundary.
+        max_disagreement: Highest share of boundaries at which the events differ.
         max_template_excess: Bits per byte by which the chat template may be worse than none.
         min_counted_probability: See `make_retained_mass`.
 
@@ -163,7 +163,7 @@ def check(
     problem = ""
     try:
         refuse_incompatible(
-            pairs, likelihoods, min_boundary_share, max_event_disagreement, max_template_excess
+            pairs, likelihoods, min_common_share, max_disagreement, max_template_excess
         )
     except RefusedError as error:
         problem = str(error)

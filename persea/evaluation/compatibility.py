@@ -440,8 +440,8 @@ def read_texts(language: str, file_ref: str, max_lines: int) -> ConversationSamp
 def refuse_incompatible(
     pairings: Iterable[PairCompatibility],
     likelihoods: Iterable[TemplateLikelihood],
-    min_boundary_share: float,
-    max_event_disagreement: float,
+    min_common_share: float,
+    max_disagreement: float,
     max_template_excess: float = MAX_TEMPLATE_EXCESS_BITS_PER_BYTE,
 ) -> None:
     """Check measurements against their limits.
@@ -449,8 +449,8 @@ def refuse_incompatible(
     Args:
         pairings: Results of `check_pair`.
         likelihoods: Results of `measure_template_likelihood`.
-        min_boundary_share: Lowest share of student tokens at a common boundary.
-        max_event_disagreement: Highest share of boundaries with different events; compared with
+        min_common_share: Lowest share of student tokens at a common boundary.
+        max_disagreement: Highest share of boundaries with different events; compared with
             the lower end of its interval, since a short sample proves nothing.
         max_template_excess: Bits per byte by which a template may be worse than none; compared
             with the lower end of its interval.
@@ -460,10 +460,10 @@ def refuse_incompatible(
     """
     for p in pairings:
         where = f"{p.teacher} -> student, {' '.join(filter(None, (p.skill, p.language)))}"
-        if p.boundary_share < min_boundary_share:
+        if p.boundary_share < min_common_share:
             raise RefusedError(
                 f"only {p.boundary_share:.0%} of the student's tokens begin at a common boundary "
-                f"(floor {min_boundary_share:.0%})",
+                f"(floor {min_common_share:.0%})",
                 where=where,
                 remedy="choose a teacher or student with more similar tokenizers, "
                 "or lower check.min_common_share",
@@ -471,11 +471,11 @@ def refuse_incompatible(
         num_different = round(p.event_disagreement * p.num_boundaries)
         if (
             p.num_boundaries
-            and wilson_interval(num_different, p.num_boundaries)[0] > max_event_disagreement
+            and wilson_interval(num_different, p.num_boundaries)[0] > max_disagreement
         ):
             raise RefusedError(
                 f"{p.event_disagreement:.1%} of the common boundaries have different events "
-                f"(at most {max_event_disagreement:.1%})",
+                f"(at most {max_disagreement:.1%})",
                 where=where,
                 remedy="choose a teacher or student with more similar tokenizers, "
                 "or raise check.max_disagreement",

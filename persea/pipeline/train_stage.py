@@ -133,7 +133,7 @@ def train_rank(
         context.models.event_maps,
         batch_size=t.batch_size,
         seed=context.recipe.seed,
-        max_tokens=t.max_length,
+        max_length=t.max_length,
         partial_tokens=t.partial_tokens,
     )
     trained, held_out = (

@@ -85,7 +85,7 @@ class DistillDataset(torch.utils.data.Dataset[Example]):
 
     `dataset[i]` is the i-th example; an example is built when it is asked for, and the last ones
     are cached, so memory grows by 8 bytes an answer. The constructor reads every answer once:
-    answers that are longer than `max_tokens` or that the student's tokenizer or template cannot
+    answers that are longer than `max_length` or that the student's tokenizer or template cannot
     write (a literal U+2581 in a SentencePiece student) are skipped and counted in `stats`. No
     answer is cut.
 
@@ -99,7 +99,7 @@ class DistillDataset(torch.utils.data.Dataset[Example]):
         event_maps: event map of each teacher, instead of `teachers`.
         batch_size: conversations of `batch(step)`.
         seed: seed of the order of `batch(step)`.
-        max_tokens: longest example in student tokens.
+        max_length: longest example in student tokens.
         partial_tokens: whether student tokens that begin inside a teacher token get targets too.
 
     Attributes:
@@ -136,7 +136,7 @@ class DistillDataset(torch.utils.data.Dataset[Example]):
         event_maps: Mapping[str, EventMap] | None = None,
         batch_size: int = 16,
         seed: int = 0,
-        max_tokens: int = 512,
+        max_length: int = 512,
         partial_tokens: bool = False,
     ) -> None:
         maps = {
@@ -150,7 +150,7 @@ class DistillDataset(torch.utils.data.Dataset[Example]):
             maps,
             batch_size=batch_size,
             seed=seed,
-            max_tokens=max_tokens,
+            max_length=max_length,
             partial_tokens=partial_tokens,
         )
         vars(self).update(vars(built))
@@ -344,7 +344,7 @@ def build_dataset(
     *,
     batch_size: int,
     seed: int,
-    max_tokens: int,
+    max_length: int,
     partial_tokens: bool = False,
 ) -> DistillDataset:
     """Build the dataset of several caches; see `DistillDataset` for arguments and errors.
@@ -360,7 +360,7 @@ def build_dataset(
         name = answer.answer.teacher
         return build_example(answer, renderer, event_maps[name], projectors[name])
 
-    survey = DatasetSurvey(max_tokens)
+    survey = DatasetSurvey(max_length)
     parts: list[tuple[AnswerSubset, float]] = []
     for cache, share in caches:
         usable = array("q")
@@ -386,7 +386,7 @@ def build_dataset(
             parts.append((AnswerSubset(cache, np.array(usable, np.int64)), share))
     if not parts:
         raise DataError(
-            f"no answer is left: {survey.too_long} have more than {max_tokens} tokens, "
+            f"no answer is left: {survey.too_long} have more than {max_length} tokens, "
             f"{survey.unrenderable} cannot be written by the student's tokenizer or template"
             + "".join(f" ({reason})" for reason in survey.reasons[:1]),
             where="train",

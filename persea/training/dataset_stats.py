@@ -26,7 +26,7 @@ class DatasetStats:
     Attributes:
         examples: answers that became examples, by teacher.
         skipped: answers that were skipped, by teacher.
-        too_long: skipped answers with more than `max_tokens` tokens.
+        too_long: skipped answers with more than `max_length` tokens.
         unrenderable: skipped answers that the student's template or tokenizer cannot write.
         reasons: why, for the first MAX_SKIP_REASONS of the unrenderable answers.
         supervision: by teacher and language, the sum of `Example.counts`.
@@ -81,8 +81,8 @@ class DatasetStats:
 class DatasetSurvey:
     """Counts of the pass over all answers; see `DatasetStats`."""
 
-    def __init__(self, max_tokens: int) -> None:
-        self.max_tokens = max_tokens
+    def __init__(self, max_length: int) -> None:
+        self.max_length = max_length
         self.examples, self.skipped, self.efforts = Counter[str](), Counter[str](), Counter[str]()
         self.too_long = self.unrenderable = self.thinking_dropped = 0
         self.reasons: list[str] = []
@@ -97,7 +97,7 @@ class DatasetSurvey:
 
     def add(self, answer: CachedAnswer, example: Example) -> bool:
         """Count an example; False if it is too long."""
-        if len(example.tokens) > self.max_tokens:
+        if len(example.tokens) > self.max_length:
             self.too_long += 1
             self.skipped[example.teacher] += 1
             return False

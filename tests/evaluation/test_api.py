@@ -47,7 +47,7 @@ def test_renderers_and_folders_are_checked_alike(tmp_path: Path) -> None:
 
 def test_limits_are_reported_and_weights_loaded_on_request() -> None:
     found = api.check(
-        QWEN, LLAMA, tasks=["code"], items=4, load_weights=True, min_boundary_share=1.01
+        QWEN, LLAMA, tasks=["code"], items=4, load_weights=True, min_common_share=1.01
     )
     assert "begin at a common boundary" in found.problem
     assert found.likelihoods[0].conversations == 4

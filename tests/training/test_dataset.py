@@ -138,7 +138,7 @@ def flow(
     n: int = 7,
     size: int = 3,
     seed: int = 0,
-    max_tokens: int = 512,
+    max_length: int = 512,
 ) -> DistillDataset:
     return build_dataset(
         one(captures_of(voices, n)),
@@ -146,7 +146,7 @@ def flow(
         bridges,
         batch_size=size,
         seed=seed,
-        max_tokens=max_tokens,
+        max_length=max_length,
     )
 
 
@@ -253,7 +253,7 @@ def test_too_long_answers_are_counted_and_left_out(voices: Voices, bridges: dict
     ) == (0, 9, 0)
     lengths = sorted(len(lesson.tokens) for lesson in lessons_of(whole))
     limit = lengths[4]
-    feed = flow(voices, bridges, 9, max_tokens=limit)
+    feed = flow(voices, bridges, 9, max_length=limit)
     kept = [len(lesson.tokens) for lesson in lessons_of(feed)]
     assert (
         len(kept) == sum(feed.stats.examples.values()) == sum(length <= limit for length in lengths)
@@ -264,7 +264,7 @@ def test_too_long_answers_are_counted_and_left_out(voices: Voices, bridges: dict
         DataError,
         match=f"no answer is left: 9 have more than {lengths[0] - 1} tokens, 0 cannot be written",
     ) as caught:
-        flow(voices, bridges, 9, max_tokens=lengths[0] - 1)
+        flow(voices, bridges, 9, max_length=lengths[0] - 1)
     assert "training.max_length" in caught.value.remedy
     with pytest.raises(DataError, match="no answer is left: 0 have"):
         flow(voices, bridges, 0)
@@ -284,7 +284,7 @@ def test_modes_and_thoughts_that_are_not_learned_are_counted(
         for c, mode in zip(made, modes, strict=True)
     ]
     told = build_dataset(
-        one(made), voices["llama"], bridges, batch_size=1, seed=0, max_tokens=512
+        one(made), voices["llama"], bridges, batch_size=1, seed=0, max_length=512
     ).stats.to_json()
     assert (told["efforts"], told["thinking_dropped"]) == ({"none": 3, "high": 2}, 2)
 
@@ -298,7 +298,7 @@ def test_an_answer_the_student_cannot_say_is_left_out_with_its_reason(voices: Vo
         for k, text in enumerate(("a b", "a\u2581b"))
     ]
     feed = build_dataset(
-        one(captures), voices["gemma"], bridges, batch_size=1, seed=0, max_tokens=512
+        one(captures), voices["gemma"], bridges, batch_size=1, seed=0, max_length=512
     )
     told = feed.stats
     assert (len(lessons_of(feed)), told.unrenderable, told.examples, told.skipped) == (
@@ -313,7 +313,7 @@ def test_an_answer_the_student_cannot_say_is_left_out_with_its_reason(voices: Vo
     )
     with pytest.raises(DataError, match="1 cannot be written"):
         build_dataset(
-            one(captures[1:]), voices["gemma"], bridges, batch_size=1, seed=0, max_tokens=512
+            one(captures[1:]), voices["gemma"], bridges, batch_size=1, seed=0, max_length=512
         )
 
 
@@ -338,7 +338,7 @@ def test_a_broken_row_is_refused_and_not_left_out(
     assert len(captures[1].distributions.ids_M)
     captures[1] = replace(captures[1], distributions=change(captures[1].distributions))
     with pytest.raises(DataError, match=reason):
-        build_dataset(one(captures), voices["llama"], bridges, batch_size=1, seed=0, max_tokens=512)
+        build_dataset(one(captures), voices["llama"], bridges, batch_size=1, seed=0, max_length=512)
 
 
 def test_caches_are_mixed_by_share_and_each_is_read_epoch_after_epoch(
@@ -355,7 +355,7 @@ def test_caches_are_mixed_by_share_and_each_is_read_epoch_after_epoch(
         bridges,
         batch_size=5,
         seed=0,
-        max_tokens=512,
+        max_length=512,
     )
     assert feed.stats.examples == dict.fromkeys(TEACHERS, 4)
     drawn = [feed.example(k) for k in range(200)]
@@ -373,7 +373,7 @@ def test_caches_are_mixed_by_share_and_each_is_read_epoch_after_epoch(
         bridges,
         batch_size=5,
         seed=0,
-        max_tokens=512,
+        max_length=512,
     )
     assert {left.example(k).teacher for k in range(20)} == {"gemma"}
     assert (left.stats.skipped, left.stats.too_long) == ({"qwen": 4}, 4)
@@ -399,7 +399,7 @@ def test_a_share_of_the_lessons_is_held_out_in_whole_batches(
         (Held(c for c in captures if c.answer.teacher == name), share)
         for name, share in zip(TEACHERS, (60, 30, 10), strict=True)
     ]
-    feed = build_dataset(caches, voices["llama"], bridges, batch_size=2, seed=1, max_tokens=512)
+    feed = build_dataset(caches, voices["llama"], bridges, batch_size=2, seed=1, max_length=512)
     learned, held = feed.train_test_split(0.3)
     ids = [{one.tokens.ids_T.tobytes() for one in lessons_of(side)} for side in (learned, held)]
     assert (len(feed), len(learned), len(held)) == (12, 8, 4)
@@ -526,7 +526,7 @@ def test_a_lesson_has_each_boundarys_row(
     assert not len(unmasked.impossible_token_D)
     # what is told of it
     (row,) = build_dataset(
-        one([capture]), voices["llama"], bridges, batch_size=1, seed=0, max_tokens=9999
+        one([capture]), voices["llama"], bridges, batch_size=1, seed=0, max_length=9999
     ).stats.to_json()["supervision"]
     assert (row["teacher"], row["language"], row["tokens"]) == (teacher, "", len(learned_S))
     assert row["event"] == pytest.approx(len(both.student_C) / len(learned_S), abs=1e-4)
@@ -617,7 +617,7 @@ def test_a_batch_against_an_oracle(
         for k, (name, text, thinks) in enumerate(chosen)
     ]
     feed = build_dataset(
-        one(made), voices["llama"], bridges, batch_size=size, seed=3, max_tokens=10_000
+        one(made), voices["llama"], bridges, batch_size=size, seed=3, max_length=10_000
     )
     batch, lessons = feed.batch(1), lessons_of(feed)
     held = lessons_in(feed, batch)
@@ -698,7 +698,7 @@ def test_a_batch_against_an_oracle(
 def test_a_batch_of_one_teacher_is_taught_by_one(voices: Voices, bridges: dict[str, EventMap]):
     made = [c for c in captures_of(voices, 6) if c.answer.teacher == "gemma"]
     batch = build_dataset(
-        one(made), voices["llama"], bridges, batch_size=2, seed=0, max_tokens=512
+        one(made), voices["llama"], bridges, batch_size=2, seed=0, max_length=512
     ).batch(0)
     assert len(batch.targets) == 1
     assert batch.targets[0].vocab_size == len(bridges["gemma"].student_event_V)
@@ -724,7 +724,7 @@ def test_an_answer_that_shares_no_boundary_still_teaches_its_words(
         ),
     )
     batch = build_dataset(
-        one([capture]), voices["llama"], bridges, batch_size=1, seed=0, max_tokens=512
+        one([capture]), voices["llama"], bridges, batch_size=1, seed=0, max_length=512
     ).batch(0)
     assert len(batch.targets[0].row_M) == 0
     logits = torch.zeros(len(batch.labels_N), len(voices["llama"].vocabulary))
@@ -746,7 +746,7 @@ def test_a_batch_feeds_the_objective(voices: Voices, bridges: dict[str, EventMap
         Answer("p", "qwen", "languages", "", conversation, FinishReason.STOP), tokens, rows
     )
     batch = build_dataset(
-        one([capture]), voices["llama"], bridges, batch_size=1, seed=0, max_tokens=512
+        one([capture]), voices["llama"], bridges, batch_size=1, seed=0, max_length=512
     ).batch(0)
     logits = torch.full((len(batch.labels_N), len(voices["llama"].vocabulary)), -20.0)
     logits[torch.arange(len(batch.labels_N)), batch.labels_N] = 20.0
