@@ -79,7 +79,7 @@ def grown(folder: Path, names: list[list[str]], draws: int, sizes: Any) -> None:
         event_maps,
         batch_size=16,
         seed=0,
-        max_tokens=512,
+        max_length=512,
     )
     for number in range(draws):
         feed.example(number)
@@ -117,7 +117,7 @@ def feed(each: int = 1000, times: int = 5) -> dict[str, Any]:
             event_maps,
             batch_size=16,
             seed=0,
-            max_tokens=512,
+            max_length=512,
         )
         survey = time.process_time() - begin
         lessons, steps, learned = [], [], 0

@@ -341,7 +341,7 @@ def build_quickstart(student: StudentModel, size: int) -> DistillDataset:
         event_maps,
         batch_size=size,
         seed=0,
-        max_tokens=512,
+        max_length=512,
     )
 
 

@@ -270,7 +270,7 @@ def test_an_example_with_partial_tokens(
             {teacher: emap},
             batch_size=2,
             seed=0,
-            max_tokens=999,
+            max_length=999,
             partial_tokens=True,
         )
         assert len(feed.batch(0).targets[0].row_M) == 2 * len(more.row_M)

@@ -383,7 +383,7 @@ def feed_of(renderer: ChatRenderer, teacher: ChatRenderer) -> DistillDataset:
         {"t": build_event_map(teacher, renderer)},
         batch_size=3,
         seed=0,
-        max_tokens=512,
+        max_length=512,
     )
 
 

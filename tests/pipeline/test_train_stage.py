@@ -305,7 +305,7 @@ def test_a_question_whose_lesson_is_held_out_is_not_asked(
         here.models.event_maps,
         batch_size=t.batch_size,
         seed=0,
-        max_tokens=t.max_length,
+        max_length=t.max_length,
     )
     learned, held = feed.train_test_split(t.validation_share)
     teach._load_rollouts(here, student, held)
