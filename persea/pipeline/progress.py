@@ -71,9 +71,24 @@ def _line_progress(console: Console) -> ProgressCallback:
     return print_line
 
 
+MAX_WORD_WIDTH = 24  # characters; a longer name is folded
+
+
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a plain table on stdout."""
-    table = Table(*columns, box=None, header_style="bold")
+    """Print a plain table on stdout. A narrow terminal wraps cells between words, never inside."""
+    cells = [[row[k] for row in rows] for k in range(len(columns))]
+    widest = [
+        max((len(word) for cell in some for word in cell.split()), default=1) for some in cells
+    ]
+    table = Table(
+        *(
+            Column(name, min_width=min(width, MAX_WORD_WIDTH), overflow="fold")
+            for name, width in zip(columns, widest, strict=True)
+        ),
+        box=None,
+        header_style="bold",
+        padding=(0, 1, 0, 0),
+    )
     for row in rows:
         table.add_row(*row)
     Console().print(table)

@@ -142,3 +142,14 @@ def test_on_a_terminal_there_is_a_bar_a_stage() -> None:
     assert re.search(r"check .*100%.*up to date", last)
     assert re.search(r"train .*50%.*loss 1\.5", last)
     assert "━" in last
+
+
+def test_a_narrow_terminal_wraps_between_words(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interval that is cut in two, or loses its end, would be another number."""
+    monkeypatch.setenv("COLUMNS", "60")
+    columns = ("skill", "effort", "score", "thinking tokens", "thinking language")
+    print_table(columns, [("reasoning", "high", "0.94 (0.89-0.96)", "20.1", "200 undetermined")])
+    words = capsys.readouterr().out.split()
+    assert {"0.94", "(0.89-0.96)", "20.1", "200", "undetermined"} <= set(words)
