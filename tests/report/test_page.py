@@ -16,7 +16,9 @@ import pytest
 import yaml
 
 from persea.chat.messages import ThinkingEffort
+from persea.pipeline.stage_keys import STAGE_VERSIONS
 from persea.report.page import write_report
+from persea.storage import write_json_with_checksum
 from persea.tasks.intervals import wilson_interval
 from persea.tasks.task import compare_paired_values
 from tests.evaluation.test_lm_eval_results import STANDARD
@@ -212,7 +214,8 @@ def make_run(run: Path) -> Path:
     )
     write(run / "lineage/lineage.json", LINEAGE)
     for stage, seconds in SECONDS.items():
-        write(run / stage / "done.json", {"seconds": seconds, "key": "k"})
+        record = {"seconds": seconds, "key": "k", "version": STAGE_VERSIONS[stage], "outputs": {}}
+        write_json_with_checksum(run / stage / "done.json", record)
     return run
 
 

@@ -377,7 +377,7 @@ def test_a_pipe_whose_other_end_is_a_terminal_steers_it_no_more_than_a_talk_ther
 
 def test_a_line_that_is_no_text_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), "utf-8"))
-    with pytest.raises(DataError, match="a line is no UTF-8"):
+    with pytest.raises(DataError, match="a line is not UTF-8"):
         PipeDisplay().read_line()
 
 

@@ -345,7 +345,7 @@ def test_a_tokenizer_that_comes_back_another_is_not_published(
     monkeypatch.setattr(
         longer, "load_tokenizer", lambda source, where: AutoTokenizer.from_pretrained(copy)
     )
-    with pytest.raises(RefusedError, match="read back, differs from what was written"):
+    with pytest.raises(RefusedError, match="read back, differs from the written one"):
         write_extended_model(extension, tmp_path / "out", quiet)
     assert sorted(os.listdir(tmp_path)) == ["copy"]
 

@@ -557,7 +557,7 @@ def test_a_template_without_tools_is_detected(tiny_of: Callable[[str], Speaker],
     ("name", "messages", "reason"),
     [
         ("llama3.1", (ASKED, Message(Role.ASSISTANT, (CALL, CALL))), "2 tool calls"),
-        ("llama3.1", (ASKED, Message(Role.ASSISTANT, (Text("So"), CALL))), "text beside"),
+        ("llama3.1", (ASKED, Message(Role.ASSISTANT, (Text("So"), CALL))), "1 tool calls and text"),
         (
             "llama3.1",
             (ASKED, Message(Role.ASSISTANT, (Text('{"name": "f", "parameters": {}}'),))),
@@ -569,7 +569,7 @@ def test_a_template_without_tools_is_detected(tiny_of: Callable[[str], Speaker],
             "does not begin with a question",
         ),
         ("gpt-oss", (ASKED, Message(Role.ASSISTANT, (CALL, CALL))), "2 tool calls"),
-        ("gpt-oss", (ASKED, Message(Role.ASSISTANT, (Text("So"), CALL))), "text beside"),
+        ("gpt-oss", (ASKED, Message(Role.ASSISTANT, (Text("So"), CALL))), "1 tool calls and text"),
         (
             "gpt-oss",
             (ASKED, CALLED, Message(Role.TOOL, (ToolResult("clock", "7"),))),
@@ -1086,7 +1086,7 @@ def test_gemma4_answers(pieces: tuple[str | bytes, ...], want: tuple[ContentPart
 
 @pytest.mark.realdata
 def test_gemma4_refuses_text_beside_a_call(gemma4: Form):
-    with pytest.raises(DataError, match="text beside its tool calls"):
+    with pytest.raises(DataError, match="has text and tool calls"):
         gemma4.renderer.render(
             Conversation((ASKED, Message(Role.ASSISTANT, (Text("So"), CALL))), tools=(WEATHER,))
         )
