@@ -25,7 +25,7 @@ TOKEN_SHARES = {
     "events": "boundary_share",
     "partial": "partial_token_share",
     "span": "span_share",
-    "text only": "cross_entropy_only_share",
+    "text\nonly": "cross_entropy_only_share",
 }
 
 
@@ -74,20 +74,20 @@ def _line_progress(console: Console) -> ProgressCallback:
 MAX_WORD_WIDTH = 24  # characters; a longer name is folded
 
 
+def _wrapping_columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Column]:
+    """Return columns that wrap between words and never cut one, unless it is very long."""
+    words = [[word for row in rows for word in row[k].split()] for k in range(len(titles))]
+    widest = [max(map(len, some), default=1) for some in words]
+    return [
+        Column(title, min_width=min(width, MAX_WORD_WIDTH), overflow="fold")
+        for title, width in zip(titles, widest, strict=True)
+    ]
+
+
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a plain table on stdout. A narrow terminal wraps cells between words, never inside."""
-    cells = [[row[k] for row in rows] for k in range(len(columns))]
-    widest = [
-        max((len(word) for cell in some for word in cell.split()), default=1) for some in cells
-    ]
     table = Table(
-        *(
-            Column(name, min_width=min(width, MAX_WORD_WIDTH), overflow="fold")
-            for name, width in zip(columns, widest, strict=True)
-        ),
-        box=None,
-        header_style="bold",
-        padding=(0, 1, 0, 0),
+        *_wrapping_columns(columns, rows), box=None, header_style="bold", padding=(0, 1, 0, 0)
     )
     for row in rows:
         table.add_row(*row)
@@ -127,21 +127,28 @@ def _check_table(teacher: str, pairs: Sequence[dict[str, Any]]) -> Table:
     has_mass = any(p["retained_mass_mean"] is not None for p in pairs)
     titles = ["text", "tokens", *TOKEN_SHARES, "1:1", "differ", "spaces", "bytes"]
     titles += ["retained"] * has_mass
+    rows = []
+    for p in pairs:
+        cells = [" ".join(filter(None, (p["skill"], p["language"]))), f"{p['tokens']:,}"]
+        cells += [f"{p[key]:.0%}" for key in (*TOKEN_SHARES.values(), "one_to_one_share")]
+        cells += [f"{p['event_disagreement']:.1%}", f"{p['space_event_share']:.0%}"]
+        cells += [f"{p['mean_event_bytes']:.1f}/{p['mean_token_bytes']:.1f}"]
+        if has_mass:
+            mean, p5 = p["retained_mass_mean"], p["retained_mass_p5"]
+            cells += ["" if mean is None else f"{mean:.1%}/{p5:.0%}"]
+        rows.append(cells)
+    columns = _wrapping_columns(titles, rows)
+    for column in columns[1:]:
+        column.justify = "right"
     table = Table(
-        *(Column(title, justify="left" if title == "text" else "right") for title in titles),
+        *columns,
         box=None,
         header_style="bold",
         title=f"{teacher} -> student",
         title_justify="left",
         padding=(0, 1, 0, 0),
     )
-    for p in pairs:
-        cells = [" ".join(filter(None, (p["skill"], p["language"]))), f"{p['tokens']:,}"]
-        cells += [f"{p[key]:.0%}" for key in (*TOKEN_SHARES.values(), "one_to_one_share")]
-        cells += [f"{p['event_disagreement']:.1%}", f"{p['space_event_share']:.0%}"]
-        cells += [f"{p['mean_event_bytes']:.1f}/{p['mean_token_bytes']:.1f}"]
-        if p["retained_mass_mean"] is not None:
-            cells += [f"{p['retained_mass_mean']:.1%}/{p['retained_mass_p5']:.0%}"]
+    for cells in rows:
         table.add_row(*cells)
     return table
 

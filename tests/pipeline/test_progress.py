@@ -13,7 +13,13 @@ from typing import Any
 
 import pytest
 
-from persea.pipeline.progress import print_report, print_table, progress_bars
+from persea.pipeline.progress import (
+    TOKEN_SHARES,
+    print_check,
+    print_report,
+    print_table,
+    progress_bars,
+)
 
 
 def score(value: float) -> dict[str, Any]:
@@ -153,3 +159,24 @@ def test_a_narrow_terminal_wraps_between_words(
     print_table(columns, [("reasoning", "high", "0.94 (0.89-0.96)", "20.1", "200 undetermined")])
     words = capsys.readouterr().out.split()
     assert {"0.94", "(0.89-0.96)", "20.1", "200", "undetermined"} <= set(words)
+
+
+def test_the_table_of_check_fits_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    pair = dict.fromkeys((*TOKEN_SHARES.values(), "one_to_one_share"), 1.0) | {
+        "teacher": "qwen",
+        "skill": "languages",
+        "language": "id",
+        "tokens": 150,
+        "event_disagreement": 0.028,
+        "space_event_share": 0.01,
+        "mean_event_bytes": 3.7,
+        "mean_token_bytes": 3.8,
+        "retained_mass_mean": 1.0,
+        "retained_mass_p5": 0.98,
+    }
+    print_check({"pairs": [pair], "likelihoods": []})
+    words = capsys.readouterr().out.split()
+    assert {"languages", "150", "2.8%", "3.7/3.8", "100.0%/98%"} <= set(words)
