@@ -234,6 +234,15 @@ def delete_old_checkpoints(folder: Path, keep: int = MAX_CHECKPOINTS) -> None:
             storage.DISK.remove(path)
 
 
+def delete_partial_files(folder: Path) -> None:
+    """Delete the incomplete files of a training that was killed while it wrote a checkpoint.
+
+    Only the first process writes checkpoints, so that process calls it before its first write.
+    """
+    for path in (folder / "checkpoints").glob(".step-*.tmp"):
+        storage.DISK.remove(path)
+
+
 def delete_later_checkpoints(folder: Path, step: int) -> None:
     """Delete the checkpoints after a step that the training has gone back to.
 

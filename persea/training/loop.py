@@ -393,6 +393,8 @@ def _resume(
     resume: str,
 ) -> TrainerState:
     """Restore the checkpoint that the first process chooses for all; without one, a new state."""
+    if not world.rank:
+        checkpoints.delete_partial_files(folder)
     chosen = world.broadcast(
         checkpoints.find_checkpoint(folder, resume) if not world.rank else None
     )

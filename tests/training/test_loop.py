@@ -457,6 +457,38 @@ def test_killed_around_every_write_it_ends_the_same(
     assert len(children) == 20
 
 
+def dies_writing(folder: Path, call: int) -> None:
+    """In a child: a training that kills itself in the middle of its call-th write."""
+    torch.set_num_threads(1)
+    write, calls = store.open_atomic, itertools.count()
+
+    @contextmanager
+    def publishing(path: Path) -> Iterator[BinaryIO]:
+        with write(path) as file:
+            if next(calls) == call:
+                file.write(b"half")
+                file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield file
+
+    store.open_atomic = publishing
+    run(folder)
+
+
+@pytest.mark.parametrize("call", [0, 1, 4, 12])  # a state, its metrics, a later state, the last
+def test_killed_inside_a_write_no_partial_file_stays(
+    tmp_path: Path, uninterrupted: dict[str, Any], call: int
+) -> None:
+    child = warm().Process(target=dies_writing, args=(tmp_path, call))
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    assert list(tmp_path.rglob(".step-*.tmp"))
+    run(tmp_path)
+    assert ended(tmp_path) == uninterrupted
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
 def test_killed_at_any_time_it_ends_the_same(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
     rng, kills = random.Random(2), 0
     for _ in range(6):
