@@ -126,9 +126,7 @@ def tokenizer_folder(path: Path, where: str) -> Path:
 
     def make(folder: Path, step: Step) -> None:
         step("tokenizer", 0.0)
-        with _alone(path) as linked:
-            backend = build_tokenizer(header, linked, where)
-        save_tokenizer(header, backend, folder)
+        save_tokenizer(header, build_tokenizer(header, where), folder)
 
     return _kept(header, "tokenizer", make)
 

@@ -30,7 +30,7 @@ from persea.errors import DataError
 from persea.models.gguf_header import GgufHeader
 
 # `tokenizer.ggml.token_type`
-UNKNOWN_TYPE, CONTROL_TYPE, USER_DEFINED_TYPE, UNUSED_TYPE = 2, 3, 4, 5
+UNKNOWN_TYPE, CONTROL_TYPE, USER_DEFINED_TYPE, UNUSED_TYPE, BYTE_TYPE = 2, 3, 4, 5, 6
 SPECIAL_TOKENS = {  # transformers' name -> metadata key
     "bos_token": "tokenizer.ggml.bos_token_id",
     "eos_token": "tokenizer.ggml.eos_token_id",
@@ -43,7 +43,7 @@ OWN_TOKENIZER_REMEDY = (
     "put the model's tokenizer.json and tokenizer_config.json beside the file and name the folder, "
     "or write `tokenizer: FOLDER` in the recipe"
 )
-GEMMA_ARCHITECTURES = ("gemma", "gemma2", "gemma3", "gemma4")
+GEMMA_ARCHITECTURES = ("gemma", "gemma2", "gemma3")
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGIT = r"\p{N}"
@@ -155,12 +155,11 @@ def tokenizer_notes(header: GgufHeader) -> list[str]:
     return notes
 
 
-def build_tokenizer(header: GgufHeader, file: Path, where: str) -> Tokenizer:
+def build_tokenizer(header: GgufHeader, where: str) -> Tokenizer:
     """Rebuild the tokenizer of a GGUF file.
 
     Args:
         header: The file's header.
-        file: The file, in a folder that holds nothing else.
         where: The place for error messages.
 
     Raises:
@@ -175,12 +174,12 @@ def build_tokenizer(header: GgufHeader, file: Path, where: str) -> Tokenizer:
         )
     if kind == "gpt2":
         backend = _build_byte_level(header, tokens, where)
-    elif kind in ("llama", "gemma4"):
-        backend = _build_sentencepiece(header, file, kind, where)
+    elif kind == "llama":
+        backend = _build_sentencepiece(header, tokens, where)
     else:
         raise DataError(
-            f"{header.path.name} has a tokenizer of kind {kind or 'none'!r}; persea rebuilds "
-            "byte-level BPE (gpt2) and SentencePiece BPE (llama)",
+            f"{header.path.name} has a tokenizer of the kind {kind!r}; persea rebuilds byte-level "
+            "BPE (gpt2) and SentencePiece BPE (llama)",
             where=where,
             remedy=OWN_TOKENIZER_REMEDY,
         )
@@ -242,6 +241,80 @@ def _build_byte_level(header: GgufHeader, tokens: Sequence[str], where: str) -> 
     splits.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=has_gpt2))
     backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
     backend.decoder = decoders.ByteLevel()
+    _add_tokens(backend, tokens, types)
+    return backend
+
+
+def _build_sentencepiece(header: GgufHeader, tokens: Sequence[str], where: str) -> Tokenizer:
+    """Build BPE with byte fallback, with llama.cpp's rule for the space before a text."""
+    types = _token_types(header, len(tokens))
+    is_gemma = header.architecture in GEMMA_ARCHITECTURES
+    if is_gemma:  # the file spells a run of spaces with spaces, the merges with ▁
+        tokens = ["▁" * len(t) if t and not t.strip(" ") else t for t in tokens]
+    vocab = {t: i for i, t in enumerate(tokens)}
+    if len(vocab) < len(tokens):
+        raise DataError(
+            f"{header.path.name} lists a token twice", where=where, remedy=OWN_TOKENIZER_REMEDY
+        )
+    scores = header.metadata.get("tokenizer.ggml.scores")
+    if (
+        is_gemma
+    ):  # its scores do not follow its merges: runs of white space come first, then the ids
+        scores = [0 if kind == USER_DEFINED_TYPE else -1 - i for i, kind in enumerate(types)]
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise DataError(
+            f"{header.path.name} holds no scores of its tokens",
+            where=where,
+            remedy=OWN_TOKENIZER_REMEDY,
+        )
+    unknown = next((t for t, kind in zip(tokens, types, strict=True) if kind == UNKNOWN_TYPE), None)
+    unknown = unknown or _special_tokens(header).get("unk_token")
+    backend = Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=_merges_from_scores(vocab, types, scores),
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    prefix = bool(header.metadata.get("tokenizer.ggml.add_space_prefix", not is_gemma))
+    replace = normalizers.Replace(" ", "▁")
+    backend.normalizer = (
+        normalizers.Sequence([normalizers.Prepend("▁"), replace]) if prefix else replace
+    )
+    steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(
+        [*steps, decoders.Strip(content=" ", left=1)] if prefix else steps
+    )
+    _add_tokens(backend, tokens, types)
+    return backend
+
+
+def _merges_from_scores(
+    vocab: Mapping[str, int], types: Sequence[int], scores: Sequence[float]
+) -> list[tuple[str, str]]:
+    """Return the merges that a SentencePiece vocabulary implies, the best first.
+
+    A token is merged from any two tokens that spell it; its score is the priority of the merge.
+    """
+    merges = []
+    for token, i in vocab.items():
+        if types[i] in (CONTROL_TYPE, UNKNOWN_TYPE, BYTE_TYPE):
+            continue
+        pairs = [
+            (token[:k], token[k:])
+            for k in range(1, len(token))
+            if token[:k] in vocab and token[k:] in vocab
+        ]
+        pairs.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+        merges += [(scores[i], len(left), len(right), left, right) for left, right in pairs]
+    merges.sort(key=lambda merge: merge[:3], reverse=True)
+    return [(left, right) for *_, left, right in merges]
+
+
+def _add_tokens(backend: Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
+    """Declare control tokens, and tokens that are whole wherever a text contains them."""
     backend.add_special_tokens(
         [
             AddedToken(t, special=True, normalized=False)
@@ -256,38 +329,6 @@ def _build_byte_level(header: GgufHeader, tokens: Sequence[str], where: str) -> 
             if kind == USER_DEFINED_TYPE
         ]
     )
-    return backend
-
-
-def _build_sentencepiece(header: GgufHeader, file: Path, kind: str, where: str) -> Tokenizer:
-    """Let transformers derive the merges from the scores, and set the normaliser."""
-    from transformers import AutoTokenizer
-
-    try:
-        backend: Tokenizer = AutoTokenizer.from_pretrained(
-            file.parent, gguf_file=file.name, trust_remote_code=False
-        ).backend_tokenizer
-    except Exception as error:  # transformers raises a dozen kinds here
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise DataError(
-            f"transformers cannot rebuild the tokenizer of {header.path.name}: {reason}",
-            where=where,
-            remedy=OWN_TOKENIZER_REMEDY,
-        ) from error
-    if kind == "llama" and header.architecture not in GEMMA_ARCHITECTURES:
-        # llama.cpp, as SentencePiece itself, puts one space before a text that begins with spaces
-        # too; transformers' class for Llama does not.
-        prefix = bool(header.metadata.get("tokenizer.ggml.add_space_prefix", True))
-        replace = normalizers.Replace(" ", "▁")
-        backend.normalizer = (
-            normalizers.Sequence([normalizers.Prepend("▁"), replace]) if prefix else replace
-        )
-        backend.pre_tokenizer = None
-        steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        backend.decoder = decoders.Sequence(
-            [*steps, decoders.Strip(content=" ", left=1)] if prefix else steps
-        )
-    return backend
 
 
 def _set_bos(header: GgufHeader, backend: Tokenizer, bos: str | None) -> None:
@@ -336,7 +377,7 @@ def refuse_other_tokens(header: GgufHeader, backend: Tokenizer, where: str) -> N
                 where=where,
                 remedy="give the tokenizer that the file was converted with",
             )
-    surplus = sorted(set(names) - set(range(len(tokens))) - set(added))
+    surplus = sorted(i for i in names if i >= len(tokens) and not (i in added and added[i].special))
     if surplus:
         raise DataError(
             f"the tokenizer has {len(surplus)} tokens beyond the {len(tokens):,} of "

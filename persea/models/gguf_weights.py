@@ -91,7 +91,6 @@ def convert_weights(
         kind, names = next(iter(lost.items()))
         raise _incomplete(header, f"{kind.replace('_', ' ')}: {sorted(map(str, names))[0]}", where)
     _restore_rope(header, model.config, file, where)
-    _set_attention_scale(header, model.config)
     _refuse_unread_metadata(header, model.config, where)
     ignored = sum(math.prod(t.shape) for t in header.tensors if t.name == ROPE_FACTORS)
     in_file, loaded = header.num_weights - ignored, sum(p.numel() for p in model.parameters())
@@ -103,7 +102,8 @@ def convert_weights(
         del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
     try:
-        model.save_pretrained(folder)
+        with read_percent(lambda share: step("write", 0.8 + 0.1 * share)):
+            model.save_pretrained(folder)
     except SafetensorError as error:
         raise StorageError(f"cannot write the weights: {error}") from error
 
@@ -128,10 +128,15 @@ def _load(
         else {}
     )
     try:
+        config = transformers.AutoConfig.from_pretrained(
+            file.parent, gguf_file=file.name, trust_remote_code=False
+        )
+        _complete_config(header, config)
         with read_percent(lambda share: step("weights", 0.1 + 0.7 * share)):
             loaded: tuple[Any, Mapping[str, Any]] = (
                 transformers.AutoModelForCausalLM.from_pretrained(
                     file.parent,
+                    config=config,
                     gguf_file=file.name,
                     dtype=getattr(torch, dtype),
                     output_loading_info=True,
@@ -208,8 +213,11 @@ def _refuse_unread_metadata(header: GgufHeader, config: Any, where: str) -> None
             )
 
 
-def _set_attention_scale(header: GgufHeader, config: Any) -> None:
-    """Set Gemma's scale of attention scores, which a GGUF file does not state."""
+def _complete_config(header: GgufHeader, config: Any) -> None:
+    """Set what transformers does not take from the file: the width of a head, Gemma's scale."""
+    head_dim = header.metadata.get(f"{header.architecture}.attention.key_length")
+    if head_dim is not None and hasattr(config, "head_dim"):
+        config.head_dim = int(head_dim)
     if header.architecture in GEMMA_27B_LAYERS:
         is_27b = config.num_hidden_layers == GEMMA_27B_LAYERS[header.architecture]
         config.query_pre_attn_scalar = (
@@ -232,6 +240,8 @@ def _restore_rope(header: GgufHeader, config: Any, file: Path, where: str) -> No
     head_dim = int(_config_value(config, "head_dim"))
     theta = float(_config_value(config, "rope_theta"))
     largest = round(float(factors_H.max()))
+    if np.all(factors_H == 1):
+        return
     expected_H = llama3_rope_factors(head_dim, theta, largest)
     if factors_H.shape != expected_H.shape or not np.allclose(factors_H, expected_H, rtol=1e-3):
         raise DataError(
