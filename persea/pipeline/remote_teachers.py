@@ -159,5 +159,7 @@ def _open_client(name: str, endpoint: EndpointSection) -> HttpClient:
         endpoint.give_up_after_s,
         endpoint.max_total_tokens,
         endpoint.max_failed_share,
+        endpoint.max_answer_s,
     )
-    return HttpClient(endpoint.url, name, policy, key)
+    url = endpoint.url.rstrip("/").removesuffix("/v1")  # OpenAI's clients are given it with /v1
+    return HttpClient(url, name, policy, key)

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -17,12 +18,26 @@ from persea.chat.messages import FinishReason
 from persea.errors import DataError
 from persea.serve.limits import ServerLimits
 from persea.serve.logprobs import (
+    build_chat_logprobs,
     build_completion_logprobs,
     build_prompt_logprobs,
     encode_candidate_logprobs,
+    format_token,
 )
-from persea.serve.schema import ChatCompletionRequest, CompletionRequest, TokenRequest
-from persea.serve.streaming import ServedModel, StreamingAnswerParser, content_bytes
+from persea.serve.schema import (
+    MAX_CHOICES,
+    ChatCompletionRequest,
+    CompletionRequest,
+    TokenizeRequest,
+    TokenRequest,
+)
+from persea.serve.streaming import (
+    ServedModel,
+    StreamingAnswerParser,
+    content_bytes,
+    cut_at_stop,
+)
+from persea.teachers.engines import Sampling
 
 OPENAI_FINISH_REASONS = {
     FinishReason.STOP: "stop",
@@ -45,6 +60,8 @@ class Routes:
         """Add the routes to an application."""
         app.get("/health")(self.health)
         app.get("/v1/models")(self.models)
+        app.get("/v1/models/{name:path}")(self.model)
+        app.post("/tokenize")(self.tokenize)
         app.post("/v1/chat/completions")(self.chat)
         app.post("/v1/completions")(self.completions)
         app.post("/inference/v1/generate")(self.generate)
@@ -55,18 +72,31 @@ class Routes:
 
     async def models(self) -> dict[str, Any]:
         """List the one model."""
+        return {"object": "list", "data": [await self.model(self.served_model.name)]}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        """Describe the model."""
+        self._refuse_other_model(name)
         return {
-            "object": "list",
-            "data": [
-                {
-                    "id": self.served_model.name,
-                    "object": "model",
-                    "created": self.started_at,
-                    "owned_by": "persea",
-                    "max_model_len": self.served_model.max_context_tokens or None,
-                }
-            ],
+            "id": self.served_model.name,
+            "object": "model",
+            "created": self.started_at,
+            "owned_by": "persea",
+            "max_model_len": self.served_model.max_context_tokens or None,
         }
+
+    async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
+        """Return the token ids of a text."""
+        self._refuse_other_model(body.model)
+        ids = await asyncio.to_thread(self.served_model.encode_prompt, body.prompt)
+        answer: dict[str, Any] = {
+            "count": len(ids),
+            "max_model_len": self.served_model.max_context_tokens or None,
+            "tokens": ids,
+        }
+        if body.return_token_strs:
+            answer["token_strs"] = [format_token(self.renderer, i, False) for i in ids]
+        return answer
 
     async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation."""
@@ -80,16 +110,46 @@ class Routes:
             DEFAULT_CHAT_TOKENS,
             self.limits.max_new_tokens,
         )
-        parser = StreamingAnswerParser(self.renderer, conversation.effort, conversation.tools)
-        tokens = self.served_model.stream_tokens(
-            prompt, self.renderer.stop_ids, max_new_tokens, body.sampling
+        if body.top_logprobs and not body.logprobs:
+            raise DataError(
+                "top_logprobs without logprobs", where="top_logprobs", remedy="send logprobs: true"
+            )
+        self._check_num_logprobs(body.top_logprobs, "top_logprobs")
+        samplings = _number_of_samples(body)
+        if body.stream and (len(samplings) > 1 or body.logprobs):
+            raise DataError(
+                "several answers and log-probabilities cannot be streamed",
+                where="stream",
+                remedy="send stream: false",
+            )
+        choices, num_tokens = [], 0
+        for k, sampling in enumerate(samplings):
+            parser = StreamingAnswerParser(
+                self.renderer, conversation.effort, conversation.tools, body.stop_texts
+            )
+            tokens = self.served_model.stream_tokens(
+                prompt, self._stop_ids(body.ignore_eos, None), max_new_tokens, sampling
+            )
+            if body.stream:
+                fields = self._response_fields("chat.completion.chunk", "chatcmpl")
+                usage = body.stream_options is not None and body.stream_options.include_usage
+                return _sse_response(_chat_events(fields, parser, tokens, len(prompt), usage))
+            async with aclosing(_until_disconnected(tokens, request)) as generated:
+                async for token in generated:
+                    parser.add_token(token)
+                    if parser.is_stopped:
+                        break
+            choices.append({"index": k} | await self._chat_choice(body, prompt, parser))
+            num_tokens += len(parser.ids)
+        return JSONResponse(
+            self._response_fields("chat.completion", "chatcmpl")
+            | {"choices": choices, "usage": _usage(len(prompt), num_tokens)}
         )
-        if body.stream:
-            fields = self._response_fields("chat.completion.chunk", "chatcmpl")
-            include_usage = body.stream_options is not None and body.stream_options.include_usage
-            return _sse_response(_chat_events(fields, parser, tokens, len(prompt), include_usage))
-        async for token in _until_disconnected(tokens, request):
-            parser.add_token(token)
+
+    async def _chat_choice(
+        self, body: ChatCompletionRequest, prompt: list[int], parser: StreamingAnswerParser
+    ) -> dict[str, Any]:
+        """Build the choice of a finished answer, with log-probabilities if they were requested."""
         _, calls, finish_reason = _finish_chat(parser)
         message: dict[str, Any] = {
             "role": "assistant",
@@ -99,47 +159,98 @@ class Routes:
             message["reasoning_content"] = parser.emitted["reasoning_content"]
         if calls:
             message["tool_calls"] = calls
-        choice = {"index": 0, "message": message, "finish_reason": finish_reason, "logprobs": None}
-        return JSONResponse(
-            self._response_fields("chat.completion", "chatcmpl")
-            | {"choices": [choice], "usage": _usage(len(prompt), len(parser.ids))}
-        )
+        choice = {"message": message, "finish_reason": finish_reason, "logprobs": None}
+        if body.logprobs:
+            rows = await self.served_model.compute_logprobs([*prompt, *parser.ids])
+            choice["logprobs"] = {
+                "content": await asyncio.to_thread(
+                    build_chat_logprobs,
+                    self.renderer,
+                    parser.ids,
+                    rows[len(prompt) - 1 :],
+                    body.top_logprobs or 0,
+                )
+            }
+        return choice
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         """Continue a text or token ids."""
         self._refuse_other_model(body.model)
-        prompt = await asyncio.to_thread(self.served_model.encode_prompt, body.prompt)
+        prompts = [
+            await asyncio.to_thread(self.served_model.encode_prompt, p) for p in body.prompts
+        ]
         self._check_num_logprobs(body.logprobs, "logprobs")
         self._check_num_logprobs(body.prompt_logprobs, "prompt_logprobs")
-        max_new_tokens = self.served_model.resolve_max_new_tokens(
-            prompt, body.max_tokens, DEFAULT_COMPLETION_TOKENS, self.limits.max_new_tokens
-        )
-        stop_ids = self._stop_ids(body.ignore_eos, body.stop_token_ids)
-        tokens = self.served_model.stream_tokens(prompt, stop_ids, max_new_tokens, body.sampling)
-        if body.stream:
-            if body.echo or body.logprobs is not None or body.prompt_logprobs is not None:
-                raise DataError(
-                    "echo and log-probabilities cannot be streamed",
-                    where="stream",
-                    remedy="send stream: false",
-                )
-            return _sse_response(
-                _completion_events(
-                    self._response_fields("text_completion", "cmpl"),
-                    self.served_model,
-                    tokens,
-                    stop_ids,
-                    prompt,
-                    body.return_token_ids,
-                    body.stream_options is not None and body.stream_options.include_usage,
-                )
+        limits = [
+            self.served_model.resolve_max_new_tokens(
+                prompt, body.max_tokens, DEFAULT_COMPLETION_TOKENS, self.limits.max_new_tokens
             )
-        ids = [token async for token in _until_disconnected(tokens, request)]
-        choice = await self._completion_choice(body, prompt, ids, stop_ids)
+            for prompt in prompts
+        ]
+        stop_ids = self._stop_ids(body.ignore_eos, body.stop_token_ids)
+        jobs = [
+            (*job, s) for job in zip(prompts, limits, strict=True) for s in _number_of_samples(body)
+        ]
+        if not 0 < len(jobs) <= MAX_CHOICES:
+            raise DataError(
+                f"{len(jobs)} answers were requested, 1 to {MAX_CHOICES} are possible",
+                where="prompt",
+                remedy="send several requests",
+            )
+        if body.stream:
+            return self._stream_completion(body, jobs, stop_ids)
+        choices, num_tokens = [], 0
+        for k, (prompt, max_new_tokens, sampling) in enumerate(jobs):
+            tokens = self.served_model.stream_tokens(prompt, stop_ids, max_new_tokens, sampling)
+            ids: list[int] = []
+            async with aclosing(_until_disconnected(tokens, request)) as generated:
+                async for token in generated:
+                    ids.append(token)
+                    if body.stop_texts and self._has_stop_text(ids, body.stop_texts):
+                        break
+            choices.append(
+                {"index": k} | await self._completion_choice(body, prompt, ids, stop_ids)
+            )
+            num_tokens += len(ids)
         return JSONResponse(
             self._response_fields("text_completion", "cmpl")
-            | {"choices": [choice], "usage": _usage(len(prompt), len(ids))}
+            | {"choices": choices, "usage": _usage(sum(map(len, prompts)), num_tokens)}
         )
+
+    def _stream_completion(
+        self,
+        body: CompletionRequest,
+        jobs: Sequence[tuple[list[int], int, Sampling]],
+        stop_ids: tuple[int, ...],
+    ) -> Response:
+        """Stream the answer to a single prompt."""
+        if body.echo or body.logprobs is not None or body.prompt_logprobs is not None:
+            raise DataError(
+                "echo and log-probabilities cannot be streamed",
+                where="stream",
+                remedy="send stream: false",
+            )
+        if len(jobs) > 1:
+            raise DataError(
+                "several answers cannot be streamed", where="stream", remedy="send stream: false"
+            )
+        prompt, max_new_tokens, sampling = jobs[0]
+        return _sse_response(
+            _completion_events(
+                self._response_fields("text_completion", "cmpl"),
+                self.served_model,
+                self.served_model.stream_tokens(prompt, stop_ids, max_new_tokens, sampling),
+                stop_ids,
+                prompt,
+                body.return_token_ids,
+                body.stream_options is not None and body.stream_options.include_usage,
+                body.stop_texts,
+            )
+        )
+
+    def _has_stop_text(self, ids: Sequence[int], stop_texts: Sequence[str]) -> bool:
+        text = content_bytes(self.renderer, ids).decode(errors="ignore")
+        return cut_at_stop(text, stop_texts)[1]
 
     async def _completion_choice(
         self,
@@ -150,12 +261,20 @@ class Routes:
     ) -> dict[str, Any]:
         """Build the choice of a completion, with the log-probabilities that were requested."""
         all_ids = [*prompt, *ids]
-        text = content_bytes(self.renderer, all_ids if body.echo else ids)
+        text, is_stopped = content_bytes(self.renderer, ids).decode(errors="replace"), False
+        if body.stop_texts and self._has_stop_text(ids, body.stop_texts):
+            text, is_stopped = cut_at_stop(text, body.stop_texts)
+        if body.echo:
+            text = (
+                content_bytes(self.renderer, prompt).decode(errors="replace") + text
+                if is_stopped
+                else content_bytes(self.renderer, all_ids).decode(errors="replace")
+            )
+        has_ended = is_stopped or (bool(ids) and ids[-1] in stop_ids)
         choice: dict[str, Any] = {
-            "index": 0,
             "logprobs": None,
-            "finish_reason": "stop" if ids and ids[-1] in stop_ids else "length",
-            "text": text.decode(errors="replace"),
+            "finish_reason": "stop" if has_ended else "length",
+            "text": text,
         }
         if body.logprobs is not None or body.prompt_logprobs is not None:
             logprobs = await self.served_model.compute_logprobs(all_ids)
@@ -260,6 +379,11 @@ class Routes:
         }
 
 
+def _number_of_samples(body: ChatCompletionRequest | CompletionRequest) -> list[Sampling]:
+    """Return the sampling settings of each of the `n` answers; their seeds differ."""
+    return [replace(body.sampling, seed=body.sampling.seed + k) for k in range(body.n or 1)]
+
+
 def _finish_chat(
     parser: StreamingAnswerParser,
 ) -> tuple[dict[str, str], list[dict[str, Any]], str]:
@@ -294,6 +418,8 @@ async def _chat_events(
         async for token in tokens:
             if delta := parser.add_token(token):
                 yield event(dict(delta))
+            if parser.is_stopped:
+                break
     text, calls, finish_reason = _finish_chat(parser)
     last: dict[str, Any] = dict(text)
     if calls:
@@ -332,10 +458,14 @@ async def _completion_events(
     prompt: list[int],
     include_token_ids: bool,
     include_usage: bool,
+    stop_texts: tuple[str, ...] = (),
 ) -> AsyncGenerator[dict[str, Any], None]:
-    """Yield one event per token; a part of a character waits until it is complete."""
+    """Yield one event per token; a part of a character waits until it is complete.
+
+    So does the end of a text that may be the beginning of a stop text.
+    """
     ids: list[int] = []
-    sent = ""
+    sent, is_stopped = "", False
     async with aclosing(token_stream):
         async for token in token_stream:
             ids.append(token)
@@ -345,17 +475,21 @@ async def _completion_events(
                 if _ends_inside_character(raw)
                 else raw.decode(errors="replace")
             )
+            if token not in stop_ids:  # at the end, nothing is held back
+                text, is_stopped = cut_at_stop(text, stop_texts)
             choice: dict[str, Any] = {
                 "index": 0,
                 "text": text[len(sent) :],
-                "finish_reason": "stop" if token in stop_ids else None,
+                "finish_reason": "stop" if token in stop_ids or is_stopped else None,
                 "logprobs": None,
             }
             sent = text
             if include_token_ids:
                 choice["token_ids"] = [token]
             yield event_fields | {"choices": [choice]}
-    if not ids or ids[-1] not in stop_ids:
+            if is_stopped:
+                break
+    if not is_stopped and (not ids or ids[-1] not in stop_ids):
         rest = content_bytes(served_model.renderer, ids).decode(errors="replace")[len(sent) :]
         yield event_fields | {
             "choices": [
