@@ -322,6 +322,11 @@ class TeacherSection(ModelRef):
         pattern=SLUG_PATTERN,
         description="library that runs its weights on this machine",
     )
+    engine_options: dict[str, str | int | float | bool] = Field(
+        default={},
+        description="further arguments of that library, such as {dtype: float32, max_model_len: "
+        "4096, tensor_parallel_size: 2} for vllm.LLM",
+    )
     endpoint: EndpointSection | None = Field(
         default=None, description="a server that runs it; then no weights are loaded here"
     )
@@ -345,6 +350,14 @@ class TeacherSection(ModelRef):
                 ("quantize" if self.quantize != "none" else "offload",),
                 "given, but persea does not load these weights",
                 "set it where the server is started",
+            ),
+            (
+                bool(self.engine_options) and self.engine == "local",
+                ("engine_options",),
+                "given, but persea itself runs these weights"
+                if self.endpoint is None
+                else "given, but a server runs these weights",
+                "name an `engine:`, or delete `engine_options:`",
             ),
             (
                 is_random and self.quantize != "none",

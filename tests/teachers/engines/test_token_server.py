@@ -40,7 +40,7 @@ from persea.distributions import (
     DistributionKind,
     SparseDistributions,
 )
-from persea.errors import MissingRequirementError, RefusedError, TeacherError
+from persea.errors import MissingRequirementError, RecipeError, RefusedError, TeacherError
 from persea.tasks.generated import GENERATED_TASKS
 from persea.tasks.task import Split
 from persea.teachers.engines import FULL_DISTRIBUTIONS, GREEDY, EngineFailure, Sampling
@@ -954,6 +954,8 @@ def test_vllms_answers_become_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def generate(self, prompts: Any, params: Any, use_tqdm: bool) -> list[Any]:
             seen.append((prompts, params))
+            if any(len(p["prompt_token_ids"]) > 8 for p in prompts):
+                raise ValueError("the prompt is longer than the model's context")
             logs = [None, {8: Thing(logprob=-1.0), 9: Thing(logprob=-0.5)}]
             return [
                 Thing(
@@ -980,6 +982,15 @@ def test_vllms_answers_become_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(good, SparseDistributions)
     assert good.ids_M.tolist() == [8, 9]
     assert isinstance(bad, EngineFailure)  # the realised token is not among what was told
+    short, long = far.generate([np.array([7], np.int32), np.zeros(9, np.int32)], (2,), 5)
+    assert short.tolist() == [4, 2]
+    assert long == EngineFailure(
+        "vLLM refuses the prompt: the prompt is longer than the model's context"
+    )
+    load_vllm_engine("m", "", 10, GREEDY, engine_options={"dtype": "float32"})
+    assert seen[-1]["dtype"] == "float32"
+    with pytest.raises(RecipeError, match="persea itself sets model"):
+        load_vllm_engine("m", "", 10, GREEDY, engine_options={"model": "n"})
 
 
 # --- real servers, where somebody has them ---
