@@ -238,6 +238,7 @@ ENGINES = (
     EngineSpec("tokens", "token_server", is_server=True),
     EngineSpec("completions", "token_server", is_server=True),
     EngineSpec("sglang", "token_server", is_server=True),
+    EngineSpec("llamacpp", "llamacpp_server", is_server=True),
     EngineSpec("chat", "chat_server", is_server=True),
 )
 
