@@ -192,7 +192,7 @@ class EndpointSection(RecipeSection):
         default_factory=lambda seen: False if seen["protocol"] == "chat" else None,
         validate_default=True,
         description="send the thinking effort as reasoning_effort and enable_thinking; false = "
-        "the server sets it, and a model that thinks although `effort` is none is told not to; "
+        "the server sets it, and a model that thinks although `effort` is none is asked not to; "
         "only with `protocol: chat`",
     )
     concurrency: int = Field(default=8, ge=1, le=1024, description="requests at once")

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 
-from persea.chat.messages import FinishReason
 from persea.errors import DataError
+from persea.serve.events import (
+    chat_events,
+    completion_events,
+    finish_chat,
+    sse_response,
+    token_usage,
+    until_disconnected,
+)
 from persea.serve.limits import ServerLimits
 from persea.serve.logprobs import (
     build_chat_logprobs,
@@ -39,14 +45,8 @@ from persea.serve.streaming import (
 )
 from persea.teachers.engines import Sampling
 
-OPENAI_FINISH_REASONS = {
-    FinishReason.STOP: "stop",
-    FinishReason.LENGTH: "length",
-    FinishReason.MALFORMED: "malformed",
-}
 DEFAULT_COMPLETION_TOKENS = 16  # new tokens if a request has no limit, as at OpenAI
 DEFAULT_CHAT_TOKENS = 256
-TOKENS_PER_DISCONNECT_CHECK = 16
 
 
 class Routes:
@@ -132,9 +132,11 @@ class Routes:
             )
             if body.stream:
                 fields = self._response_fields("chat.completion.chunk", "chatcmpl")
-                usage = body.stream_options is not None and body.stream_options.include_usage
-                return _sse_response(_chat_events(fields, parser, tokens, len(prompt), usage))
-            async with aclosing(_until_disconnected(tokens, request)) as generated:
+                include_usage = (
+                    body.stream_options is not None and body.stream_options.include_usage
+                )
+                return sse_response(chat_events(fields, parser, tokens, len(prompt), include_usage))
+            async with aclosing(until_disconnected(tokens, request)) as generated:
                 async for token in generated:
                     parser.add_token(token)
                     if parser.is_stopped:
@@ -143,14 +145,14 @@ class Routes:
             num_tokens += len(parser.ids)
         return JSONResponse(
             self._response_fields("chat.completion", "chatcmpl")
-            | {"choices": choices, "usage": _usage(len(prompt), num_tokens)}
+            | {"choices": choices, "usage": token_usage(len(prompt), num_tokens)}
         )
 
     async def _chat_choice(
         self, body: ChatCompletionRequest, prompt: list[int], parser: StreamingAnswerParser
     ) -> dict[str, Any]:
         """Build the choice of a finished answer, with log-probabilities if they were requested."""
-        _, calls, finish_reason = _finish_chat(parser)
+        _, calls, finish_reason = finish_chat(parser)
         message: dict[str, Any] = {
             "role": "assistant",
             "content": parser.emitted["content"] or (None if calls else ""),
@@ -203,7 +205,7 @@ class Routes:
         for k, (prompt, max_new_tokens, sampling) in enumerate(jobs):
             tokens = self.served_model.stream_tokens(prompt, stop_ids, max_new_tokens, sampling)
             ids: list[int] = []
-            async with aclosing(_until_disconnected(tokens, request)) as generated:
+            async with aclosing(until_disconnected(tokens, request)) as generated:
                 async for token in generated:
                     ids.append(token)
                     if body.stop_texts and self._has_stop_text(ids, body.stop_texts):
@@ -214,7 +216,7 @@ class Routes:
             num_tokens += len(ids)
         return JSONResponse(
             self._response_fields("text_completion", "cmpl")
-            | {"choices": choices, "usage": _usage(sum(map(len, prompts)), num_tokens)}
+            | {"choices": choices, "usage": token_usage(sum(map(len, prompts)), num_tokens)}
         )
 
     def _stream_completion(
@@ -235,8 +237,8 @@ class Routes:
                 "several answers cannot be streamed", where="stream", remedy="send stream: false"
             )
         prompt, max_new_tokens, sampling = jobs[0]
-        return _sse_response(
-            _completion_events(
+        return sse_response(
+            completion_events(
                 self._response_fields("text_completion", "cmpl"),
                 self.served_model,
                 self.served_model.stream_tokens(prompt, stop_ids, max_new_tokens, sampling),
@@ -329,15 +331,13 @@ class Routes:
                     where="stream",
                     remedy="send stream: false",
                 )
-            return _sse_response(
-                _completion_events(
-                    response, self.served_model, tokens, stop_ids, prompt, True, True
-                )
+            return sse_response(
+                completion_events(response, self.served_model, tokens, stop_ids, prompt, True, True)
             )
-        ids = [token async for token in _until_disconnected(tokens, request)]
+        ids = [token async for token in until_disconnected(tokens, request)]
         finish_reason = "stop" if ids and ids[-1] in stop_ids else "length"
         response["choices"] = [{"index": 0, "token_ids": ids, "finish_reason": finish_reason}]
-        response["usage"] = _usage(len(prompt), len(ids))
+        response["usage"] = token_usage(len(prompt), len(ids))
         if has_logprobs:
             logprobs = await self.served_model.compute_logprobs(prompt)
             if params.prompt_logprobs is not None:
@@ -382,141 +382,3 @@ class Routes:
 def _number_of_samples(body: ChatCompletionRequest | CompletionRequest) -> list[Sampling]:
     """Return the sampling settings of each of the `n` answers; their seeds differ."""
     return [replace(body.sampling, seed=body.sampling.seed + k) for k in range(body.n or 1)]
-
-
-def _finish_chat(
-    parser: StreamingAnswerParser,
-) -> tuple[dict[str, str], list[dict[str, Any]], str]:
-    """Return the remaining text, the tool calls and the finish reason in OpenAI's form."""
-    text, tool_calls, finish = parser.finish()
-    calls = [
-        {
-            "id": f"call_{uuid.uuid4().hex[:24]}",
-            "type": "function",
-            "function": {"name": c.name, "arguments": c.arguments},
-        }
-        for c in tool_calls
-    ]
-    return text, calls, "tool_calls" if calls else OPENAI_FINISH_REASONS[finish]
-
-
-async def _chat_events(
-    fields: dict[str, Any],
-    parser: StreamingAnswerParser,
-    tokens: AsyncGenerator[int, None],
-    num_prompt_tokens: int,
-    include_usage: bool,
-) -> AsyncGenerator[dict[str, Any], None]:
-    """Yield the events of a streamed chat answer."""
-
-    def event(delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-        return fields | {"choices": [choice]}
-
-    yield event({"role": "assistant", "content": ""})
-    async with aclosing(tokens):
-        async for token in tokens:
-            if delta := parser.add_token(token):
-                yield event(dict(delta))
-            if parser.is_stopped:
-                break
-    text, calls, finish_reason = _finish_chat(parser)
-    last: dict[str, Any] = dict(text)
-    if calls:
-        last["tool_calls"] = [call | {"index": k} for k, call in enumerate(calls)]
-    yield event(last, finish_reason)
-    if include_usage:
-        yield fields | {"choices": [], "usage": _usage(num_prompt_tokens, len(parser.ids))}
-
-
-def _usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
-
-
-async def _until_disconnected(
-    token_stream: AsyncGenerator[int, None], request: Request
-) -> AsyncGenerator[int, None]:
-    """Yield tokens until the client disconnects."""
-    async with aclosing(token_stream):
-        count = 0
-        async for token in token_stream:
-            yield token
-            count += 1
-            if count % TOKENS_PER_DISCONNECT_CHECK == 0 and await request.is_disconnected():
-                return
-
-
-async def _completion_events(
-    event_fields: dict[str, Any],
-    served_model: ServedModel,
-    token_stream: AsyncGenerator[int, None],
-    stop_ids: tuple[int, ...],
-    prompt: list[int],
-    include_token_ids: bool,
-    include_usage: bool,
-    stop_texts: tuple[str, ...] = (),
-) -> AsyncGenerator[dict[str, Any], None]:
-    """Yield one event per token; a part of a character waits until it is complete.
-
-    So does the end of a text that may be the beginning of a stop text.
-    """
-    ids: list[int] = []
-    sent, is_stopped = "", False
-    async with aclosing(token_stream):
-        async for token in token_stream:
-            ids.append(token)
-            raw = content_bytes(served_model.renderer, ids)
-            text = (
-                raw.decode(errors="ignore")
-                if _ends_inside_character(raw)
-                else raw.decode(errors="replace")
-            )
-            if token not in stop_ids:  # at the end, nothing is held back
-                text, is_stopped = cut_at_stop(text, stop_texts)
-            choice: dict[str, Any] = {
-                "index": 0,
-                "text": text[len(sent) :],
-                "finish_reason": "stop" if token in stop_ids or is_stopped else None,
-                "logprobs": None,
-            }
-            sent = text
-            if include_token_ids:
-                choice["token_ids"] = [token]
-            yield event_fields | {"choices": [choice]}
-            if is_stopped:
-                break
-    if not is_stopped and (not ids or ids[-1] not in stop_ids):
-        rest = content_bytes(served_model.renderer, ids).decode(errors="replace")[len(sent) :]
-        yield event_fields | {
-            "choices": [
-                {"index": 0, "text": rest, "finish_reason": "length", "logprobs": None}
-                | ({"token_ids": []} if include_token_ids else {})
-            ]
-        }
-    if include_usage:
-        yield event_fields | {"choices": [], "usage": _usage(len(prompt), len(ids))}
-
-
-def _ends_inside_character(raw: bytes) -> bool:
-    """Return whether the last character is incomplete."""
-    try:
-        raw.decode()
-    except UnicodeDecodeError as problem:
-        return problem.end == len(raw) and problem.reason == "unexpected end of data"
-    return False
-
-
-def _sse_response(events: AsyncGenerator[dict[str, Any], None]) -> StreamingResponse:
-    async def lines() -> AsyncIterator[str]:
-        async with aclosing(events):
-            async for event in events:
-                yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
-        yield "data: [DONE]\n\n"
-
-    return StreamingResponse(
-        lines(), media_type="text/event-stream", headers={"cache-control": "no-cache"}
-    )
