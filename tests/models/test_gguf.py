@@ -212,7 +212,26 @@ def test_a_conversion_that_fails_leaves_nothing(
             gguf_model.model_folder(path, "w")
         assert "PERSEA_HOME" in caught.value.remedy
     assert not list(home.rglob("*.tmp")) and not list(home.rglob("model"))
+    left = next(home.rglob("tokenizer")).with_name(".model.1.tmp")  # by a killed process
+    left.mkdir()
     gguf_model.model_folder(path, "w")
+    assert not list(home.rglob("*.tmp"))
+
+
+def test_a_large_file_is_not_copied(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What transformers gets from the file itself and from the copy without tokens is equal."""
+    path = write()
+    copied = gguf_model.model_folder(path, "w")
+    weights, config = (
+        (copied / "model.safetensors").read_bytes(),
+        (copied / "config.json").read_text(),
+    )
+    shutil.rmtree(copied)
+    monkeypatch.setattr(gguf_model, "MAX_COPIED_BYTES", 0)
+    monkeypatch.setattr(gguf_model, "write_without_tokens", lambda *_: pytest.fail("copied"))
+    linked = gguf_model.model_folder(path, "w")
+    assert (linked / "model.safetensors").read_bytes() == weights
+    assert (linked / "config.json").read_text() == config
 
 
 def test_nothing_beside_the_file_is_read(write: Write) -> None:
