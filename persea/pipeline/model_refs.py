@@ -26,6 +26,7 @@ from persea.config.schema import (
 from persea.errors import RefusedError
 from persea.evaluation.answering import EvaluatedModel
 from persea.models.identity import file_stats, fingerprint, model_warnings
+from persea.models.licence import read_licence
 from persea.models.loading import ModelSource, load_renderer, local_folder
 from persea.pipeline.remote_teachers import (
     endpoint_identity,
@@ -386,12 +387,13 @@ class ModelRefs:
         renderer = self.student_renderer if name == BASE else self.renderers[name]
         if isinstance(ref, TeacherSection) and ref.endpoint:
             return remote_parent(ref, renderer, self.folder / "endpoints" / f"{name}.json")
-        licence = getattr(ref, "licence", "") or renderer.family.licence
+        source = model_source(ref)
+        licence = getattr(ref, "licence", "") or read_licence(source, name)
         return ParentModel(
             name,
             Path(ref.model).name if Path(ref.model).is_dir() else ref.model,
             ref.revision,
             renderer.family.name,
             licence,
-            fingerprint(model_source(ref), name),
+            fingerprint(source, name),
         )

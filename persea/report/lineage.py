@@ -28,7 +28,8 @@ class ParentModel:
         model: Hub name, or the last name of a local folder.
         revision: Revision on the hub.
         family: Its family.
-        licence: The licence in the recipe, or else the usual one of the family.
+        licence: The licence in the recipe, or else the one that the model's own files state, or
+            "unknown".
         fingerprint: Digest of its files.
     """
 
