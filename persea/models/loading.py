@@ -16,15 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from persea.chat.families import CONTROL_MARKERS, detect_family, get_family
-from persea.chat.families.generic import GENERIC_FAMILY_NAME, infer_family
+from persea.chat.families import CONTROL_MARKERS
 from persea.chat.families.hybrid import (
     add_thinking_switch,
     can_use_hybrid_template,
     has_thinking_switch,
-    make_hybrid_family,
 )
-from persea.chat.family import Family
+from persea.chat.family import UNKNOWN_FAMILY, Family
+from persea.chat.family_selection import choose_family
 from persea.chat.messages import PINNED_DATE
 from persea.chat.renderer import ChatRenderer
 from persea.chat.template import compile_template
@@ -213,24 +212,21 @@ def load_renderer(
     if source.thinking and not has_thinking_switch(template):
         template_text = add_thinking_switch(template_text, vocabulary)
         template = compile_template(template_text, special, template_date, where)
-    family = None
-    if not source.family:
-        family = detect_family(vocabulary, template_text)
-    elif source.family != GENERIC_FAMILY_NAME:
-        family = get_family(source.family)
-    if family is None:
-        eos_tokens = {vocabulary.control_names.get(i, "") for i in eos_token_ids(source, where)} | {
-            special.get("eos_token", "")
-        }
-        family, template = infer_family(
-            vocabulary, template, eos_tokens & vocabulary.control_token_ids.keys(), where
-        )
-    has_switch = has_thinking_switch(template)
-    if source.thinking and (len(family.efforts) > 1 or not has_switch):
-        _refuse_thinking_option(family, where)
-    if len(family.efforts) == 1 and has_switch:
-        family = make_hybrid_family(family, vocabulary)
-    return ChatRenderer(family, vocabulary, template, template_text, template_date, special)
+
+    def eos_tokens() -> set[str]:
+        names = {vocabulary.control_names.get(i, "") for i in eos_token_ids(source, where)}
+        return (names | {special.get("eos_token", "")}) & vocabulary.control_token_ids.keys()
+
+    renderer = choose_family(
+        ChatRenderer(UNKNOWN_FAMILY, vocabulary, template, template_text, template_date, special),
+        source.family,
+        lambda text: tokenizer.encode(text, add_special_tokens=False),
+        eos_tokens,
+        where,
+    )
+    if source.thinking and not renderer.family.has_hybrid_format:
+        _refuse_thinking_option(renderer.family, where)
+    return renderer
 
 
 def _refuse_thinking_option(family: Family, where: str) -> None:

@@ -14,10 +14,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from persea.chat import families
-from persea.chat.families.generic import GENERIC_FAMILY_NAME, StripRule
-from persea.chat.families.llama import LLAMA
-from persea.chat.families.qwen import QWEN
-from persea.chat.family import Family
+from persea.chat.families.generic import GENERIC_FAMILY_NAME
 from persea.chat.messages import (
     Conversation,
     FinishReason,
@@ -30,6 +27,7 @@ from persea.chat.messages import (
     ToolCall,
     ToolResult,
 )
+from persea.chat.template_probing import StripRule
 from persea.config.recipe import load_recipe
 from persea.errors import DataError
 from persea.models.identity import model_warnings
@@ -365,17 +363,12 @@ def test_earlier_answers_may_be_trimmed_differently(tmp_path: Path, where: str):
         ),
         (
             HEAD + "<|{{ m['role'] }}|>{{ m['content'] }}{{ m['content'] }}<|stop|>" + END,
-            "does not write an answer where its prompt ends",
+            "drops or repeats a question or an answer",
         ),
         (
             HEAD + "{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt "
             "%}assistant: {% endif %}",
             "ends an answer with no control token$",
-        ),
-        (
-            HEAD + "<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}<|think|>{% endif %}{{ "
-            "m['content'] }}<|stop|>" + END,
-            "between its prompt",
         ),
         ("{{ raise_exception('no chat') }}", "no chat"),
         (
@@ -390,7 +383,7 @@ def test_earlier_answers_may_be_trimmed_differently(tmp_path: Path, where: str):
             HEAD
             + "<|{{ m['role'] }}|>{{ m['content'] if m['role'] == 'user' else '' }}<|stop|>"
             + END,
-            "does not write an answer",
+            "drops or repeats a question or an answer",
         ),
     ],
 )
@@ -465,12 +458,6 @@ def test_an_eos_that_is_not_the_turns_end_is_reported_and_stops_too(tmp_path: Pa
 def test_generic_is_one_of_the_names_a_recipe_may_use(tiny: Speaker):
     """Forced on a known model, the inferred family renders plain conversations as the model's
     family does."""
-    if tiny.renderer.family.name == "gpt-oss":
-        with pytest.raises(
-            DataError, match=r"between its prompt|where its prompt ends|white space"
-        ):
-            load_renderer(ModelSource(str(tiny.folder), family=GENERIC_FAMILY_NAME), "w")
-        return
     renderer = load_renderer(ModelSource(str(tiny.folder), family=GENERIC_FAMILY_NAME), "w")
     conversation = Conversation.from_question(" Hi\n").with_answer(Text("\n Hello "))
     assert (
@@ -505,7 +492,7 @@ def test_a_run_reports_families_and_their_limitations(tmp_path: Path):
         "gemma-sapling (gemma)",
         "gpt-oss-sapling (gpt-oss)",
     ]
-    assert context.models.lineage_parent("qwen-sapling").licence == "not known"
+    assert context.models.lineage_parent("qwen-sapling").licence == "apache-2.0"  # its own card's
 
 
 def test_tools_are_refused_and_not_lost(tmp_path: Path):
@@ -518,37 +505,6 @@ def test_tools_are_refused_and_not_lost(tmp_path: Path):
     for conversation in (asked, call, result):
         with pytest.raises(DataError, match="tools"):
             renderer.render_prompt(conversation)
-
-
-# ---- which family --------------------------------------------------------------------------------
-
-
-def test_the_longest_template_signature_wins(
-    tiny_of: Callable[[str], Speaker], monkeypatch: pytest.MonkeyPatch
-):
-    vocabulary = tiny_of("qwen").renderer.vocabulary
-
-    def family(name: str, mark: str) -> Family:
-        return replace(QWEN, name=name, template_signature=mark)
-
-    any_, short, long, other = (
-        family("any", ""),
-        family("short", "ab"),
-        family("long", "abc"),
-        family("other", "xyz"),
-    )
-    monkeypatch.setattr(
-        families, "FAMILIES", (replace(LLAMA, template_signature=""), any_, long, short, other)
-    )
-    assert families.detect_family(vocabulary, "") is any_
-    assert families.detect_family(vocabulary, "zab") is short
-    assert families.detect_family(vocabulary, "zabc") is long
-    assert families.detect_family(vocabulary, "abc xyz") is None  # equally long: no guess
-    monkeypatch.setattr(families, "FAMILIES", (LLAMA, short))
-    assert families.detect_family(vocabulary, "nothing of it") is None
-    assert (
-        families.detect_family(vocabulary, "<|start_header_id|> ab") is short
-    )  # a signature in the template alone is none
 
 
 def test_trim():
