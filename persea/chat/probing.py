@@ -92,8 +92,10 @@ def _turns(
 def _text_conversations(effort: ThinkingEffort) -> Iterator[ProbingConversation]:
     plain = ("2 + 3?", (Text("It is 5."),))
     rims = (f"{RIM}two  words{RIM}", (Text(f"{RIM}so it is{RIM}"),))
-    yield ProbingConversation(_turns(effort, "", plain), is_core=True)
-    yield ProbingConversation(_turns(effort, "", plain, ("And 4?", (Text("Nine."),))), is_core=True)
+    # A model that is asked to think may have no form for an answer without a thought.
+    is_core = effort is ThinkingEffort.NONE
+    yield ProbingConversation(_turns(effort, "", plain), is_core)
+    yield ProbingConversation(_turns(effort, "", plain, ("And 4?", (Text("Nine."),))), is_core)
     yield ProbingConversation(_turns(effort, "Be brief.", plain))
     yield ProbingConversation(_turns(effort, "", rims))
     yield ProbingConversation(_turns(effort, f"{RIM}Be brief.{RIM}", rims))
@@ -107,7 +109,7 @@ def _text_conversations(effort: ThinkingEffort) -> Iterator[ProbingConversation]
 def _thinking_conversations(effort: ThinkingEffort) -> Iterator[ProbingConversation]:
     plain = ("2 + 3?", (Thinking("Two and three."), Text("It is 5.")))
     rims = (f"{RIM}two  words", (Thinking(f"{RIM}你好 so{RIM}"), Text(f"{RIM}so it is{RIM}")))
-    yield ProbingConversation(_turns(effort, "", plain))
+    yield ProbingConversation(_turns(effort, "", plain), is_core=True)
     yield ProbingConversation(_turns(effort, "Be brief.", plain, rims))
     yield ProbingConversation(_turns(effort, "", rims, plain))
     yield ProbingConversation(_turns(effort, "", rims, rims, ("And 4?", (Text("Nine."),))))

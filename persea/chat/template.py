@@ -51,11 +51,21 @@ def _tojson(
     )
 
 
+def parse_template(text: str) -> nodes.Template:
+    """Return the syntax tree of a chat template.
+
+    Raises:
+        jinja2.TemplateError: It does not compile.
+        RecursionError: It is nested too deeply.
+    """
+    environment = jinja2.Environment(extensions=[_GenerationBlock, loopcontrols])
+    return environment.parse(text)
+
+
 def read_names(text: str) -> tuple[frozenset[str], frozenset[str]]:
     """Return the variables that a chat template reads but does not define, and its quoted texts."""
-    environment = jinja2.Environment(extensions=[_GenerationBlock, loopcontrols])
     try:
-        parsed = environment.parse(text)
+        parsed = parse_template(text)
         variables = frozenset(meta.find_undeclared_variables(parsed))
     except (jinja2.TemplateError, RecursionError):
         return frozenset(), frozenset()

@@ -10,7 +10,7 @@ from persea.models import licence
 from persea.models.licence import licence_of_card, licence_of_text, read_licence
 from persea.models.loading import ModelSource
 
-APACHE = "\n                                 Apache License\n                           Version 2.0, January"
+APACHE = "\n          Apache License\n          Version 2.0, January"
 
 
 @pytest.mark.parametrize(

@@ -161,11 +161,24 @@ def test_no_chat_template_is_refused(copy: Path):
     assert "chat_template.jinja" in caught.value.remedy
 
 
-def test_several_chat_templates_are_refused(copy: Path):
+def test_of_several_chat_templates_the_default_is_taken(copy: Path):
+    before = load_renderer(str(copy))
     (copy / "additional_chat_templates").mkdir()
     (copy / "additional_chat_templates" / "tool_use.jinja").write_text("x")
-    with pytest.raises(DataError, match="several chat templates"):
+    renderer = load_renderer(str(copy))
+    assert renderer.digest == before.digest
+    assert "several chat templates (default, tool_use)" in renderer.family.limitations
+    assert "several" not in before.family.limitations
+
+
+def test_several_chat_templates_without_a_default_are_refused(copy: Path):
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    config["chat_template"] = [{"name": name, "template": "x"} for name in ("tool_use", "rag")]
+    (copy / "tokenizer_config.json").write_text(json.dumps(config))
+    (copy / "chat_template.jinja").unlink()
+    with pytest.raises(DataError, match="none called default: rag, tool_use") as caught:
         load_renderer(ModelSource(str(copy)), "w")
+    assert "chat_template.jinja" in caught.value.remedy
 
 
 def test_a_chat_template_that_does_not_compile_is_refused(copy: Path):

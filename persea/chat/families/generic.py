@@ -37,17 +37,9 @@ from persea.chat.response_parsing import (
     pieces_to_string,
 )
 from persea.chat.template import ChatTemplate, read_names
-from persea.chat.template_probing import (
-    NO_STRIP,
-    EffortBehaviour,
-    Place,
-    PromptTail,
-    TemplateBehaviour,
-    TemplateProbe,
-    Turn,
-    make_messages,
-    probe_template,
-)
+from persea.chat.template_probes import TemplateProbe, Turn, make_messages
+from persea.chat.template_probing import NO_STRIP, Place, TemplateBehaviour, probe_template
+from persea.chat.thought_probing import EffortBehaviour, PromptTail
 from persea.errors import DataError
 from persea.tokenization.vocabulary import Vocabulary
 

@@ -11,7 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from persea.chat import families
 from persea.chat.families.generic import GENERIC_FAMILY_NAME
@@ -27,6 +36,7 @@ from persea.chat.messages import (
     ToolCall,
     ToolResult,
 )
+from persea.chat.renderer import ChatRenderer
 from persea.chat.template_probing import StripRule
 from persea.config.recipe import load_recipe
 from persea.errors import DataError
@@ -60,6 +70,12 @@ SAID = [
 ]
 
 
+# Pieces of text as in Llama 3 and Qwen: line breaks stay together.
+PRETOKENS = (
+    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
 def folder_of(
     path: Path,
     template: str,
@@ -70,13 +86,21 @@ def folder_of(
     controls: tuple[str, ...] = (),
     adds_bos: bool = False,
     config_eos: tuple[str, ...] = (),
+    gpt2: bool = False,
 ) -> Path:
     """Make a tokenizer folder: byte-level BPE with the control tokens that the template writes."""
     looks = re.findall(r"<[|｜][^>{}'\"]{1,40}[|｜]>|</?think>|\[gMASK\]|<sop>", template)
     names = list(dict.fromkeys([t for t in (bos, eos, *ends, *controls, *looks) if t]))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(PRETOKENS), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        if not gpt2
+        else pre_tokenizers.ByteLevel(add_prefix_space=False),
         decoders.ByteLevel(),
     )
     trainer = trainers.BpeTrainer(
@@ -505,6 +529,195 @@ def test_tools_are_refused_and_not_lost(tmp_path: Path):
     for conversation in (asked, call, result):
         with pytest.raises(DataError, match="tools"):
             renderer.render_prompt(conversation)
+
+
+# ---- thoughts ------------------------------------------------------------------------------------
+
+THOUGHT = "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+ASSISTANT = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+HABITS = {
+    # Ministral 3: thoughts are content parts; there is no switch.
+    "content parts": HEAD + "<|{{ m.role }}|>{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content %}"
+    "{{ '[THINK]' + p.thinking + '[/THINK]' if p.type == 'thinking' else p.text }}"
+    "{% endfor %}{% endif %}<|stop|>" + END,
+    # DeepSeek R1: the prompt opens a thought, conversations have none.
+    "opened": HEAD
+    + TURN
+    + "{% endfor %}{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}",
+    # Kimi K2 Thinking: an empty thought before each answer.
+    "empty": HEAD
+    + "<|{{ m.role }}|>{{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}<|stop|>"
+    + END,
+    # Qwen 3: a switch, and thoughts of the last answer only.
+    "switch": HEAD
+    + "<|{{ m.role }}|>{% if loop.last and m.role == 'assistant' %}"
+    + THOUGHT
+    + "{% endif %}{{ m.content }}<|stop|>{% endfor %}"
+    + ASSISTANT
+    + "{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}"
+    "<think>\n\n</think>\n\n{% endif %}",
+    # Efforts in a system turn; every thought is kept.
+    "efforts": "<|system|>Effort: {{ reasoning_effort or 'high' }}<|stop|>"
+    + HEAD
+    + "<|{{ m.role }}|>{{ '<think>' + m.reasoning + '</think>' if m.reasoning }}"
+    "{{ m.content }}<|stop|>" + END,
+    # Muse: thought and answer are messages of one turn.
+    "messages": HEAD
+    + "<|{{ m.role }}|>{% if m.role == 'assistant' %}{% if m.thinking %} to=self<|say|>"
+    "{{ m.thinking }}<|eom|><|assistant|>{% endif %} to=user<|say|>{% endif %}{{ m.content }}"
+    "<|stop|>" + END,
+}
+EFFORTS = {
+    "content parts": ["high"],
+    "opened": ["high"],
+    "empty": ["high"],
+    "switch": ["none", "high"],
+    "efforts": ["low", "medium", "high"],
+    "messages": ["high"],
+}
+MARKS = (*ROLES, "<|say|>", "<|eom|>", "[THINK]", "[/THINK]", "<think>", "</think>")
+
+
+def thinking_of(path: Path, habit: str, controls: tuple[str, ...] = MARKS) -> ChatRenderer:
+    return load_renderer(small(path, HABITS[habit], controls=controls), "w")
+
+
+@pytest.mark.parametrize("habit", HABITS)
+@pytest.mark.parametrize(
+    "controls", [MARKS, (*ROLES, "<|say|>", "<|eom|>")], ids=["tokens", "text"]
+)
+def test_thoughts_are_rendered_and_parsed(tmp_path: Path, habit: str, controls: tuple[str, ...]):
+    """The markers are control tokens, or plain text."""
+    renderer = thinking_of(tmp_path, habit, controls)
+    assert [e.value for e in renderer.family.efforts] == EFFORTS[habit]
+    effort = ThinkingEffort.HIGH
+    asked = Conversation.from_question("2 + 3?", effort=effort)
+    conversation = asked.with_answer(Thinking("Two and three."), Text("It is 5."))
+    tokens, prompt = renderer.render(conversation), renderer.render_prompt(asked)
+    assert tokens.ids_T[: len(prompt)].tolist() == prompt.ids_T.tolist()
+    answer = tokens.ids_T[tokens.loss_mask_T].tolist()
+    assert renderer.parse(answer, effort) == (
+        (Thinking("Two and three."), Text("It is 5.")),
+        FinishReason.STOP,
+    )
+    covered = [k for k, s in enumerate(tokens.starts_T) if s >= 0 and tokens.loss_mask_T[k]]
+    said = b"".join(renderer.vocabulary.bytes_W[tokens.ids_T[k]] or b"" for k in covered)
+    assert said.startswith(b"Two and three") and said.endswith(b"5.")
+    for cut in range(len(answer)):  # an answer that is cut off is never an exception
+        assert renderer.parse(answer[:cut], effort)[1] is FinishReason.LENGTH
+    assert renderer.family.thought_ends
+    assert (
+        "no tools" in renderer.family.limitations and "thought ends" in renderer.family.limitations
+    )
+
+
+@pytest.mark.parametrize(
+    ("habit", "want"),
+    [
+        ("opened", "<|user|>q<|stop|><|assistant|><think>\nso\n</think>\n\na<|stop|>"),
+        ("empty", "<|user|>q<|stop|><|assistant|><think>so</think>a<|stop|>"),
+        ("switch", "<|user|>q<|stop|><|assistant|><think>\nso\n</think>\n\na<|stop|>"),
+        (
+            "messages",
+            "<|user|>q<|stop|><|assistant|> to=self<|say|>so<|eom|>"
+            "<|assistant|> to=user<|say|>a<|stop|>",
+        ),
+        ("content parts", "<|user|>q<|stop|><|assistant|>[THINK]so[/THINK]a<|stop|>"),
+    ],
+)
+def test_where_a_thought_goes(tmp_path: Path, habit: str, want: str):
+    renderer = thinking_of(tmp_path, habit)
+    conversation = Conversation.from_question("q", effort=ThinkingEffort.HIGH)
+    ids = renderer.render(conversation.with_answer(Thinking("so"), Text("a"))).ids_T.tolist()
+    pieces = renderer.vocabulary.decode_pieces(ids)
+    assert "".join(p if isinstance(p, str) else p.decode() for p in pieces) == want
+
+
+def test_an_answer_at_once_of_a_model_that_always_thinks(tmp_path: Path):
+    """Asked at once it thinks nevertheless; its thought is parsed, and counted by the caller."""
+    renderer = thinking_of(tmp_path, "opened")
+    asked = Conversation.from_question("q")
+    assert renderer.render_prompt(asked).ids_T.tolist() == (
+        renderer.render_prompt(replace(asked, effort=ThinkingEffort.HIGH)).ids_T.tolist()
+    )
+    tokens = renderer.render(asked.with_answer(Thinking("so"), Text("a")))
+    answer = tokens.ids_T[tokens.loss_mask_T].tolist()
+    assert renderer.parse(answer, ThinkingEffort.NONE)[0] == (Thinking("so"), Text("a"))
+    plain = renderer.render(asked.with_answer(Text("a")))
+    pieces = renderer.vocabulary.decode_pieces(plain.ids_T.tolist())
+    assert pieces[-4:] == (b"\n", "</think>", b"\n\na", "<|stop|>")
+
+
+@pytest.mark.parametrize(("habit", "kept"), [("switch", False), ("efforts", True)])
+def test_earlier_thoughts_are_kept_as_the_template_keeps_them(
+    tmp_path: Path, habit: str, kept: bool
+):
+    renderer = thinking_of(tmp_path, habit)
+    first = Conversation.from_question("q", effort=ThinkingEffort.HIGH)
+    first = first.with_answer(Thinking("so"), Text("a"))
+    conversation = replace(first, messages=first.messages * 2)
+    thoughts = [m.thinking for m in renderer.family.normalise(conversation).messages]
+    assert thoughts == ["", "so" if kept else "", "", "so"]
+
+
+def test_markers_in_plain_text_are_refused(tmp_path: Path):
+    renderer = thinking_of(tmp_path, "switch", ROLES)
+    asked = Conversation.from_question("q", effort=ThinkingEffort.HIGH)
+    with pytest.raises(DataError, match="marks a thought"):
+        renderer.render(asked.with_answer(Thinking("a </think> b"), Text("a")))
+    with pytest.raises(DataError, match="marks a thought"):
+        renderer.render(asked.with_answer(Text("<think> a")))
+
+
+def test_a_system_text_can_change_what_is_trimmed(tmp_path: Path):
+    """Llama 2 trims system text and question as one."""
+    template = (
+        "{% set s = '' %}{% set rest = messages %}{% if messages[0].role == 'system' %}"
+        "{% set s = '<<SYS>>' + messages[0].content + '<</SYS>>' %}"
+        "{% set rest = messages[1:] %}{% endif %}"
+        "{% for m in rest %}<|{{ m.role }}|>"
+        "{{ ((s if loop.first else '') + m.content) | trim }}<|stop|>" + END
+    )
+    renderer = load_renderer(small(tmp_path, template), "w")
+    texts = {}
+    for system in ("", "你好，世界"):
+        asked = Conversation.from_question(" two  words ", system=system)
+        ids = renderer.render_prompt(asked).ids_T.tolist()
+        texts[system] = b"".join(
+            p for p in renderer.vocabulary.decode_pieces(ids) if isinstance(p, bytes)
+        ).decode()
+    assert texts == {"": "two  words", "你好，世界": "<<SYS>>你好，世界<</SYS>> two  words"}
+
+
+def test_a_template_for_pictures_takes_texts(tmp_path: Path):
+    template = (
+        HEAD
+        + "<|{{ m.role }}|>{% for p in m.content %}{{ '<image>' if p.type == 'image' else p.text }}"
+        "{% endfor %}<|stop|>" + END
+    )
+    renderer = load_renderer(small(tmp_path, template), "w")
+    conversation = Conversation.from_question("q").with_answer(Text("a"))
+    pieces = renderer.vocabulary.decode_pieces(renderer.render(conversation).ids_T.tolist())
+    assert pieces == ("<|user|>", b"q", "<|stop|>", "<|assistant|>", b"a", "<|stop|>")
+
+
+def test_a_prompt_whose_last_tokens_change_is_refused(tmp_path: Path):
+    """GPT-2's tokenizer writes two line breaks as one token, but as two before a word."""
+    template = (
+        HEAD + TURN + "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n\n{% endif %}"
+    )
+    template = template.replace("<|{{ m['role'] }}|>", "<|{{ m['role'] }}|>\n\n")
+    with pytest.raises(DataError, match="last tokens of the prompt change"):
+        load_renderer(small(tmp_path / "gpt2", template, gpt2=True), "w")
+    assert load_renderer(small(tmp_path / "llama", template), "w").family.name == "generic"
+
+
+def test_a_template_that_needs_tools_is_refused(tmp_path: Path):
+    template = "{% for t in tools %}{{ t }}{% endfor %}" + HEAD + TURN + END
+    with pytest.raises(DataError, match="needs tools") as caught:
+        load_renderer(small(tmp_path, template), "w")
+    assert "default" in caught.value.remedy
 
 
 def test_trim():
