@@ -11,7 +11,11 @@ from persea.chat.families.hybrid import has_thinking_switch, make_hybrid_family
 from persea.chat.family import Family
 from persea.chat.probing import EncodeText, prove_family_once
 from persea.chat.renderer import ChatRenderer
+from persea.chat.tool_notation import find_notations
 from persea.errors import DataError
+
+# Conversations with tools that a notation may refuse, at two efforts.
+MAX_REFUSED_WITH_TOOLS = 2
 
 
 def choose_family(
@@ -20,6 +24,7 @@ def choose_family(
     encode: EncodeText,
     eos_tokens: Callable[[], Collection[str]],
     where: str,
+    response_template: object = None,
 ) -> ChatRenderer:
     """Return the renderer with its family.
 
@@ -30,6 +35,7 @@ def choose_family(
         eos_tokens: Returns the control tokens that the model's own configuration declares as end
             of text; called for a generic family only.
         where: The place for error messages.
+        response_template: How transformers parses the model's answers, if its tokenizer states it.
 
     Raises:
         DataError: The named family is not the model's, or persea cannot follow the template.
@@ -54,7 +60,7 @@ def choose_family(
             where=where,
             remedy="delete `family:`, then persea finds out what the chat template does",
         )
-    family, template = infer_family(
+    inferred = infer_family(
         renderer.vocabulary,
         renderer.template,
         renderer.template_text,
@@ -62,15 +68,25 @@ def choose_family(
         where,
         with_thinking=not has_switch,
     )
-    inferred = replace(renderer, family=adapt(family), template=template)
-    proof = prove_family_once(inferred, encode)
+    without_tools = replace(
+        renderer, family=adapt(inferred.to_family()), template=inferred.template
+    )
+    proof = prove_family_once(without_tools, encode)
     if proof.difference:
         raise DataError(
             f"persea cannot follow the chat template: {proof.difference}",
             where=where,
             remedy="write a file for this family, see docs/new_family.md",
         )
-    return inferred
+    if inferred.has_text_parts or has_switch:
+        return without_tools
+    for notation in find_notations(response_template, renderer.template_text):
+        family = replace(inferred, notation=notation).to_family()
+        with_tools = replace(without_tools, family=family)
+        again = prove_family_once(with_tools, encode)
+        if not again.difference and again.num_refused <= proof.num_refused + MAX_REFUSED_WITH_TOOLS:
+            return with_tools
+    return without_tools
 
 
 def _candidates(renderer: ChatRenderer, name: str) -> tuple[Family, ...]:

@@ -33,7 +33,7 @@ from persea.chat.renderer import ChatRenderer
 from persea.errors import DataError, StorageError
 
 # Raised with every change of the probing conversations or of what counts as equal.
-PROBING_VERSION = 1
+PROBING_VERSION = 2
 # A family that refuses more of the conversations that the template renders does not fit.
 MAX_REFUSED = 1 / 3  # all conversations with tools
 RIM = " \n"  # white space that templates trim, or not
@@ -163,10 +163,18 @@ def prove_family(renderer: ChatRenderer, encode: EncodeText) -> ProofResult:
     num_probes = num_refused = 0
     for probe in probing_conversations(renderer.family):
         try:
-            own = _own_renderings(renderer, probe.conversation)
+            _apply_template(renderer, probe.conversation, is_prompt=False)
         except DataError as error:
             if probe.is_core:
                 return ProofResult(f"a plain conversation is refused: {error.message}")
+            continue
+        num_probes += 1
+        try:
+            own = _own_renderings(renderer, probe.conversation)
+        except DataError as error:
+            if probe.is_core:
+                return ProofResult(f"persea refuses a plain conversation: {error.message}")
+            num_refused += 1
             continue
         if not is_opened and not _has_signature(renderer.family, own.conversations[0]):
             return ProofResult(
@@ -174,7 +182,6 @@ def prove_family(renderer: ChatRenderer, encode: EncodeText) -> ProofResult:
                 f"{renderer.family.stop_tokens[0]}"
             )
         is_opened = True
-        num_probes += 1
         try:
             difference = _find_difference(renderer, probe.conversation, own, encode)
         except DataError as error:

@@ -78,7 +78,12 @@ class AnswerForm:
     is_opened: bool
 
     def parse(self, text: str) -> tuple[str, str] | None:
-        """Return (thought, answer); None if the answer is malformed."""
+        """Return (thought, answer); None if the answer is malformed or has control tokens."""
+        parsed = self.split(text)
+        return None if parsed is None or has_control_token("".join(parsed)) else parsed
+
+    def split(self, text: str) -> tuple[str, str] | None:
+        """Return (thought, answer), which may contain control tokens; None if it is malformed."""
         thought, rest = "", text
         opened = text.lstrip()
         is_written = bool(self.opening.text) and opened.startswith(self.opening.text)
@@ -97,8 +102,7 @@ class AnswerForm:
             rest = rest[len(self.lead) :]
         else:
             rest = rest.removeprefix(self.lead)
-        rest = rest.removesuffix(self.tail)
-        return None if has_control_token(thought + rest) else (thought, rest)
+        return thought, rest.removesuffix(self.tail)
 
     def find_ambiguity(self, thought: str, answer: str) -> str:
         """Return the marker that a text contains as plain text; "" if the texts are parsed back."""

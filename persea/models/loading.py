@@ -219,6 +219,7 @@ def load_renderer(
         lambda text: tokenizer.encode(text, add_special_tokens=False),
         eos_tokens,
         where,
+        getattr(tokenizer, "response_template", None),
     )
     if source.thinking and not renderer.family.has_hybrid_format:
         _refuse_thinking_option(renderer.family, where)

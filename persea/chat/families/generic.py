@@ -19,7 +19,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from persea.chat.family import DecodedPieces, Family, edit_texts
+from persea.chat.families.qwen import last_question_index
+from persea.chat.families.tool_format import (
+    messages_to_dicts,
+    tools_to_json_schema,
+    verbatim_except_calls,
+)
+from persea.chat.family import DecodedPieces, Family, edit_texts, keep_calls_as_parsed
 from persea.chat.messages import (
     ContentPart,
     Conversation,
@@ -28,18 +34,22 @@ from persea.chat.messages import (
     Text,
     Thinking,
     ThinkingEffort,
+    ToolCall,
+    ToolResult,
 )
 from persea.chat.response_parsing import (
     FIRST_SURROGATE,
     AnswerForm,
     Marker,
     control_characters,
+    has_control_token,
     pieces_to_string,
 )
 from persea.chat.template import ChatTemplate, read_names
 from persea.chat.template_probes import TemplateProbe, Turn, make_messages
 from persea.chat.template_probing import NO_STRIP, Place, TemplateBehaviour, probe_template
 from persea.chat.thought_probing import EffortBehaviour, PromptTail
+from persea.chat.tool_notation import ToolNotation
 from persea.errors import DataError
 from persea.tokenization.vocabulary import Vocabulary
 
@@ -57,8 +67,8 @@ def infer_family(
     eos_tokens: Collection[str],
     where: str,
     with_thinking: bool = True,
-) -> tuple[Family, ChatTemplate]:
-    """Return the family of one model, and its template with complete last answers.
+) -> InferredFamily:
+    """Find out how a model's template behaves.
 
     Args:
         vocabulary: The model's tokenizer.
@@ -74,9 +84,8 @@ def infer_family(
     """
     names = sorted(vocabulary.control_token_ids, key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
-    probe = TemplateProbe(
-        template, *read_names(template_text), pattern, frozenset(eos_tokens), where
-    )
+    known_eos = frozenset(eos_tokens) & vocabulary.control_token_ids.keys()
+    probe = TemplateProbe(template, *read_names(template_text), pattern, known_eos, where)
     try:
         behaviour = probe_template(probe, with_thinking)
     except DataError as refusal:
@@ -86,24 +95,9 @@ def infer_family(
         except DataError:
             raise refusal from None
     complete = complete_last_answer(template, behaviour, where)
-    inferred = InferredFamily(behaviour, complete, pattern, where, probe.has_text_parts)
-    stop_tokens = (
-        behaviour.stop_token,
-        *sorted(set(eos_tokens) & vocabulary.control_token_ids.keys() - {behaviour.stop_token}),
+    return InferredFamily(
+        behaviour, complete, pattern, tuple(sorted(known_eos)), where, probe.has_text_parts
     )
-    family = Family(
-        name=GENERIC_FAMILY_NAME,
-        signature_token="",
-        efforts=tuple(effort for effort, _ in behaviour.efforts),
-        stop_tokens=stop_tokens,
-        normalise=inferred.normalise,
-        template_inputs=inferred.template_inputs,
-        parse=inferred.parse,
-        thought_ends=inferred.thought_ends,
-        template_version=GENERIC_VERSION,
-        limitations=describe_limitations(behaviour, eos_tokens),
-    )
-    return family, complete
 
 
 @dataclass(frozen=True)
@@ -114,15 +108,37 @@ class InferredFamily:
         behaviour: The results of probing.
         template: The template with complete last answers.
         control_pattern: Matches the tokenizer's control tokens.
+        eos_tokens: Control tokens that the model's own configuration declares as end of text.
         where: The place for error messages.
         has_text_parts: Whether texts are lists of parts, as templates for pictures take them.
+        notation: How the model writes tool calls; None without tools.
     """
 
     behaviour: TemplateBehaviour
     template: ChatTemplate
     control_pattern: re.Pattern[str]
+    eos_tokens: tuple[str, ...]
     where: str
     has_text_parts: bool
+    notation: ToolNotation | None = None
+
+    def to_family(self) -> Family:
+        """Return the family."""
+        stop, notation = self.behaviour.stop_token, self.notation
+        return Family(
+            name=GENERIC_FAMILY_NAME,
+            signature_token="",
+            efforts=tuple(effort for effort, _ in self.behaviour.efforts),
+            stop_tokens=(stop, *(t for t in self.eos_tokens if t != stop)),
+            normalise=self.normalise,
+            template_inputs=self.template_inputs,
+            parse=self.parse,
+            is_tool_text_verbatim=verbatim_except_calls if notation else None,
+            resolve_calls=notation.resolve if notation else keep_calls_as_parsed,
+            thought_ends=self.thought_ends,
+            template_version=" ".join([GENERIC_VERSION, *([notation.name] if notation else [])]),
+            limitations=describe_limitations(self.behaviour, self.eos_tokens, notation is not None),
+        )
 
     def at(self, effort: ThinkingEffort) -> EffortBehaviour:
         """Return the behaviour at an effort; a model that always thinks has only the highest."""
@@ -134,11 +150,14 @@ class InferredFamily:
         Raises:
             DataError: The template treats this conversation in another way than the probes.
         """
+        self._refuse_text_before_calls(conversation)
         given = self._drop_thoughts(conversation)
         rules = dict(self.behaviour.strip_rules)
         last = len(given.messages) - 1
 
         def edit(k: int, m: Message, p: ContentPart) -> str:
+            if isinstance(p, ToolResult):
+                return p.text
             after_system = k > 0 and given.messages[k - 1].role is Role.SYSTEM
             place = Place(
                 m.role,
@@ -161,7 +180,7 @@ class InferredFamily:
         return normalised
 
     def _refuse_odd_empty_answer(self, conversation: Conversation) -> None:
-        """Refuse an empty last answer that the template writes in another way than a text."""
+        """Refuse a last answer of calls or of nothing that cannot be parsed back."""
         if not conversation.messages:
             return
         answer = conversation.messages[-1]
@@ -170,20 +189,36 @@ class InferredFamily:
         question = replace(conversation, messages=conversation.messages[:-1])
         written = self._render(conversation).removeprefix(self._render(question))
         written = written.partition(self.behaviour.stop_token)[0]
-        parsed = self.answer_forms[conversation.effort].parse(self._code(written))
-        if parsed is None or parsed[1].strip():
+        parts = self._parse_coded(self._code(written), conversation.effort)
+        if parts is not None:
+            parts = self.to_family().resolve_calls(parts, conversation.tools)
+        parsed = None if parts is None else Message(Role.ASSISTANT, parts)
+        if parsed is None or parsed.text.strip() or parsed.calls != answer.calls:
             raise DataError(
-                "the chat template writes an empty answer in another way than a text",
+                "the chat template writes these calls so that they cannot be parsed back"
+                if answer.calls
+                else "the chat template writes an empty answer in another way than a text",
+                where=self.where,
+                remedy="leave the conversation out",
+            )
+
+    def _refuse_text_before_calls(self, conversation: Conversation) -> None:
+        if any(m.calls and m.text.strip() for m in conversation.messages):
+            raise DataError(
+                "a message has text and tool calls; persea does not know how this template trims "
+                "the text",
                 where=self.where,
                 remedy="leave the conversation out",
             )
 
     def _drop_thoughts(self, conversation: Conversation) -> Conversation:
         behaviour, last = self.at(conversation.effort), len(conversation.messages) - 1
+        # With tools, a turn of several answers begins at the last question.
+        first = last_question_index(conversation) + 1 if conversation.tools else last
 
         def edit(k: int, m: Message, p: ContentPart) -> str:
             is_kept = behaviour.thinking is not None and (
-                k == last or behaviour.keeps_earlier_thoughts
+                k >= first or behaviour.keeps_earlier_thoughts
             )
             return "" if isinstance(p, Thinking) and not is_kept else p.text
 
@@ -207,13 +242,17 @@ class InferredFamily:
             )
         self._refuse_ambiguous_answer(conversation)
         key = behaviour.thought_key or INSERTED_THOUGHT_KEY
-        last = len(conversation.messages) - 1
-        turns = [
-            Turn(m.role, m.text, self._thought_of(m, conversation.effort, k == last))
-            for k, m in enumerate(conversation.messages)
-        ]
+        last, messages = len(conversation.messages) - 1, []
+        for k, m in enumerate(conversation.messages):
+            turn = Turn(m.role, m.text, self._thought_of(m, conversation.effort, k == last))
+            made = make_messages([turn], key, self.has_text_parts)
+            if m.role is Role.TOOL or m.calls:
+                own = messages_to_dicts(Conversation((m,)))
+                made = own if m.role is Role.TOOL else [made[0] | own[0]]
+            messages += made
+        tools = tools_to_json_schema(conversation.tools)
         switches = dict(self.at(conversation.effort).switches)
-        return make_messages(turns, key, self.has_text_parts), switches
+        return messages, switches | ({"tools": tools} if tools else {})
 
     def _thought_of(self, message: Message, effort: ThinkingEffort, is_last: bool) -> str:
         """Return the thought that the template gets.
@@ -224,7 +263,9 @@ class InferredFamily:
         behaviour = self.at(effort)
         if behaviour.thinking is None:
             return ""
-        was_emptied = any(isinstance(p, Thinking) for p in message.parts) and not is_last
+        was_emptied = any(isinstance(p, Thinking) for p in message.parts) and not (
+            is_last or message.calls
+        )
         if was_emptied and not behaviour.keeps_earlier_thoughts and self.behaviour.thought_key:
             return message.thinking or DROPPED_THOUGHT
         return message.thinking
@@ -274,6 +315,8 @@ class InferredFamily:
     def characters(self) -> dict[str, str]:
         """Return the surrogate of each control token in the template text around answers."""
         texts = [self.behaviour.answer_suffix]
+        if self.notation is not None:
+            texts.append(str(self.notation.response_template))
         for _, behaviour in self.behaviour.efforts:
             texts.append(behaviour.opening)
             for answer in (behaviour.plain, behaviour.thinking):
@@ -285,15 +328,48 @@ class InferredFamily:
         self, pieces: DecodedPieces, effort: ThinkingEffort
     ) -> tuple[ContentPart, ...] | None:
         """Parse an answer; None if it is malformed."""
-        parsed = self.answer_forms[effort].parse(pieces_to_string(pieces, self.characters))
-        if parsed is None:
+        return self._parse_coded(pieces_to_string(pieces, self.characters), effort)
+
+    def _parse_coded(self, text: str, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
+        """Parse an answer with surrogates for its control tokens."""
+        parsed = self.answer_forms[effort].split(text)
+        if parsed is None or has_control_token(parsed[0]):
             return None
         rules = dict(self.behaviour.strip_rules)
         place = Place(Role.ASSISTANT, is_last=True, has_thought=bool(parsed[0]))
         of_thought = replace(place, has_thought=True, is_thought=True)
         thought = rules.get(of_thought, NO_STRIP)(parsed[0])
-        answer = Text(rules.get(place, NO_STRIP)(parsed[1]))
-        return (Thinking(thought), answer) if thought else (answer,)
+        answer = self._parse_calls(parsed[1])
+        if answer is None:
+            return None
+        if not any(isinstance(p, ToolCall) for p in answer):
+            answer = (Text(rules.get(place, NO_STRIP)(parsed[1])),)
+        return (Thinking(thought), *answer) if thought else answer
+
+    def _parse_calls(self, text: str) -> tuple[ContentPart, ...] | None:
+        """Return [text] calls, or the text alone; None if it is malformed."""
+        if self.notation is None or self.is_plain(text):
+            return None if has_control_token(text) else (Text(text),)
+        names = {character: token for token, character in self.characters.items()}
+        parsed = self.notation.parse("".join(names.get(c, c) for c in text))
+        if parsed is None or has_control_token(parsed[0]):
+            return None
+        content, calls = parsed
+        if not calls:
+            return None if has_control_token(text) else (Text(text),)
+        return (Text(content.strip()), *calls) if content.strip() else calls
+
+    def is_plain(self, text: str) -> bool:
+        """Return whether a text has no control token although the notation of calls has some."""
+        return self.has_control_calls and not has_control_token(text)
+
+    @cached_property
+    def has_control_calls(self) -> bool:
+        """Whether the notation of calls has control tokens of this tokenizer."""
+        notation = self.notation
+        return notation is not None and (
+            self.control_pattern.search(str(notation.response_template)) is not None
+        )
 
     @cached_property
     def thought_ends(self) -> tuple[DecodedPieces, ...]:
@@ -301,7 +377,8 @@ class InferredFamily:
         thinking = self.behaviour.efforts[-1][1].thinking
         if thinking is None:
             return ()
-        text, pieces, position = thinking.between, [], 0
+        text, position = thinking.between, 0
+        pieces: list[str | bytes] = []
         for match in self.control_pattern.finditer(text):
             if match.start() > position:
                 pieces.append(text[position : match.start()].encode())
@@ -365,16 +442,15 @@ def complete_last_answer(
     return render
 
 
-def describe_limitations(behaviour: TemplateBehaviour, eos_tokens: Collection[str]) -> str:
+def describe_limitations(
+    behaviour: TemplateBehaviour, eos_tokens: Collection[str], has_tools: bool
+) -> str:
     """Return the known and unknown facts about such a model, for people."""
     thinking = behaviour.efforts[-1][1].thinking
+    missing = [*(["thinking"] if thinking is None else []), *([] if has_tools else ["tools"])]
     limitations = [
-        "persea does not know this family and uses its chat template alone: "
-        + (
-            "no thinking and no tools, although the model may have them"
-            if thinking is None
-            else "no tools, although the model may have them"
-        ),
+        "persea does not know this family and uses its chat template alone"
+        + (f": no {' and no '.join(missing)}, even if the model has more" if missing else ""),
         f"an answer ends with {behaviour.stop_token}"
         + (
             ""

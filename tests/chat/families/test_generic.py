@@ -662,12 +662,12 @@ def test_earlier_thoughts_are_kept_as_the_template_keeps_them(
 
 
 def test_markers_in_plain_text_are_refused(tmp_path: Path):
-    renderer = thinking_of(tmp_path, "switch", ROLES)
+    renderer = thinking_of(tmp_path, "content parts", ROLES)
     asked = Conversation.from_question("q", effort=ThinkingEffort.HIGH)
     with pytest.raises(DataError, match="marks a thought"):
-        renderer.render(asked.with_answer(Thinking("a </think> b"), Text("a")))
+        renderer.render(asked.with_answer(Thinking("a [/THINK] b"), Text("a")))
     with pytest.raises(DataError, match="marks a thought"):
-        renderer.render(asked.with_answer(Text("<think> a")))
+        renderer.render(asked.with_answer(Text("[THINK] a")))
 
 
 def test_a_system_text_can_change_what_is_trimmed(tmp_path: Path):
@@ -688,6 +688,42 @@ def test_a_system_text_can_change_what_is_trimmed(tmp_path: Path):
             p for p in renderer.vocabulary.decode_pieces(ids) if isinstance(p, bytes)
         ).decode()
     assert texts == {"": "two  words", "你好，世界": "<<SYS>>你好，世界<</SYS>> two  words"}
+
+
+CALLS = (
+    "{% if tools %}<|system|>{{ tools | tojson }}<|stop|>{% endif %}"
+    + HEAD
+    + "<|{{ m.role }}|>{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "{{ '<tool_call>' + {'name': c.function.name, 'arguments': c.function.arguments} | tojson"
+    " + '</tool_call>' }}{% endfor %}<|stop|>" + END
+)
+TOOL = Tool("clock", "the time", "{}")
+TOOL_MARKS = (*ROLES, "<|tool|>", "<tool_call>", "</tool_call>")
+
+
+@pytest.mark.parametrize("controls", [TOOL_MARKS, (*ROLES, "<|tool|>")], ids=["tokens", "text"])
+def test_calls_of_a_common_notation_are_found(tmp_path: Path, controls: tuple[str, ...]):
+    renderer = load_renderer(small(tmp_path, CALLS, controls=controls), "w")
+    assert "no tools" not in renderer.family.limitations
+    call = ToolCall("clock", '{"zone": "အာရှ", "n": 7}')
+    asked = replace(Conversation.from_question("q"), tools=(TOOL,))
+    tokens = renderer.render(asked.with_answer(call))
+    answer = tokens.ids_T[tokens.loss_mask_T].tolist()
+    assert renderer.parse(answer, ThinkingEffort.NONE, (TOOL,)) == ((call,), FinishReason.STOP)
+    result = Message(Role.TOOL, (ToolResult("clock", "noon"),))
+    done = Conversation((*asked.with_answer(call).messages, result), tools=(TOOL,))
+    ids = renderer.render(done.with_answer(Text("Noon."))).ids_T.tolist()
+    assert b"noon" in renderer.vocabulary.decode_pieces(ids)
+    with pytest.raises(DataError, match="text and tool calls"):
+        renderer.render(asked.with_answer(Text("So:"), call))
+
+
+def test_a_call_in_plain_text_is_text_where_calls_have_control_tokens(tmp_path: Path):
+    renderer = load_renderer(small(tmp_path, CALLS, controls=TOOL_MARKS), "w")
+    text = '<tool_call>{"name": "clock", "arguments": {}}</tool_call>'
+    tokens = renderer.render(Conversation.from_question("q").with_answer(Text(text)))
+    answer = tokens.ids_T[tokens.loss_mask_T].tolist()
+    assert renderer.parse(answer, ThinkingEffort.NONE, (TOOL,))[0] == (Text(text),)
 
 
 def test_a_template_for_pictures_takes_texts(tmp_path: Path):
