@@ -70,7 +70,9 @@ def token_table(
             remedy="no model can generate this answer after this prompt; leave it out",
         )
     if 0 < answer_byte < len(run.text.encode()):
-        _refuse_changed_prompt(vocabulary, ids, run, answer_start, ends, answer_byte)
+        num_prompt = int((ends <= answer_byte).sum())
+        prompt = run.text[: answer_start - run.start_char]
+        _refuse_changed_prompt(vocabulary, list(ids[:num_prompt]), prompt)
     table[:, 3] = (starts >= answer_byte) & (not turn_ended)
     content_bytes = np.zeros(len(ids), np.int64)  # bytes of content in each token
     for a, b, part in run.content_spans:
@@ -83,21 +85,13 @@ def token_table(
     return table
 
 
-def _refuse_changed_prompt(
-    vocabulary: Vocabulary,
-    ids: Sequence[int],
-    run: TextRun,
-    answer_start: int,
-    ends: npt.NDArray[np.int64],
-    answer_byte: int,
-) -> None:
+def _refuse_changed_prompt(vocabulary: Vocabulary, ids: list[int], prompt: str) -> None:
     """Refuse an answer that changes the tokens of the prompt before it.
 
     GPT-2's tokenizer writes two line breaks as one token at the end of a prompt, and as two before
     a word: the model never sees the two.
     """
-    prompt_ids = vocabulary.encode(run.text[: answer_start - run.start_char])
-    if list(ids[: int((ends <= answer_byte).sum())]) != prompt_ids:
+    if ids != vocabulary.encode(prompt):
         raise DataError(
             "the last tokens of the prompt change when the answer follows: the ids of the prompt "
             "are no prefix of the conversation's ids",
