@@ -97,7 +97,7 @@ class ChatRenderer:
                 self.vocabulary.digest,
                 self.template_text,
                 sorted(self.special_tokens.items()),
-                self.family.name,
+                " ".join(filter(None, (self.family.name, self.family.template_version))),
                 self.template_date.isoformat(),
                 BYTE_OFFSETS_VERSION,
             ]

@@ -10,25 +10,25 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from persea.chat.families import CONTROL_MARKERS, detect_family, get_family
-from persea.chat.families.generic import GENERIC_FAMILY_NAME, infer_family
+from persea.chat.families import CONTROL_MARKERS
 from persea.chat.families.hybrid import (
     add_thinking_switch,
     can_use_hybrid_template,
     has_thinking_switch,
-    make_hybrid_family,
 )
-from persea.chat.family import Family
+from persea.chat.family import UNKNOWN_FAMILY, Family
+from persea.chat.family_selection import choose_family
 from persea.chat.messages import PINNED_DATE
 from persea.chat.renderer import ChatRenderer
 from persea.chat.template import compile_template
+from persea.chat.template_containment import refuse_endless_template
 from persea.errors import DataError
 from persea.models.gguf_header import find_gguf
 from persea.models.gguf_model import gguf_header, model_folder, tokenizer_folder
@@ -239,13 +239,7 @@ def load_renderer(
         source = ModelSource(source)
     where = where or source.tokenizer_name_or_path
     tokenizer = load_tokenizer(source, where)
-    template_text = tokenizer.chat_template or ""
-    if not isinstance(template_text, str):
-        raise DataError(
-            f"{source.tokenizer_name_or_path!r} has several chat templates",
-            where=where,
-            remedy="keep one, as chat_template.jinja",
-        )
+    template_text, template_note = _default_template(tokenizer, where)
     vocabulary = load_vocabulary(tokenizer, source.tokenizer_name_or_path, CONTROL_MARKERS)
     if not template_text and not (source.thinking and can_use_hybrid_template(vocabulary)):
         raise DataError(
@@ -255,28 +249,51 @@ def load_renderer(
             "teacher or be evaluated",
         )
     special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+    refuse_endless_template(template_text, special, where)
     template = compile_template(template_text, special, template_date, where)
     if source.thinking and not has_thinking_switch(template):
         template_text = add_thinking_switch(template_text, vocabulary)
         template = compile_template(template_text, special, template_date, where)
-    family = None
-    if not source.family:
-        family = detect_family(vocabulary, template_text)
-    elif source.family != GENERIC_FAMILY_NAME:
-        family = get_family(source.family)
-    if family is None:
-        eos_tokens = {vocabulary.control_names.get(i, "") for i in eos_token_ids(source, where)} | {
-            special.get("eos_token", "")
-        }
-        family, template = infer_family(
-            vocabulary, template, eos_tokens & vocabulary.control_token_ids.keys(), where
+
+    def eos_tokens() -> set[str]:
+        names = {vocabulary.control_names.get(i, "") for i in eos_token_ids(source, where)}
+        return (names | {special.get("eos_token", "")}) & vocabulary.control_token_ids.keys()
+
+    renderer = choose_family(
+        ChatRenderer(UNKNOWN_FAMILY, vocabulary, template, template_text, template_date, special),
+        source.family,
+        lambda text: tokenizer.encode(text, add_special_tokens=False),
+        eos_tokens,
+        where,
+        getattr(tokenizer, "response_template", None),
+    )
+    if source.thinking and not renderer.family.has_hybrid_format:
+        _refuse_thinking_option(renderer.family, where)
+    if template_note:
+        notes = " ".join(filter(None, (renderer.family.limitations, template_note)))
+        renderer = replace(renderer, family=replace(renderer.family, limitations=notes))
+    return renderer
+
+
+def _default_template(tokenizer: Any, where: str) -> tuple[str, str]:
+    """Return (the chat template, a note if it is one of several): transformers takes "default".
+
+    Raises:
+        DataError: There are several, and none is called "default".
+    """
+    found = tokenizer.chat_template or ""
+    if isinstance(found, str):
+        return found, ""
+    names = sorted(found)
+    if "default" not in found:
+        raise DataError(
+            f"several chat templates, none called default: {', '.join(names)}",
+            where=where,
+            remedy="save one of them as chat_template.jinja in the model's folder",
         )
-    has_switch = has_thinking_switch(template)
-    if source.thinking and (len(family.efforts) > 1 or not has_switch):
-        _refuse_thinking_option(family, where)
-    if len(family.efforts) == 1 and has_switch:
-        family = make_hybrid_family(family, vocabulary)
-    return ChatRenderer(family, vocabulary, template, template_text, template_date, special)
+    return str(found["default"]), (
+        f"It has several chat templates ({', '.join(names)}); persea takes default."
+    )
 
 
 def _refuse_thinking_option(family: Family, where: str) -> None:

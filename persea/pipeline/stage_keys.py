@@ -23,7 +23,7 @@ STAGE_VERSIONS = {
     "capture": 1,
     "train": 1,
     "evaluate": 1,
-    "lineage": 1,
+    "lineage": 2,
     "report": 1,
 }
 STAGE_NAMES = tuple(STAGE_VERSIONS)
