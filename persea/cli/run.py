@@ -171,7 +171,7 @@ _add_stage_command("report", "Write the report page, the model card and report.j
 def plan(
     recipe: RecipePath, set_: Sets = NO_OVERRIDES, out: Out = DEFAULT_OUT, as_json: AsJson = False
 ) -> None:
-    """Show the plan of a run: stages that are up to date, answers, disk space.
+    """Show the plan of a run: stages that are up to date, answers, disk space, licences.
 
     Loads no weights.
     """
@@ -181,20 +181,30 @@ def plan(
     if as_json:
         typer.echo(json.dumps(run_plan.to_json(), indent=1))
         return
+    from persea.licences.notice import verdict_lines
     from persea.pipeline.progress import print_table
 
     print_table(("stage", "state", "work"), run_plan.table_rows())
+    typer.echo("\n".join(verdict_lines(run_plan.licences)))
 
 
 @app.command(rich_help_panel=BEFORE_PANEL)
 def validate(recipe: RecipePath, set_: Sets = NO_OVERRIDES, as_json: AsJson = False) -> None:
-    """Check a recipe and list every mistake in it. Loads no model."""
+    """Check a recipe and list every mistake in it; print the verdict on its licences.
+
+    Loads no model and asks no hub: a licence that only a hub model's card states is read by plan.
+    """
+    from persea.licences.notice import verdict_lines
+    from persea.pipeline.licence_gate import licence_verdict
+
     loaded = load_checked_recipe(recipe, set_)
-    typer.echo(
-        json.dumps({"name": loaded.name, "hash": loaded.hash})
-        if as_json
-        else f"{recipe}: a valid recipe, {loaded.name} {loaded.hash[:12]}"
-    )
+    verdict = licence_verdict(loaded, None)
+    if as_json:
+        licences = verdict.to_json()
+        typer.echo(json.dumps({"name": loaded.name, "hash": loaded.hash, "licences": licences}))
+        return
+    typer.echo(f"{recipe}: a valid recipe, {loaded.name} {loaded.hash[:12]}")
+    typer.echo("\n".join(verdict_lines(verdict)))
 
 
 @app.command(rich_help_panel=BEFORE_PANEL)

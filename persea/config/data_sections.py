@@ -31,6 +31,11 @@ class CorpusSection(RecipeSection):
     file: str | None = Field(
         default=None, min_length=1, description="a .jsonl file, one prompt a line"
     )
+    licence: str = Field(
+        default="",
+        max_length=200,
+        description="licence of the file, an SPDX id or expression; empty = your own prompts",
+    )
     language: str = Field(
         default="", description="language of the file's prompts, such as vi; empty = unknown"
     )

@@ -34,6 +34,7 @@ from persea.config.schema import (
     DedupSection,
     EvaluationSection,
     RecipeSection,
+    ReleaseSection,
     StudentSection,
     TeacherSection,
     TrainingSection,
@@ -102,6 +103,14 @@ class Recipe(RecipeSection):
     check: CheckSection = Field(
         default=CheckSection(), description="when a pair of tokenizers is refused"
     )
+    release: ReleaseSection = Field(
+        default=ReleaseSection(), description="what becomes of the student, for its licences"
+    )
+    licence_decisions: dict[str, str] = Field(
+        default={},
+        description="student, a teacher's name or corpus.0 -> who decided what, when (a date such "
+        "as 2026-01-31), where the licence check asks",
+    )
     _source_path: Path = PrivateAttr(default=Path())
     _as_written: dict[str, Any] = PrivateAttr(default_factory=dict)
     _notices: tuple[str, ...] = PrivateAttr(default=())
@@ -137,6 +146,7 @@ class Recipe(RecipeSection):
             self,
             *self._name_contradictions(),
             *self._judge_contradictions(),
+            *self._decision_contradictions(),
             *self._distribution_contradictions(),
         )
 
@@ -183,6 +193,23 @@ class Recipe(RecipeSection):
                 "delete it in one of them",
             )
         )
+        return found
+
+    def _decision_contradictions(self) -> Contradictions:
+        names = ["student", *(t.name for t in self.teachers)]
+        names += [f"corpus.{k}" for k, part in enumerate(self.corpus) if part.file]
+        found: Contradictions = []
+        for name, decision in self.licence_decisions.items():
+            where = ("licence_decisions", name)
+            found += [
+                (name not in names, where, "no such model or file", suggest_choice(name, names)),
+                (
+                    not re.search(r"\d{4}-\d{2}-\d{2}", decision),
+                    where,
+                    "does not name the day of the decision",
+                    "write who decided what, when: a date such as 2026-01-31",
+                ),
+            ]
         return found
 
     def _judge_contradictions(self) -> Contradictions:

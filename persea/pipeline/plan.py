@@ -15,8 +15,10 @@ from typing import Any
 
 from persea.config.schema import StudentSection
 from persea.errors import RefusedError
+from persea.licences.verdict import LicenceVerdict
 from persea.models.gguf_header import find_gguf
 from persea.models.gguf_model import gguf_header
+from persea.pipeline.licence_gate import licence_verdict
 from persea.pipeline.model_refs import BASE, STUDENT
 from persea.pipeline.preflight import refuse_missing_logprobs, refuse_unsupported_efforts
 from persea.pipeline.run_context import RunContext
@@ -66,16 +68,18 @@ class RunPlan:
         answers: Questions that models answer, at most.
         disk_bytes: Bytes that the run adds to the disk, at most.
         disk_free: Free bytes on the disk of the run folder.
+        licences: Verdict on the licences of the student's base, teachers and data.
     """
 
     stages: tuple[StagePlan, ...]
     answers: int
     disk_bytes: int
     disk_free: int
+    licences: LicenceVerdict
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON."""
-        return asdict(self)
+        return asdict(self) | {"licences": self.licences.to_json()}
 
     def table_rows(self) -> list[tuple[str, str, str]]:
         """Return (stage, state, work) of each stage, and a row of totals."""
@@ -138,6 +142,7 @@ def plan_run(context: RunContext) -> RunPlan:
         num_audition + num_prompts + num_test,
         disk_bytes,
         disk_free,
+        licence_verdict(recipe, context.folder),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from persea.pipeline.licence_gate import licence_verdict
 from persea.storage import digest_json
 from persea.tasks.task import Split
 
@@ -23,8 +24,8 @@ STAGE_VERSIONS = {
     "capture": 1,
     "train": 1,
     "evaluate": 1,
-    "lineage": 2,
-    "report": 1,
+    "lineage": 3,
+    "report": 2,
 }
 STAGE_NAMES = tuple(STAGE_VERSIONS)
 
@@ -112,6 +113,7 @@ def lineage_inputs(context: RunContext) -> object:
         context.recipe.hash,
         context.cast.parts,
         context.cast.pinned,
+        licence_verdict(context.recipe, context.folder).to_json(),
     ]
 
 

@@ -19,6 +19,11 @@ from persea import storage
 from persea.chat.messages import ThinkingEffort
 from persea.models.loading import set_threads
 from persea.pipeline import preflight, stage_keys, tasks_and_prompts
+from persea.pipeline.licence_gate import (
+    copy_notice,
+    refuse_unlicensed,
+    write_notice,
+)
 from persea.pipeline.model_refs import BASE, STUDENT, is_small_local_model, model_source
 from persea.pipeline.remote_teachers import is_remote
 from persea.pipeline.run_context import RunContext
@@ -32,6 +37,9 @@ if TYPE_CHECKING:
     from persea.evaluation.compatibility import PairCompatibility, TemplateLikelihood
     from persea.tokenization.tokens import RenderedTokens
     from persea.vocab_extension.resize_model import ProgressCallback
+
+# Stages that make or describe a student: a licence may forbid them. Measuring a teacher needs none.
+LICENSED_STAGES = ("capture", "train", "lineage")
 
 
 @dataclass(frozen=True)
@@ -317,6 +325,7 @@ def run_lineage(context: RunContext, folder: Path, progress: ProgressCallback) -
     from persea.report.lineage import lineage_record
 
     models = context.models
+    verdict = write_notice(context.recipe, context.folder, folder)
     record = lineage_record(
         context.folder / "train" / "student",
         models.lineage_parent(BASE),
@@ -324,6 +333,7 @@ def run_lineage(context: RunContext, folder: Path, progress: ProgressCallback) -
         context.recipe.hash,
         {"units": digest_json([u.name for u in context.capture_units])},
         context.cast,
+        verdict,
     )
     storage.write_json(folder / "lineage.json", record)
 
@@ -361,8 +371,8 @@ def run_pipeline(context: RunContext, progress: ProgressCallback, only_stage: st
         only_stage: Name of the only stage to run; "" = all.
 
     Raises:
-        RefusedError: A finished student of another recipe would be overwritten, or a stage
-            refuses its result.
+        RefusedError: A licence forbids the student, a finished student of another recipe would be
+            overwritten, or a stage refuses its result.
         DataError: `only_stage` needs the output of a stage that has not run.
         SafetyRegressionError: The student is less safe than its base, and the recipe does not
             allow it. Raised when all output is written.
@@ -371,6 +381,8 @@ def run_pipeline(context: RunContext, progress: ProgressCallback, only_stage: st
     preflight.refuse_unsupported_efforts(context)
     context.lm_eval_digests()
     preflight.refuse_missing_logprobs(context)
+    if only_stage in ("", *LICENSED_STAGES):
+        refuse_unlicensed(context.recipe, context.folder)
     with join_process_group(context.world):
         if only_stage in ("", "train"):
             preflight.refuse_impossible_training(context)
@@ -386,7 +398,10 @@ def run_pipeline(context: RunContext, progress: ProgressCallback, only_stage: st
             context.stages.recover()
             for stage in STAGES:
                 if not only_stage or stage.name == only_stage:
+                    if stage.name in LICENSED_STAGES:  # a server has named its model by now
+                        refuse_unlicensed(context.recipe, context.folder)
                     _run_stage(context, stage, recorded_progress)
+            copy_notice(context.folder)
         context.world.broadcast("over")
     may_regress = context.recipe.evaluation.allow_safety_regression
     if only_stage in ("", "evaluate", "report") and not may_regress:
