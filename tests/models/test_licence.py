@@ -8,6 +8,7 @@ import pytest
 
 from persea.models import licence
 from persea.models.licence import licence_of_card, licence_of_text, read_licence
+from persea.models.licence_text import ancestors_of_files
 from persea.models.loading import ModelSource
 
 APACHE = "\n          Apache License\n          Version 2.0, January"
@@ -82,3 +83,17 @@ def test_a_hub_model_states_it_in_its_card(tmp_path: Path, monkeypatch: pytest.M
     assert read_licence(ModelSource("google/gemma-3-1b-it"), "w") == "unknown"
     assert read_licence(ModelSource("random", tokenizer="x"), "w") == "unknown"
     assert asked == ["README.md", "README.md", "config.json", "LICENSE"]
+
+
+def test_a_modified_mit_licence_is_not_mit():
+    assert licence_of_text("Modified MIT License\n\nCopyright") == "Modified MIT License"
+
+
+def test_the_ancestors_that_a_card_and_a_configuration_name():
+    files = {
+        "README.md": "---\nbase_model: [a/b, '', 3]\n---\n",
+        "config.json": '{"_name_or_path": "c/d"}',
+    }
+    assert ancestors_of_files(lambda name: files.get(name, "")) == ("a/b", "c/d")
+    assert ancestors_of_files(lambda name: "---\nbase_model: a/b\n---\n") == ("a/b",)
+    assert ancestors_of_files(lambda name: "") == ()
