@@ -262,8 +262,8 @@ def licences_page() -> str:
     return (
         "# Table of licences\n\n"
         "What persea knows of licences, checkpoints and servers: persea/licences/licences.yaml.\n"
-        "`python docs/generate_reference.py` writes this page; [licences](../licences.md) explains\n"
-        "the check. silent = no clause on learning from outputs was found; unknown = persea asks.\n\n"
+        "`python docs/generate_reference.py` writes this page. [Licences](../licences.md) explain\n"
+        "the check. silent = no clause on learning from outputs was found, unknown = it asks.\n\n"
         + licences_markdown(licence_table())
     )
 

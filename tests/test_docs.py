@@ -171,6 +171,7 @@ def unknown_keys(text: str) -> set[str]:
 
 
 FREE_KEYS = {"audition.pinned", "check.texts", "corpus.effort_shares", "evaluation.lm_eval_results"}
+FREE_KEYS |= {"licence_decisions"}
 
 
 def written_keys(node: Any, before: str = "") -> set[str]:

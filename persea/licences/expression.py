@@ -26,6 +26,9 @@ def licence_alternatives(text: str) -> tuple[tuple[str, ...], ...]:
     text = text.strip()
     if not text or len(text) > MAX_CHARS or find_licence(text) is not None:
         return ((text,),)
+    slug = text.split("-and-")  # how a card writes an expression
+    if len(slug) > 1 and all(map(find_licence, slug)):
+        return (tuple(slug),)
     if "," in text:
         return _combine([licence_alternatives(part) for part in text.split(",") if part.strip()])
     try:

@@ -28,7 +28,7 @@ from persea.licences.table import (
 SEPARATE_AGREEMENT = "separate-agreement"
 # kinds of duties that begin when somebody else receives the student
 DUTIES_TO_OTHERS = ("attribution", "notice", "copy", "name")
-NOT_STATED = ("", "unknown", "not known", "other")
+NOT_STATED = ("", "unknown", "not known", "other", "see-lineage")
 MAX_ALTERNATIVES = 256
 
 

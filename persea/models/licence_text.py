@@ -1,12 +1,14 @@
 """Read what a model's card, configuration and licence file state of its licence and its ancestors.
 
-Pure functions of texts; no library that renders or loads models is imported.
+No library that renders or loads models is imported.
 """
 
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -26,8 +28,16 @@ KNOWN_TEXTS = (
     (r"qwen license agreement", "Qwen License"),
     (r"redistribution and use in source and binary forms", "BSD-3-Clause"),
 )
+NOTICE_FILE = "NOTICE"
 BEGINNING_CHARS = 2000  # where a licence text names itself
 MAX_NAME_CHARS = 80
+
+
+def copy_licence_files(source_folder: Path, target_folder: Path) -> None:
+    """Copy card, licence and NOTICE to another folder of the same weights."""
+    for name in (*CARD_NAMES, *LICENCE_FILE_NAMES, NOTICE_FILE):
+        if (source_folder / name).is_file():
+            shutil.copyfile(source_folder / name, target_folder / name)
 
 
 def licence_of_files(read: Callable[[str], str], licence_files: tuple[str, ...]) -> str:

@@ -19,12 +19,13 @@ from persea.licences.notice import notice_text
 from persea.licences.table import Relation, Use
 from persea.licences.verdict import LicenceVerdict, LicensedInput, Release, resolve_licences
 from persea.models.licence_text import (
+    CARD_NAMES,
     LICENCE_FILE_NAMES,
+    NOTICE_FILE,
     ancestors_of_files,
     licence_of_files,
 )
 
-NOTICE_FILE = "NOTICE"
 MAX_FILE_BYTES = 1 << 20  # of a card, a configuration or a licence file
 STUDENT_INPUT = "student"  # name of the base in `licence_decisions`
 
@@ -103,15 +104,18 @@ def write_notice(recipe: Recipe, run_folder: Path, target: Path) -> LicenceVerdi
     return verdict
 
 
-def copy_notice(run_folder: Path) -> None:
-    """Copy the NOTICE of a finished run to its student's folder, unless it is there."""
-    source = run_folder / "lineage" / NOTICE_FILE
+def copy_to_student(run_folder: Path) -> None:
+    """Copy NOTICE and model card of a finished run to its student's folder, unless they are there.
+
+    A run that begins with this student then reads its licence.
+    """
     student = run_folder / "train" / "student"
-    if not source.is_file() or not student.is_dir():
-        return
-    text, target = source.read_bytes(), student / NOTICE_FILE
-    if not target.is_file() or target.read_bytes() != text:
-        storage.write_atomic(target, text)
+    for source in (run_folder / "lineage" / NOTICE_FILE, run_folder / "report" / CARD_NAMES[0]):
+        target = student / source.name
+        if not source.is_file() or not student.is_dir():
+            continue
+        if not target.is_file() or target.read_bytes() != source.read_bytes():
+            storage.write_atomic(target, source.read_bytes())
 
 
 # --- one model ---

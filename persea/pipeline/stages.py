@@ -20,7 +20,7 @@ from persea.chat.messages import ThinkingEffort
 from persea.models.loading import set_threads
 from persea.pipeline import preflight, stage_keys, tasks_and_prompts
 from persea.pipeline.licence_gate import (
-    copy_notice,
+    copy_to_student,
     refuse_unlicensed,
     write_notice,
 )
@@ -401,7 +401,7 @@ def run_pipeline(context: RunContext, progress: ProgressCallback, only_stage: st
                     if stage.name in LICENSED_STAGES:  # a server has named its model by now
                         refuse_unlicensed(context.recipe, context.folder)
                     _run_stage(context, stage, recorded_progress)
-            copy_notice(context.folder)
+            copy_to_student(context.folder)
         context.world.broadcast("over")
     may_regress = context.recipe.evaluation.allow_safety_regression
     if only_stage in ("", "evaluate", "report") and not may_regress:

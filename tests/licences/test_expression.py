@@ -16,6 +16,8 @@ from persea.licences.expression import licence_alternatives
         ("(a OR b) AND c", (("a", "c"), ("b", "c"))),
         ("Gemma Terms of Use", (("Gemma Terms of Use",),)),
         ("NVIDIA Open Model License", (("NVIDIA Open Model License",),)),
+        ("llama3.2-and-gemma", (("llama3.2", "gemma"),)),
+        ("x-and-gemma", (("x-and-gemma",),)),
         ("((((", (("((((",),)),
         ("", (("",),)),
     ],

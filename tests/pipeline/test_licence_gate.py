@@ -15,7 +15,7 @@ from persea.licences.table import Relation
 from persea.licences.verdict import Outcome
 from persea.pipeline import licence_gate
 from persea.pipeline.licence_gate import (
-    copy_notice,
+    copy_to_student,
     licence_verdict,
     licensed_inputs,
     refuse_unlicensed,
@@ -216,11 +216,19 @@ def test_a_file_of_prompts_has_a_licence_too(tmp_path: Path) -> None:
     assert (verdict.outcome, verdict.student_licence) == (Outcome.DUTIES, "muse-spark-open")
 
 
-def test_the_notice_goes_to_the_student(tmp_path: Path) -> None:
-    copy_notice(tmp_path)  # nothing is there yet
+def test_notice_and_card_go_to_the_student_and_are_read_from_there(tmp_path: Path) -> None:
+    copy_to_student(tmp_path)  # nothing is there yet
     for folder in ("lineage", "train/student"):
         (tmp_path / folder).mkdir(parents=True)
-    copy_notice(tmp_path)
+    copy_to_student(tmp_path)
     (tmp_path / "lineage" / "NOTICE").write_text("one")
-    copy_notice(tmp_path)
-    assert (tmp_path / "train" / "student" / "NOTICE").read_text() == "one"
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: llama3.2-and-gemma\n---\n"
+    )
+    student = tmp_path / "train" / "student"
+    copy_to_student(tmp_path)
+    assert (student / "NOTICE").read_text() == "one"
+    (student / "model.safetensors").write_bytes(b"")
+    verdict = licence_verdict(loaded(tmp_path, {"model": str(student), "name": "one"}), tmp_path)
+    assert verdict.licences["one"] == ("llama-3.2", "Gemma")
