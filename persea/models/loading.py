@@ -241,15 +241,6 @@ def load_renderer(
 
 def _refuse_needed_tokens_without_row(renderer: ChatRenderer, where: str) -> None:
     """Raise if a control token that every conversation needs has no row of logits."""
-    missing = [
-        t for t in renderer.family.stop_tokens if t in tokens_without_row(renderer.vocabulary)
-    ]
-    if missing and not renderer.stop_ids:
-        raise DataError(
-            f"{', '.join(missing)}, which ends the assistant's turn, has no row of logits",
-            where=where,
-            remedy="tokenizer and model do not belong together",
-        )
     try:
         renderer.render(Conversation.from_question("Hi").with_answer(Text("Hi")))
     except DataError as error:
