@@ -333,6 +333,18 @@ class ChatRenderer:
                     "text in the assistant's turn",
                 )
 
+    def refuse_tokens_without_row(self, conversation: Conversation) -> None:
+        """Check that the model has logits for each control token that the template writes.
+
+        Nothing is encoded.
+
+        Raises:
+            DataError: The template writes a control token without a row of logits.
+        """
+        segments = self._split_segments(self.family.normalise(conversation), False)
+        runs = split_runs(self.vocabulary, self._control_pattern, segments)
+        refuse_tokens_without_row(self.vocabulary, list(runs))
+
     def _render_tokens(
         self, conversation: Conversation, add_generation_prompt: bool
     ) -> RenderedTokens:

@@ -8,7 +8,6 @@ has `auto_map` is refused before any library reads it; hub ids are loaded with
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass, field
 from datetime import date
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from persea.chat.families import CONTROL_MARKERS, detect_family, get_family
+from persea.chat.families import detect_family, get_family
 from persea.chat.families.generic import GENERIC_FAMILY_NAME, infer_family
 from persea.chat.families.hybrid import (
     add_thinking_switch,
@@ -30,13 +29,14 @@ from persea.chat.messages import PINNED_DATE, Conversation, Text
 from persea.chat.renderer import ChatRenderer
 from persea.chat.template import compile_template
 from persea.errors import DataError
+from persea.models.config_files import read_json_config, refuse_remote_code
 from persea.models.gguf_header import find_gguf
 from persea.models.gguf_model import gguf_header, model_folder, tokenizer_folder
 from persea.models.gguf_tokenizer import refuse_other_tokens, stop_token_ids
+from persea.models.kept_tokenizer import OpenedTokenizer, open_tokenizer
 from persea.models.placement import placement_kwargs
 from persea.models.random_init import random_init
 from persea.tokenization.logit_rows import limit_to_rows, tokens_without_row
-from persea.tokenization.vocabulary import load_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -176,7 +176,7 @@ def load_tokenizer(source: ModelSource, where: str) -> Any:
 
     folder = _tokenizer_folder(source, where)
     if folder is not None:
-        _refuse_remote_code(folder, where)
+        refuse_remote_code(folder, where)
     revision = {"revision": source.revision} if source.revision and folder is None else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -193,6 +193,23 @@ def load_tokenizer(source: ModelSource, where: str) -> Any:
         ) from error
     _refuse_other_tokenizer(source, folder, tokenizer, where)
     return tokenizer
+
+
+def _open_tokenizer(source: ModelSource, where: str) -> OpenedTokenizer:
+    """Open a model's tokenizer; from the second time on without transformers."""
+    folder = _tokenizer_folder(source, where)
+    if folder is None:
+        path = download_hub_file(
+            ModelSource(source.tokenizer_name_or_path, source.revision), "tokenizer_config.json"
+        )
+        files = None if path is None else path.parent
+    else:
+        files = folder
+    opened = open_tokenizer(
+        files, source.tokenizer_name_or_path, lambda: load_tokenizer(source, where)
+    )
+    _refuse_other_tokenizer(source, folder, opened, where)
+    return opened
 
 
 def load_renderer(
@@ -229,7 +246,7 @@ def load_renderer(
     if isinstance(source, str):
         source = ModelSource(source)
     where = where or source.tokenizer_name_or_path
-    tokenizer = load_tokenizer(source, where)
+    tokenizer = _open_tokenizer(source, where)
     template_text = tokenizer.chat_template or ""
     if not isinstance(template_text, str):
         raise DataError(
@@ -237,7 +254,7 @@ def load_renderer(
             where=where,
             remedy="keep one, as chat_template.jinja",
         )
-    vocabulary = load_vocabulary(tokenizer, source.tokenizer_name_or_path, CONTROL_MARKERS)
+    vocabulary = tokenizer.vocabulary
     if num_rows := num_logits_in_config(source, where):
         vocabulary = limit_to_rows(vocabulary, num_rows, where)
     if not template_text and not (source.thinking and can_use_hybrid_template(vocabulary)):
@@ -247,7 +264,7 @@ def load_renderer(
             remedy="add chat_template.jinja to the folder; a base model without one cannot be a "
             "teacher or be evaluated",
         )
-    special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+    special = dict(tokenizer.special_tokens_map)
     template = compile_template(template_text, special, template_date, where)
     if source.thinking and not has_thinking_switch(template):
         template_text = add_thinking_switch(template_text, vocabulary)
@@ -271,16 +288,8 @@ def load_renderer(
         family = make_hybrid_family(family, vocabulary)
     renderer = ChatRenderer(family, vocabulary, template, template_text, template_date, special)
     if tokens_without_row(vocabulary):
-        _refuse_needed_tokens_without_row(renderer, where)
+        renderer.refuse_tokens_without_row(Conversation.from_question("Hi").with_answer(Text("Hi")))
     return renderer
-
-
-def _refuse_needed_tokens_without_row(renderer: ChatRenderer, where: str) -> None:
-    """Raise if a control token that every conversation needs has no row of logits."""
-    try:
-        renderer.render(Conversation.from_question("Hi").with_answer(Text("Hi")))
-    except DataError as error:
-        raise DataError(error.message, where=where, remedy=error.remedy) from error
 
 
 def _refuse_thinking_option(family: Family, where: str) -> None:
@@ -316,7 +325,7 @@ def eos_token_ids(source: ModelSource, where: str) -> tuple[int, ...]:
         path = download_hub_file(source, name) if folder is None else folder / name
         if path is None or not path.is_file():
             continue
-        config = _read_json_config(path, where)
+        config = read_json_config(path, where)
         text_config = config.get("text_config")
         eos = config.get(
             "eos_token_id",
@@ -339,7 +348,7 @@ def num_logits_in_config(source: ModelSource, where: str) -> int:
     path = download_hub_file(source, "config.json") if folder is None else folder / "config.json"
     if path is None or not path.is_file():
         return 0
-    config = _read_json_config(path, where)
+    config = read_json_config(path, where)
     text_config = config.get("text_config")
     stated = config.get(
         "vocab_size", text_config.get("vocab_size") if isinstance(text_config, dict) else None
@@ -395,7 +404,7 @@ def read_weights(source: ModelSource, where: str, **load_kwargs: Any) -> Any:
                 where=where,
                 remedy="give a folder in Hugging Face form",
             )
-        _refuse_remote_code(folder, where)
+        refuse_remote_code(folder, where)
     revision = {"revision": source.revision} if source.revision and folder is None else {}
     try:
         return AutoModelForCausalLM.from_pretrained(
@@ -456,30 +465,6 @@ def copy_tokenizer_files(source_folder: Path, target_folder: Path) -> None:
     ):
         if (source_folder / name).is_file():
             shutil.copyfile(source_folder / name, target_folder / name)
-
-
-def _refuse_remote_code(folder: Path, where: str) -> None:
-    for path in (folder / "config.json", folder / "tokenizer_config.json"):
-        if not path.is_file():
-            continue
-        if "auto_map" in _read_json_config(path, where):
-            raise DataError(
-                f"{path} brings its own code (auto_map)",
-                where=where,
-                remedy="use a model that transformers supports itself",
-            )
-
-
-def _read_json_config(path: Path, where: str) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path} is not JSON: {error}", where=where, remedy="fetch the model again"
-        ) from error
-    if not isinstance(config, dict):
-        raise DataError(f"{path} is no JSON object", where=where, remedy="fetch the model again")
-    return config
 
 
 def download_hub_file(source: ModelSource, name: str) -> Path | None:

@@ -6,6 +6,8 @@ needs them and dropped after it, so that one teacher at a time is in memory.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -89,11 +91,22 @@ def has_effort(renderer: ChatRenderer, effort: ThinkingEffort) -> bool:
 
 
 def silence_transformers() -> None:
-    """Make transformers print errors only: persea has progress bars of its own."""
-    from transformers.utils import logging
+    """Make transformers print errors only: persea has progress bars of its own.
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers takes seconds to import, and many commands do without it. So it is not imported
+    here: the environment tells it when it is.
+    """
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    elif "huggingface_hub" in sys.modules:  # it has read its environment
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
 
 
 @dataclass(eq=False)
