@@ -15,7 +15,7 @@
 # make bench-extension  tokens a byte of real tokenizers with more tokens, by language (below two minutes; needs PERSEA_DATA)
 # make soak         a bad minute for `persea serve` (about 2 minutes)
 # make saplings     train the bundled models anew (about 40 minutes)
-# python bench/audition.py, mask_cost.py, coverage.py, masks.py, sandbox.py have no target: their first lines describe result and time
+# python bench/audition.py, mask_cost.py, coverage.py, masks.py, opening.py, sandbox.py have no target: their first lines describe result and time
 # PYTHON=python3.12 chooses the Python; TORCH_INDEX=URL takes torch from another index (README, "Install and try it")
 
 PYTHON ?= python3
