@@ -173,7 +173,9 @@ def load_event_map(
     teacher_order, student_order = (
         get_token_order(
             renderer.vocabulary,
-            BpeDerivations(*(tensors[f"{side}_{name}"] for name in BPE_ARRAY_NAMES)),
+            None
+            if renderer.vocabulary.is_unigram  # its lattice is built anew
+            else BpeDerivations(*(tensors[f"{side}_{name}"] for name in BPE_ARRAY_NAMES)),
         )
         for side, renderer in (("teacher", teacher), ("student", student))
     )
@@ -212,9 +214,10 @@ def _to_tensors(event_map: EventMap) -> dict[str, npt.NDArray[np.generic]]:
             ("teacher", event_map.student_mask.other),
             ("student", event_map.teacher_mask.other),
         ):
-            tensors |= {
-                f"{side}_{name}": getattr(order.derivations, name) for name in BPE_ARRAY_NAMES
-            }
+            if isinstance(order.derivations, BpeDerivations):
+                tensors |= {
+                    f"{side}_{name}": getattr(order.derivations, name) for name in BPE_ARRAY_NAMES
+                }
     return tensors
 
 

@@ -100,6 +100,18 @@ class BpeDerivations:
             self.max_rank_V.tolist(),
         )
 
+    def state_of(self, token: int) -> int:
+        """Return the state after a token: the token itself, whatever was before it."""
+        return token
+
+    def extend(self, state: int, token: int) -> int:
+        """Return the state after one more token."""
+        return token
+
+    def last_token(self, state: int) -> int:
+        """Return the last token of a state."""
+        return state
+
     def is_impossible_pair(self, token: int, next_token: int) -> bool:
         """Return whether `next_token` is in `impossible_next_tokens(token)`.
 

@@ -23,12 +23,18 @@ from tokenizers import AddedToken, Tokenizer, models
 
 from persea.errors import DataError
 from persea.tokenization.control_tokens import ControlFlags, read_control_flags
-from persea.tokenization.prefix_space import PrefixSpace, find_prefix_space, remove_prefix_space
+from persea.tokenization.prefix_space import (
+    SPACE_MARK,
+    PrefixSpace,
+    find_prefix_space,
+    remove_prefix_space,
+)
 
 # An added token of this shape controls the model and is never text, also where its tokenizer does
 # not declare it special, such as DeepSeek's <｜User｜> with wide bars.
 CONTROL_MARKER = r"<([|｜]).*\1>"
 
+HIDDEN_MARK = "\U000f0000"  # a private-use character
 # A tokenizer may write a space before a text if a normaliser or pre-tokenizer of it matches.
 PREFIX_PATTERN = re.compile(r'"Prepend"|"Metaspace"|"add_prefix_space":\s*true')
 LOSSY_REMEDY = (
@@ -90,7 +96,7 @@ class Vocabulary:
         bytes_W: Bytes of each id; None for a control token and for an unused id.
         control_token_ids: Control token -> id.
         digest: sha256 of the tokenizer's whole definition.
-        byte_level: True for byte-level BPE, False for SentencePiece with byte fallback.
+        byte_level: True for byte-level BPE, False for SentencePiece (BPE or Unigram).
         prefix_space: Where the tokenizer itself writes a space before a text; None for nowhere.
         control_flags: Control token -> its flags; only those that have any.
         original: The tokenizer as it is, to compare renderings with; None where its control tokens
@@ -119,6 +125,11 @@ class Vocabulary:
     def control_names(self) -> dict[int, str]:
         """Id -> control token."""
         return {i: name for name, i in self.control_token_ids.items()}
+
+    @cached_property
+    def is_unigram(self) -> bool:
+        """Whether the highest sum of scores decides how a text is cut, not merges."""
+        return isinstance(self.backend.model, models.Unigram)
 
     def prefix_space_before(self, text: str, is_first: bool = True) -> str:
         """Return the space that the tokenizer writes before a run of text, or "".
@@ -272,8 +283,8 @@ def load_vocabulary(
 ) -> Vocabulary:
     """Load a tokenizer as a Vocabulary. The tokenizer object is not changed.
 
-    Supported are byte-level BPE (Llama 3, Qwen, gpt-oss, GPT-2; tiktoken files converted to it) and
-    SentencePiece BPE with byte fallback (Gemma).
+    Supported are byte-level BPE (Llama 3, Qwen, gpt-oss, GPT-2; tiktoken files converted to it),
+    SentencePiece BPE with byte fallback (Gemma, Llama 2) and SentencePiece Unigram (LLM-jp).
 
     Args:
         tokenizer: A fast Hugging Face tokenizer, or a `tokenizers.Tokenizer`.
@@ -292,7 +303,7 @@ def load_vocabulary(
             where=name,
             remedy="convert it with transformers' AutoTokenizer first",
         )
-    byte_level = _is_byte_level(backend, name)
+    byte_level, unigram = _is_byte_level(backend, name), isinstance(backend.model, models.Unigram)
     # To parse the whole definition of the tokenizer would take half a second.
     added = backend.get_added_tokens_decoder()
     marker_pattern = re.compile("|".join([CONTROL_MARKER, *control_markers]), re.DOTALL)
@@ -304,6 +315,9 @@ def load_vocabulary(
     to_bytes = _byte_level_bytes if byte_level else _sentencepiece_bytes
     for token, i in ids.items():
         bytes_W[i] = to_bytes(token)
+    if unigram:
+        control |= _unknown_token(backend)
+        bytes_W = [None if i in control.values() else raw for i, raw in enumerate(bytes_W)]
     for i, added_token in added.items():
         if added_token.content in control:
             bytes_W[i] = None
@@ -376,8 +390,36 @@ def _open_plain(
     return plain, prefix_space
 
 
+def _unknown_token(backend: Tokenizer) -> dict[str, int]:
+    """Return Unigram's token for characters without a piece, which need not be an added token."""
+    model = json.loads(backend.model.__getstate__())
+    unk_id = model["unk_id"]
+    return {} if unk_id is None else {model["vocab"][unk_id][0]: unk_id}
+
+
+def _hide_control_pieces(plain: Tokenizer, control: Mapping[str, int]) -> Tokenizer:
+    """Return a Unigram tokenizer that never takes a control token for a piece of a text.
+
+    Its model would: every entry of a Unigram vocabulary is a piece. The entries keep their ids
+    under names that no text has.
+    """
+    spec = json.loads(plain.to_str())
+    for entry in spec["model"]["vocab"]:
+        if entry[0] in control:
+            entry[0] = HIDDEN_MARK + entry[0]
+    for token in spec["added_tokens"]:
+        if token["content"] in control:
+            token |= {"content": HIDDEN_MARK + token["content"], "special": True}
+            token |= {"lstrip": False, "rstrip": False, "single_word": False}
+    plain = Tokenizer.from_str(json.dumps(spec))
+    plain.encode_special_tokens = True
+    return plain
+
+
 def _as_text_only(plain: Tokenizer, control: Mapping[str, int]) -> Tokenizer:
     """Return the tokenizer, changed to encode a control token in a text as text."""
+    if isinstance(plain.model, models.Unigram):
+        return _hide_control_pieces(plain, control)
     plain.add_special_tokens([AddedToken(c, special=True, normalized=False) for c in control])
     plain.encode_special_tokens = True
     return plain
@@ -400,11 +442,14 @@ def _is_byte_level(backend: Tokenizer, name: str) -> bool:
         return True
     if bpe and "ByteFallback" in decoder_types and backend.model.byte_fallback:
         return False
+    if isinstance(backend.model, models.Unigram):
+        return False
     raise DataError(
-        f"neither byte-level BPE nor SentencePiece BPE with byte fallback "
-        f"(model {type(backend.model).__name__}, decoder {sorted(decoder_types)})",
+        f"neither byte-level BPE, SentencePiece BPE with byte fallback nor Unigram: the bytes of "
+        f"its tokens are not known (model {type(backend.model).__name__}, decoder "
+        f"{sorted(decoder_types)})",
         where=name,
-        remedy="the bytes of its tokens are not known exactly; use a model of another family",
+        remedy=LOSSY_REMEDY,
     )
 
 
@@ -418,4 +463,4 @@ def _byte_level_bytes(token: str) -> bytes | None:
 def _sentencepiece_bytes(token: str) -> bytes:
     if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
         return bytes([int(token[3:5], 16)])
-    return token.replace("▁", " ").encode()
+    return token.replace(SPACE_MARK, " ").encode()

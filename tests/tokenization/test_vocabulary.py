@@ -320,32 +320,8 @@ def wordpiece() -> Tokenizer:
     return tokenizer
 
 
-def unigram(fallback: bool) -> Tokenizer:
-    byte_tokens = [f"<0x{b:02X}>" for b in range(256)]
-    pieces = [
-        ("<unk>", 0.0),
-        *((t, -9.0) for t in byte_tokens),
-        *((c, -3.0) for c in "▁abcdefghijklmnopqrstuvwxyz"),
-        ("▁the", -1.0),
-    ]
-    tokenizer = Tokenizer(models.Unigram(pieces, 0, fallback))
-    if not fallback:
-        tokenizer.pre_tokenizer, tokenizer.decoder = (
-            pre_tokenizers.Metaspace(),
-            decoders.Metaspace(),
-        )
-        return tokenizer
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
-    return tokenizer
-
-
 REFUSED = {
     "wordpiece": (wordpiece, "WordPiece"),
-    "unigram": (lambda: unigram(False), "Unigram"),
-    "unigram with byte fallback": (lambda: unigram(True), "Unigram"),
     "words": (lambda: Tokenizer(models.WordLevel({"a": 0}, "a")), "WordLevel"),
     "sentencepiece without bytes": (lambda: sentencepiece(fallback=False), "neither byte-level"),
     "lower case": (lambda: byte_level(normalizer=normalizers.Lowercase()), "byte 0"),
