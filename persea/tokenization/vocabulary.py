@@ -19,28 +19,23 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import Tokenizer, models
 
 from persea.errors import DataError
 from persea.tokenization.control_tokens import ControlFlags, read_control_flags
-from persea.tokenization.prefix_space import (
-    SPACE_MARK,
-    PrefixSpace,
-    find_prefix_space,
-    remove_prefix_space,
+from persea.tokenization.plain_backend import (
+    LOSSY_REMEDY,
+    copy_tokenizer,
+    lossy_parts,
+    normalizes_any,
+    open_plain,
+    unknown_token,
 )
+from persea.tokenization.prefix_space import SPACE_MARK, PrefixSpace
 
 # An added token of this shape controls the model and is never text, also where its tokenizer does
 # not declare it special, such as DeepSeek's <｜User｜> with wide bars.
 CONTROL_MARKER = r"<([|｜]).*\1>"
-
-HIDDEN_MARK = "\U000f0000"  # a private-use character
-# A tokenizer may write a space before a text if a normaliser or pre-tokenizer of it matches.
-PREFIX_PATTERN = re.compile(r'"Prepend"|"Metaspace"|"add_prefix_space":\s*true')
-LOSSY_REMEDY = (
-    "no distribution of this model can be used: let it teach with its text alone, from a chat "
-    "server (`model: text_only`, docs/engines.md)"
-)
 
 # Encoded and decoded when a vocabulary is loaded: scripts, split characters, spaces, controls.
 ROUND_TRIP_PROBES = (
@@ -316,7 +311,7 @@ def load_vocabulary(
     for token, i in ids.items():
         bytes_W[i] = to_bytes(token)
     if unigram:
-        control |= _unknown_token(backend)
+        control |= unknown_token(backend)
         bytes_W = [None if i in control.values() else raw for i, raw in enumerate(bytes_W)]
     for i, added_token in added.items():
         if added_token.content in control:
@@ -324,7 +319,8 @@ def load_vocabulary(
         elif bytes_W[i] is None:
             bytes_W[i] = added_token.content.encode()
     definition = backend.to_str()
-    plain, prefix_space = _open_plain(backend, definition, control, name)
+    probes = [unicodedata.normalize("NFC", p) for p in ROUND_TRIP_PROBES]
+    plain, prefix_space = open_plain(backend, definition, control, name, probes)
     flags = read_control_flags(added.values(), control)
     vocabulary = Vocabulary(
         name,
@@ -335,103 +331,20 @@ def load_vocabulary(
         byte_level,
         prefix_space,
         flags,
-        _copy(definition) if prefix_space or flags or _normalizes_any(backend, control) else None,
+        copy_tokenizer(definition)
+        if prefix_space or flags or normalizes_any(backend, control)
+        else None,
     )
-    probes = [unicodedata.normalize("NFC", p) for p in ROUND_TRIP_PROBES]
     if vocabulary.missing_bytes:
         unwritable = vocabulary._unwritable_characters("".join(probes))
         probes = ["".join(c for c in p if c not in unwritable) for p in probes]
-    vocabulary.encode_batch(probes)
-    return vocabulary
-
-
-def _copy(definition: str) -> Tokenizer:
-    """Return a tokenizer without padding and truncation."""
-    tokenizer = Tokenizer.from_str(definition)
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-def _open_plain(
-    backend: Tokenizer, definition: str, control: Mapping[str, int], name: str
-) -> tuple[Tokenizer, PrefixSpace | None]:
-    """Return the tokenizer that encodes text alone, and where the original writes a space.
-
-    Raises:
-        DataError: The original writes spaces by a rule that is not known.
-    """
-    states = [
-        part.__getstate__().decode() if part else ""
-        for part in (backend.normalizer, backend.pre_tokenizer)
-    ]
-    if not PREFIX_PATTERN.search(" ".join(states)):
-        return _as_text_only(_copy(definition), control), None
-    spec = json.loads(definition)
-    if not remove_prefix_space(spec):
-        return _as_text_only(_copy(definition), control), None
-    plain, original = _as_text_only(_copy(json.dumps(spec)), control), _copy(definition)
-    lead = next(
-        (
-            t.content
-            for t in original.get_added_tokens_decoder().values()
-            if t.special and not (t.normalized or t.lstrip or t.rstrip or t.single_word)
-        ),
-        "",
-    )
-    probes = [unicodedata.normalize("NFC", p) for p in ROUND_TRIP_PROBES]
-    prefix_space = find_prefix_space(original, plain, lead, probes)
-    if prefix_space is None:
+    try:
+        vocabulary.encode_batch(probes)
+    except DataError as error:
         raise DataError(
-            "the tokenizer writes spaces that are not in the text, by no rule that persea knows",
-            where=name,
-            remedy=LOSSY_REMEDY,
-        )
-    return plain, prefix_space
-
-
-def _unknown_token(backend: Tokenizer) -> dict[str, int]:
-    """Return Unigram's token for characters without a piece, which need not be an added token."""
-    model = json.loads(backend.model.__getstate__())
-    unk_id = model["unk_id"]
-    return {} if unk_id is None else {model["vocab"][unk_id][0]: unk_id}
-
-
-def _hide_control_pieces(plain: Tokenizer, control: Mapping[str, int]) -> Tokenizer:
-    """Return a Unigram tokenizer that never takes a control token for a piece of a text.
-
-    Its model would: every entry of a Unigram vocabulary is a piece. The entries keep their ids
-    under names that no text has.
-    """
-    spec = json.loads(plain.to_str())
-    for entry in spec["model"]["vocab"]:
-        if entry[0] in control:
-            entry[0] = HIDDEN_MARK + entry[0]
-    for token in spec["added_tokens"]:
-        if token["content"] in control:
-            token |= {"content": HIDDEN_MARK + token["content"], "special": True}
-            token |= {"lstrip": False, "rstrip": False, "single_word": False}
-    plain = Tokenizer.from_str(json.dumps(spec))
-    plain.encode_special_tokens = True
-    return plain
-
-
-def _as_text_only(plain: Tokenizer, control: Mapping[str, int]) -> Tokenizer:
-    """Return the tokenizer, changed to encode a control token in a text as text."""
-    if isinstance(plain.model, models.Unigram):
-        return _hide_control_pieces(plain, control)
-    plain.add_special_tokens([AddedToken(c, special=True, normalized=False) for c in control])
-    plain.encode_special_tokens = True
-    return plain
-
-
-def _normalizes_any(backend: Tokenizer, control: Mapping[str, int]) -> bool:
-    """Return whether a normaliser changes the text before a control token is looked for in it."""
-    state = json.loads(backend.normalizer.__getstate__()) if backend.normalizer else {}
-    types = {n["type"] for n in state.get("normalizers", [state]) if n}
-    return bool(types - {"NFC"}) and any(
-        t.normalized and t.content in control for t in backend.get_added_tokens_decoder().values()
-    )
+            f"{error.message}{lossy_parts(backend)}", where=name, remedy=LOSSY_REMEDY
+        ) from error
+    return vocabulary
 
 
 def _is_byte_level(backend: Tokenizer, name: str) -> bool:

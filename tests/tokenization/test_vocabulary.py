@@ -30,6 +30,7 @@ from persea.tokenization.vocabulary import (
     load_vocabulary,
 )
 from tests.conftest import REAL, Speaker
+from tests.tokenization.traits import unigram
 
 TRAINING = [
     "the cat sat on the mat",
@@ -320,11 +321,25 @@ def wordpiece() -> Tokenizer:
     return tokenizer
 
 
+def lossy_unigram() -> Tokenizer:
+    """T5's form, which joins white space."""
+    tokenizer = unigram("metaspace always")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+    )
+    return tokenizer
+
+
 REFUSED = {
     "wordpiece": (wordpiece, "WordPiece"),
+    "decomposed": (lambda: byte_level(normalizer=normalizers.NFD()), "changes texts by NFD"),
+    "T5": (lossy_unigram, "changes texts by WhitespaceSplit"),
     "words": (lambda: Tokenizer(models.WordLevel({"a": 0}, "a")), "WordLevel"),
     "sentencepiece without bytes": (lambda: sentencepiece(fallback=False), "neither byte-level"),
-    "lower case": (lambda: byte_level(normalizer=normalizers.Lowercase()), "byte 0"),
+    "lower case": (
+        lambda: byte_level(normalizer=normalizers.Lowercase()),
+        "byte 0 .* by Lowercase",
+    ),
     "compatibility forms": (lambda: byte_level(normalizer=normalizers.NFKC()), "byte "),
 }
 
@@ -335,7 +350,8 @@ def test_tokenizers_whose_bytes_cannot_be_known_are_refused(case: str):
     with pytest.raises(DataError, match=reason) as caught:
         load_vocabulary(make(), "odd/model")
     assert caught.value.where == "odd/model"
-    assert caught.value.remedy
+    assert "model: text_only" in caught.value.remedy
+    assert "leave the text out" not in caught.value.remedy, "the text is persea's own probe"
 
 
 def test_a_vocabulary_that_lacks_bytes_opens_and_refuses_only_the_texts_that_need_them():
