@@ -31,10 +31,20 @@ from persea.chat.template import compile_template
 from persea.errors import DataError
 from persea.models.placement import placement_kwargs
 from persea.models.random_init import random_init
+from persea.models.tiktoken_files import find_tiktoken_file, open_tiktoken
 from persea.tokenization.vocabulary import load_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# What tokenizers without a tokenizer.json consist of.
+OTHER_TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "added_tokens.json",
+    "tekken.json",
+)
 
 
 @dataclass(frozen=True)
@@ -141,6 +151,9 @@ def load_tokenizer(source: ModelSource, where: str) -> Any:
 
     folder = local_folder(source.tokenizer_name_or_path, where)
     if folder is not None:
+        tiktoken_file = find_tiktoken_file(folder)
+        if tiktoken_file is not None:
+            return open_tiktoken(tiktoken_file, where)
         _refuse_remote_code(folder, where)
     revision = {"revision": source.revision} if source.revision and folder is None else {}
     try:
@@ -374,7 +387,9 @@ def download_model(source: ModelSource, where: str, with_weights: bool = True) -
 
 def copy_tokenizer_files(source_folder: Path, target_folder: Path) -> None:
     """Copy tokenizer, chat template and generation configuration to another model folder."""
+    own_files = [] if (source_folder / "tokenizer.json").is_file() else OTHER_TOKENIZER_FILES
     for name in (
+        *own_files,
         "tokenizer.json",
         "tokenizer_config.json",
         "chat_template.jinja",
