@@ -31,7 +31,7 @@ from persea.chat.template import compile_template
 from persea.errors import DataError
 from persea.models.placement import placement_kwargs
 from persea.models.random_init import random_init
-from persea.models.tiktoken_files import find_tiktoken_file, open_tiktoken
+from persea.models.tiktoken_files import open_tokenizer_file
 from persea.tokenization.vocabulary import load_vocabulary
 
 if TYPE_CHECKING:
@@ -151,9 +151,9 @@ def load_tokenizer(source: ModelSource, where: str) -> Any:
 
     folder = local_folder(source.tokenizer_name_or_path, where)
     if folder is not None:
-        tiktoken_file = find_tiktoken_file(folder)
-        if tiktoken_file is not None:
-            return open_tiktoken(tiktoken_file, where)
+        opened = open_tokenizer_file(folder, where)
+        if opened is not None:
+            return opened
         _refuse_remote_code(folder, where)
     revision = {"revision": source.revision} if source.revision and folder is None else {}
     try:

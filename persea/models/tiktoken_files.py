@@ -1,9 +1,9 @@
-"""Open a tiktoken file (Kimi's `tiktoken.model`, `*.tiktoken`) without running a model's own code.
+"""Open a tokenizer of one raw file: tiktoken's (Kimi) or tekken.json (Mistral), without its code.
 
-Such a file has byte strings and ranks alone. The pattern that splits texts into words stands in the
-Python file beside it; transformers takes Llama 3's pattern for every model, which cuts Chinese text
-under Kimi's vocabulary otherwise than Kimi does. Here the pattern is read from that file's syntax
-tree as constant text, never executed.
+A tiktoken file has byte strings and ranks alone. The pattern that splits texts into words stands in
+the Python file beside it; transformers takes Llama 3's pattern for every model, which cuts Chinese
+text under Kimi's vocabulary otherwise than Kimi does. Here the pattern is read from that file's
+syntax tree as constant text, never executed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import base64
 import binascii
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,60 @@ def find_tiktoken_file(folder: Path) -> Path | None:
         return None
     found = sorted([*folder.glob("tiktoken.model"), *folder.glob("*.tiktoken")])
     return found[0] if found else None
+
+
+def open_tokenizer_file(folder: Path, where: str) -> Any:
+    """Return a transformers tokenizer of a folder that has only a tiktoken or tekken file.
+
+    Returns:
+        None for a folder with a tokenizer.json, or with neither.
+
+    Raises:
+        DataError: The file is damaged, or a package or the split pattern is missing.
+    """
+    if (folder / "tokenizer.json").is_file():
+        return None
+    if (folder / "tekken.json").is_file():
+        return open_tekken(folder / "tekken.json", where)
+    is_sentencepiece = (folder / "tokenizer.model").is_file()
+    if is_sentencepiece and importlib.util.find_spec("sentencepiece") is None:
+        raise DataError(
+            "a tokenizer.model without tokenizer.json needs the package sentencepiece",
+            where=where,
+            remedy="pip install 'persea[sentencepiece]'",
+        )
+    file = find_tiktoken_file(folder)
+    return None if file is None else open_tiktoken(file, where)
+
+
+def open_tekken(file: Path, where: str) -> Any:
+    """Return a transformers tokenizer of Mistral's tekken.json.
+
+    AutoTokenizer would return mistral-common's own class, which has no tokenizer.json form.
+
+    Raises:
+        DataError: The file is damaged.
+    """
+    from transformers import PreTrainedTokenizerFast
+    from transformers.integrations.mistral.tokenizer import MistralConverter
+
+    try:
+        tokenizer = MistralConverter(str(file)).converted()
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{file.name} is no tekken file: {error!r}", where=where, remedy="fetch it again"
+        ) from error
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=_chat_template(file.parent, {}),
+        **{k: t for k, t in special.items() if tokenizer.token_to_id(t) is not None},
+    )
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    return file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
 
 
 def open_tiktoken(file: Path, where: str) -> Any:
@@ -60,15 +115,11 @@ def open_tiktoken(file: Path, where: str) -> Any:
         pattern=find_split_pattern(file.parent, where),
         extra_special_tokens=control,
     )
-    template_file = file.parent / "chat_template.jinja"
-    template = (
-        template_file.read_text(encoding="utf-8")
-        if template_file.is_file()
-        else config.get("chat_template")
-    )
     special = {k: _content(config[k]) for k in SPECIAL_TOKEN_KEYS if config.get(k)}
     return PreTrainedTokenizerFast(
-        tokenizer_object=converter.converted(), chat_template=template, **special
+        tokenizer_object=converter.converted(),
+        chat_template=_chat_template(file.parent, config),
+        **special,
     )
 
 

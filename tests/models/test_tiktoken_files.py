@@ -121,3 +121,47 @@ def test_vocabulary_and_merges_without_a_tokenizer_json_open(tmp_path: Path):
     assert load_renderer(str(copy)).vocabulary.digest == renderer.vocabulary.digest
     (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\nx x\n")
     assert fingerprint(ModelSource(str(folder)), "") != before
+
+
+def tekken(folder: Path) -> tuple[Path, Tokenizer]:
+    """A tekken.json of the reference vocabulary, which mistral-common lays out."""
+    tokenizer = reference()
+    ids = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    vocab = [
+        {
+            "rank": i,
+            "token_bytes": base64.b64encode(bytes(CHAR_TO_BYTE[c] for c in token)).decode(),
+            "token_str": None,
+        }
+        for token, i in ids
+    ]
+    names = ("<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>")
+    special = [{"rank": k, "token_str": n, "is_control": True} for k, n in enumerate(names)]
+    config = {
+        "pattern": PATTERN,
+        "num_vocab_tokens": len(vocab),
+        "default_vocab_size": len(vocab) + len(names),
+        "default_num_special_tokens": len(names),
+        "version": "v7",
+    }
+    (folder / "tekken.json").write_text(
+        json.dumps({"config": config, "vocab": vocab, "special_tokens": special})
+    )
+    (folder / "chat_template.jinja").write_text(TEMPLATES["bare"])
+    return folder, tokenizer
+
+
+def test_tekken_json_opens(tmp_path: Path):
+    folder, expected = tekken(tmp_path)
+    vocabulary = load_renderer(str(folder)).vocabulary
+    shift = len(vocabulary) - expected.get_vocab_size()
+    ids = expected.encode("你好x世界 the cat").ids
+    assert vocabulary.encode("你好x世界 the cat") == [i + shift for i in ids]
+
+
+def test_a_sentencepiece_model_names_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DataError, match="needs the package sentencepiece") as caught:
+        load_renderer(str(tmp_path))
+    assert "persea[sentencepiece]" in caught.value.remedy
