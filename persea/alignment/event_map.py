@@ -31,7 +31,7 @@ from persea.tokenization.bpe import BpeDerivations, expand_groups
 from persea.tokenization.pretokenizer import decode_whole_characters
 from persea.tokenization.vocabulary import BYTE_TO_CHAR, Vocabulary
 
-EVENT_MAP_FORMAT = 4
+EVENT_MAP_FORMAT = 5
 CHECKSUM_BYTES = 32
 END_OF_TURN_EVENT, SPACES_EVENT, FIRST_TEXT_EVENT = 0, 1, 2
 # Fields of BpeDerivations, which are also keys of the stored file.
