@@ -28,6 +28,7 @@ from persea.alignment.token_order import TokenOrder, get_token_order
 from persea.chat.renderer import ChatRenderer
 from persea.errors import DataError
 from persea.tokenization.bpe import BpeDerivations, expand_groups
+from persea.tokenization.logit_rows import tokens_without_row
 from persea.tokenization.pretokenizer import decode_whole_characters
 from persea.tokenization.vocabulary import BYTE_TO_CHAR, Vocabulary
 
@@ -146,6 +147,8 @@ def event_map_digest(teacher: ChatRenderer, student: ChatRenderer) -> str:
         student.vocabulary.digest,
         student.stop_ids,
     ]
+    if any(tokens_without_row(side.vocabulary) for side in (teacher, student)):
+        parts += [len(teacher.vocabulary), len(student.vocabulary)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -245,7 +248,8 @@ def build_event_map(
 ) -> EventMap:
     """Build the event map of two renderers, without reading or writing PERSEA_HOME.
 
-    Two renderers with the same tokenizer and the same stop tokens get the identity.
+    Two renderers with the same tokenizer and the same stop tokens get the identity; a control token
+    that has a row of logits on one side only has no event.
 
     Args:
         teacher: Renderer of the teacher.
@@ -255,8 +259,10 @@ def build_event_map(
     t, s = teacher.vocabulary, student.vocabulary
     digest = event_map_digest(teacher, student)
     if t.digest == s.digest and teacher.stop_ids == student.stop_ids:
-        same = np.arange(len(t), dtype=np.int32)
-        return EventMap(same, same.copy(), len(t), digest)
+        shared = min(len(t), len(s))  # one side may lack rows for its last control tokens
+        same_W, same_V = (np.arange(len(side), dtype=np.int32) for side in (t, s))
+        same_W[shared:] = same_V[shared:] = -1
+        return EventMap(same_W, same_V, shared, digest)
     student_of_W, teacher_of_V = first_tokens(t, s), first_tokens(s, t)
     fixpoints_W = canonical_fixpoints(t, s, student_of_W, teacher_of_V)
     fixpoints_V = canonical_fixpoints(s, t, teacher_of_V, student_of_W)

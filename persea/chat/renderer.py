@@ -36,8 +36,9 @@ from persea.chat.messages import (
     replace_text,
 )
 from persea.chat.template import ChatTemplate
-from persea.chat.text_runs import TextRun, split_runs
+from persea.chat.text_runs import TextRun, refuse_tokens_without_row, split_runs
 from persea.errors import DataError
+from persea.tokenization.name_pattern import compile_names
 from persea.tokenization.tokens import RenderedTokens
 from persea.tokenization.vocabulary import Vocabulary
 
@@ -84,7 +85,7 @@ class ChatRenderer:
         return tuple(
             self.vocabulary.control_token_ids[s]
             for s in self.family.stop_tokens
-            if s in self.vocabulary.control_token_ids
+            if self.vocabulary.control_token_ids.get(s, len(self.vocabulary)) < len(self.vocabulary)
         )
 
     @cached_property
@@ -332,6 +333,18 @@ class ChatRenderer:
                     "text in the assistant's turn",
                 )
 
+    def refuse_tokens_without_row(self, conversation: Conversation) -> None:
+        """Check that the model has logits for each control token that the template writes.
+
+        Nothing is encoded.
+
+        Raises:
+            DataError: The template writes a control token without a row of logits.
+        """
+        segments = self._split_segments(self.family.normalise(conversation), False)
+        runs = split_runs(self.vocabulary, self._control_pattern, segments)
+        refuse_tokens_without_row(self.vocabulary, list(runs))
+
     def _render_tokens(
         self, conversation: Conversation, add_generation_prompt: bool
     ) -> RenderedTokens:
@@ -360,6 +373,7 @@ class ChatRenderer:
                 )
             answer_start = len(prompt)
         runs = list(split_runs(self.vocabulary, self._control_pattern, segments))
+        refuse_tokens_without_row(self.vocabulary, runs)
         encoded = iter(self._encode_runs(runs))
         columns: list[npt.NDArray[np.int64]] = []
         turn_end = max(
@@ -432,8 +446,7 @@ class ChatRenderer:
 
     @cached_property
     def _control_pattern(self) -> re.Pattern[str]:
-        names = sorted(self.vocabulary.control_token_ids, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        return compile_names(self.vocabulary.control_token_ids)
 
 
 def _insert_prompt_only_suffix(

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from persea.errors import DataError
 from persea.tokenization.control_tokens import resolve_matches
 from persea.tokenization.vocabulary import Vocabulary
 
@@ -83,3 +84,19 @@ def _run(
     return TextRun(
         None, text, begin, tuple(spans), vocabulary.prefix_space_before(text, is_first=begin == 0)
     )
+
+
+def refuse_tokens_without_row(vocabulary: Vocabulary, runs: Sequence[TextRun]) -> None:
+    """Check that the model has a row of logits for each control token of a rendering.
+
+    Raises:
+        DataError: The template writes a control token that `limit_to_rows` left out.
+    """
+    for run in runs:
+        if run.control_id is not None and run.control_id >= len(vocabulary):
+            raise DataError(
+                f"the chat template writes {vocabulary.control_names[run.control_id]}, which "
+                "has no row of logits",
+                where=vocabulary.name,
+                remedy="take tokenizer and template from the folder that the weights came with",
+            )

@@ -1,13 +1,13 @@
-"""Load tokenizers, chat renderers and weights from a folder, a hub id, or a random initialisation.
+"""Load tokenizers, chat renderers and weights: a folder, a GGUF file, a hub id, or random weights.
 
-Only safetensors and configurations are read: no pickles and no remote code. A folder whose
-configuration has `auto_map` is refused before any library reads it; hub ids are loaded with
+A GGUF file is converted once to a folder, which is kept (persea.models.gguf_model). Only
+safetensors and configurations are read: no pickles and no remote code. A folder whose configuration
+has `auto_map` is refused before any library reads it; hub ids are loaded with
 `trust_remote_code=False`.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass, field
 from datetime import date
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from persea.chat.families import CONTROL_MARKERS, detect_family, get_family
+from persea.chat.families import detect_family, get_family
 from persea.chat.families.generic import GENERIC_FAMILY_NAME, infer_family
 from persea.chat.families.hybrid import (
     add_thinking_switch,
@@ -25,14 +25,19 @@ from persea.chat.families.hybrid import (
     make_hybrid_family,
 )
 from persea.chat.family import Family
-from persea.chat.messages import PINNED_DATE
+from persea.chat.messages import PINNED_DATE, Conversation, Text
 from persea.chat.renderer import ChatRenderer
 from persea.chat.template import compile_template
 from persea.errors import DataError
+from persea.models.config_files import read_json_config, refuse_remote_code
+from persea.models.gguf_header import find_gguf
+from persea.models.gguf_model import gguf_header, model_folder, tokenizer_folder
+from persea.models.gguf_tokenizer import refuse_other_tokens, stop_token_ids
+from persea.models.kept_tokenizer import OpenedTokenizer, open_tokenizer
 from persea.models.placement import placement_kwargs
 from persea.models.random_init import random_init
 from persea.models.tiktoken_files import open_tokenizer_file
-from persea.tokenization.vocabulary import load_vocabulary
+from persea.tokenization.logit_rows import limit_to_rows, tokens_without_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,8 +57,8 @@ class ModelSource:
     """Where a model comes from and how it is loaded.
 
     Attributes:
-        model: A folder in Hugging Face form, a hub id, or "random" (then `tokenizer` and `sizes`
-            are needed).
+        model: A folder in Hugging Face form, a GGUF file or a folder that holds one, a hub id, or
+            "random" (then `tokenizer` and `sizes` are needed).
         revision: Hub revision; unused for a folder.
         tokenizer: Folder or hub id of the tokenizer, if it is not the model's.
         family: Name of the family, or "generic"; "" = detected by control tokens and chat template.
@@ -86,9 +91,14 @@ class ModelSource:
 def local_folder(name_or_path: str, where: str) -> Path | None:
     """Return the folder that a reference names; None for a hub id.
 
+    For a GGUF file this is the folder of its dequantised weights, which the first call writes.
+
     Raises:
         DataError: A path does not exist; it is refused here instead of being looked up on the hub.
     """
+    gguf = find_gguf(name_or_path, where)
+    if gguf is not None:
+        return model_folder(gguf, where)
     path = Path(name_or_path).expanduser()
     if name_or_path and path.is_dir():
         return path
@@ -96,16 +106,41 @@ def local_folder(name_or_path: str, where: str) -> Path | None:
         raise DataError(
             f"no model folder {name_or_path!r}",
             where=where,
-            remedy="give a folder in Hugging Face form or a hub id such as Qwen/Qwen3-8B",
+            remedy="give a folder in Hugging Face form, a GGUF file, or a hub id such as "
+            "Qwen/Qwen3-8B",
         )
     return None
+
+
+def _tokenizer_folder(source: ModelSource, where: str) -> Path | None:
+    """Return the local folder of a model's tokenizer; None for a hub id.
+
+    A tokenizer.json beside a GGUF file is preferred to the tokenizer in the file.
+    """
+    name_or_path = source.tokenizer_name_or_path
+    path = Path(name_or_path).expanduser()
+    if name_or_path and (path / "tokenizer.json").is_file():
+        return path
+    gguf = find_gguf(name_or_path, where)
+    if gguf is not None:
+        return tokenizer_folder(gguf, where)
+    return local_folder(name_or_path, where)
+
+
+def _refuse_other_tokenizer(
+    source: ModelSource, folder: Path | None, tokenizer: Any, where: str
+) -> None:
+    """Raise if a GGUF file is given a tokenizer that is not its own."""
+    gguf = None if source.is_random else find_gguf(source.model, where)
+    if gguf is not None and (source.tokenizer or folder == Path(source.model).expanduser()):
+        refuse_other_tokens(gguf_header(gguf, where), tokenizer.backend_tokenizer, where)
 
 
 def resolve_model_source(name_or_path: str, where: str) -> tuple[ModelSource, date]:
     """Return the model that a person names, and the date for its chat template.
 
     Args:
-        name_or_path: A run folder (its student), a model folder, or a hub id.
+        name_or_path: A run folder (its student), a model folder, a GGUF file, or a hub id.
         where: The place for error messages.
 
     Raises:
@@ -116,7 +151,7 @@ def resolve_model_source(name_or_path: str, where: str) -> tuple[ModelSource, da
         raise DataError(
             f"no model folder and no run {name_or_path!r}",
             where=where,
-            remedy="give a run folder, a model folder or a hub id",
+            remedy="give a run folder, a model folder, a GGUF file or a hub id",
         )
     student, recipe = folder / "train" / "student", folder / "recipe.yaml"
     if not student.is_dir() and not recipe.is_file():
@@ -149,15 +184,15 @@ def load_tokenizer(source: ModelSource, where: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    folder = local_folder(source.tokenizer_name_or_path, where)
+    folder = _tokenizer_folder(source, where)
     if folder is not None:
         opened = open_tokenizer_file(folder, where)
         if opened is not None:
             return opened
-        _refuse_remote_code(folder, where)
+        refuse_remote_code(folder, where)
     revision = {"revision": source.revision} if source.revision and folder is None else {}
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             folder or source.tokenizer_name_or_path, trust_remote_code=False, **revision
         )
     except Exception as error:  # transformers raises a dozen kinds here
@@ -169,6 +204,25 @@ def load_tokenizer(source: ModelSource, where: str) -> Any:
             else "fetch it first where there is network (`hf download`), accept its licence there, "
             "or give a folder",
         ) from error
+    _refuse_other_tokenizer(source, folder, tokenizer, where)
+    return tokenizer
+
+
+def _open_tokenizer(source: ModelSource, where: str) -> OpenedTokenizer:
+    """Open a model's tokenizer; from the second time on without transformers."""
+    folder = _tokenizer_folder(source, where)
+    if folder is None:
+        path = download_hub_file(
+            ModelSource(source.tokenizer_name_or_path, source.revision), "tokenizer_config.json"
+        )
+        files = None if path is None else path.parent
+    else:
+        files = folder
+    opened = open_tokenizer(
+        files, source.tokenizer_name_or_path, lambda: load_tokenizer(source, where)
+    )
+    _refuse_other_tokenizer(source, folder, opened, where)
+    return opened
 
 
 def load_renderer(
@@ -180,7 +234,7 @@ def load_renderer(
     rendering its template.
 
     Args:
-        source: A folder in Hugging Face form, a hub id, or a `ModelSource`.
+        source: A folder in Hugging Face form, a GGUF file, a hub id, or a `ModelSource`.
         where: The place for error messages; by default the folder or hub id.
         template_date: The date that the chat template writes.
 
@@ -205,7 +259,7 @@ def load_renderer(
     if isinstance(source, str):
         source = ModelSource(source)
     where = where or source.tokenizer_name_or_path
-    tokenizer = load_tokenizer(source, where)
+    tokenizer = _open_tokenizer(source, where)
     template_text = tokenizer.chat_template or ""
     if not isinstance(template_text, str):
         raise DataError(
@@ -213,7 +267,9 @@ def load_renderer(
             where=where,
             remedy="keep one, as chat_template.jinja",
         )
-    vocabulary = load_vocabulary(tokenizer, source.tokenizer_name_or_path, CONTROL_MARKERS)
+    vocabulary = tokenizer.vocabulary
+    if num_rows := num_logits_in_config(source, where):
+        vocabulary = limit_to_rows(vocabulary, num_rows, where)
     if not template_text and not (source.thinking and can_use_hybrid_template(vocabulary)):
         raise DataError(
             f"{source.tokenizer_name_or_path!r} has no chat template",
@@ -221,7 +277,7 @@ def load_renderer(
             remedy="add chat_template.jinja to the folder; a base model without one cannot be a "
             "teacher or be evaluated",
         )
-    special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+    special = dict(tokenizer.special_tokens_map)
     template = compile_template(template_text, special, template_date, where)
     if source.thinking and not has_thinking_switch(template):
         template_text = add_thinking_switch(template_text, vocabulary)
@@ -243,7 +299,10 @@ def load_renderer(
         _refuse_thinking_option(family, where)
     if len(family.efforts) == 1 and has_switch:
         family = make_hybrid_family(family, vocabulary)
-    return ChatRenderer(family, vocabulary, template, template_text, template_date, special)
+    renderer = ChatRenderer(family, vocabulary, template, template_text, template_date, special)
+    if tokens_without_row(vocabulary):
+        renderer.refuse_tokens_without_row(Conversation.from_question("Hi").with_answer(Text("Hi")))
+    return renderer
 
 
 def _refuse_thinking_option(family: Family, where: str) -> None:
@@ -266,16 +325,20 @@ def _refuse_thinking_option(family: Family, where: str) -> None:
 def eos_token_ids(source: ModelSource, where: str) -> tuple[int, ...]:
     """Return the end-of-text ids in the model's own configuration.
 
-    They are read from generation_config.json, or else config.json. A random model has none.
+    They are read from generation_config.json, or else config.json, or the metadata of a GGUF file.
+    A random model has none.
     """
     if source.is_random:
         return ()
+    gguf = find_gguf(source.model, where)
+    if gguf is not None:
+        return stop_token_ids(gguf_header(gguf, where))
     folder = local_folder(source.model, where)
     for name in ("generation_config.json", "config.json"):
         path = download_hub_file(source, name) if folder is None else folder / name
         if path is None or not path.is_file():
             continue
-        config = _read_json_config(path, where)
+        config = read_json_config(path, where)
         text_config = config.get("text_config")
         eos = config.get(
             "eos_token_id",
@@ -285,6 +348,25 @@ def eos_token_ids(source: ModelSource, where: str) -> tuple[int, ...]:
         if ids:
             return ids
     return ()
+
+
+def num_logits_in_config(source: ModelSource, where: str) -> int:
+    """Return the rows of logits that config.json states; 0 if it states none.
+
+    A random model has a row for each token.
+    """
+    if source.is_random:
+        return 0
+    folder = local_folder(source.model, where)
+    path = download_hub_file(source, "config.json") if folder is None else folder / "config.json"
+    if path is None or not path.is_file():
+        return 0
+    config = read_json_config(path, where)
+    text_config = config.get("text_config")
+    stated = config.get(
+        "vocab_size", text_config.get("vocab_size") if isinstance(text_config, dict) else None
+    )
+    return stated if isinstance(stated, int) else 0
 
 
 def load_model(source: ModelSource, renderer: ChatRenderer, where: str) -> PreTrainedModel:
@@ -335,7 +417,7 @@ def read_weights(source: ModelSource, where: str, **load_kwargs: Any) -> Any:
                 where=where,
                 remedy="give a folder in Hugging Face form",
             )
-        _refuse_remote_code(folder, where)
+        refuse_remote_code(folder, where)
     revision = {"revision": source.revision} if source.revision and folder is None else {}
     try:
         return AutoModelForCausalLM.from_pretrained(
@@ -398,30 +480,6 @@ def copy_tokenizer_files(source_folder: Path, target_folder: Path) -> None:
     ):
         if (source_folder / name).is_file():
             shutil.copyfile(source_folder / name, target_folder / name)
-
-
-def _refuse_remote_code(folder: Path, where: str) -> None:
-    for path in (folder / "config.json", folder / "tokenizer_config.json"):
-        if not path.is_file():
-            continue
-        if "auto_map" in _read_json_config(path, where):
-            raise DataError(
-                f"{path} brings its own code (auto_map)",
-                where=where,
-                remedy="use a model that transformers supports itself",
-            )
-
-
-def _read_json_config(path: Path, where: str) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path} is not JSON: {error}", where=where, remedy="fetch the model again"
-        ) from error
-    if not isinstance(config, dict):
-        raise DataError(f"{path} is no JSON object", where=where, remedy="fetch the model again")
-    return config
 
 
 def download_hub_file(source: ModelSource, name: str) -> Path | None:
