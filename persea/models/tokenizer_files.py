@@ -13,12 +13,21 @@ import base64
 import binascii
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from persea.errors import DataError
 
 PATTERN_NAMES = ("pat_str", "PAT_STR", "pattern", "PATTERN")
+# What tokenizers without a tokenizer.json consist of.
+OTHER_TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "added_tokens.json",
+    "tekken.json",
+)
 SPECIAL_TOKEN_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -191,3 +200,18 @@ def _constant_text(node: ast.expr) -> str:
         parts = [_constant_text(part) for part in node.args[0].elts]
         return between.join(parts) if between and all(parts) else ""
     return ""
+
+
+def copy_tokenizer_files(source_folder: Path, target_folder: Path) -> None:
+    """Copy tokenizer, chat template and generation configuration to another model folder."""
+    own_files = [] if (source_folder / "tokenizer.json").is_file() else OTHER_TOKENIZER_FILES
+    for name in (
+        *own_files,
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "special_tokens_map.json",
+        "generation_config.json",
+    ):
+        if (source_folder / name).is_file():
+            shutil.copyfile(source_folder / name, target_folder / name)

@@ -12,7 +12,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from persea.chat.messages import Conversation
 from persea.errors import DataError
 from persea.models.identity import fingerprint
-from persea.models.loading import ModelSource, copy_tokenizer_files, load_renderer
+from persea.models.loading import ModelSource, load_renderer
+from persea.models.tokenizer_files import copy_tokenizer_files
 from persea.tokenization.vocabulary import CHAR_TO_BYTE
 from tests.tokenization.traits import CORPUS, TEMPLATES, byte_level_bpe
 
