@@ -8,7 +8,6 @@ has `auto_map` is refused before any library reads it; hub ids are loaded with
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -36,6 +35,7 @@ from persea.models.gguf_tokenizer import refuse_other_tokens, stop_token_ids
 from persea.models.kept_tokenizer import OpenedTokenizer, open_tokenizer
 from persea.models.placement import placement_kwargs
 from persea.models.random_init import random_init
+from persea.models.tokenizer_files import open_tokenizer_file
 from persea.tokenization.logit_rows import limit_to_rows, tokens_without_row
 
 if TYPE_CHECKING:
@@ -176,6 +176,9 @@ def load_tokenizer(source: ModelSource, where: str) -> Any:
 
     folder = _tokenizer_folder(source, where)
     if folder is not None:
+        opened = open_tokenizer_file(folder, where)
+        if opened is not None:
+            return opened
         refuse_remote_code(folder, where)
     revision = {"revision": source.revision} if source.revision and folder is None else {}
     try:
@@ -452,19 +455,6 @@ def download_model(source: ModelSource, where: str, with_weights: bool = True) -
             where=where,
             remedy="give a folder in Hugging Face form",
         ) from error
-
-
-def copy_tokenizer_files(source_folder: Path, target_folder: Path) -> None:
-    """Copy tokenizer, chat template and generation configuration to another model folder."""
-    for name in (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "special_tokens_map.json",
-        "generation_config.json",
-    ):
-        if (source_folder / name).is_file():
-            shutil.copyfile(source_folder / name, target_folder / name)
 
 
 def download_hub_file(source: ModelSource, name: str) -> Path | None:

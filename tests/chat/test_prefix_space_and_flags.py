@@ -68,8 +68,6 @@ def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[ChatRenderer, Any]:
     """A renderer and transformers' tokenizer of the same folder."""
-    if request.param.startswith("unigram"):
-        pytest.skip("not supported yet")
     tokenizer, template = KINDS[request.param]
     folder = save_model_folder(tokenizer, template, tmp_path_factory.mktemp("model"))
     return load_renderer(str(folder)), AutoTokenizer.from_pretrained(folder)

@@ -26,7 +26,6 @@ from persea.losses import event_kl_loss
 from persea.models.identity import model_warnings
 from persea.models.loading import (
     ModelSource,
-    copy_tokenizer_files,
     download_model,
     eos_token_ids,
     load_model,
@@ -35,6 +34,7 @@ from persea.models.loading import (
     resolve_model_source,
 )
 from persea.models.random_init import random_init
+from persea.models.tokenizer_files import copy_tokenizer_files
 from persea.teachers.engines.transformers import TransformersEngine
 from persea.teachers.teacher import Answer
 from persea.training.dataset import DistillDataset, build_dataset
