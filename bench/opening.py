@@ -1,11 +1,12 @@
 """CPU seconds and memory to open two tokenizers, for the first time and again.
 
-    python bench/opening.py TEACHER STUDENT [TEACHER_TOKENIZER] [repeats]
+    python bench/opening.py TEACHER STUDENT TEACHER_TOKENIZER [repeats] [row ...]
 
 Each row is a process of its own: the interpreter with `import persea`, one renderer, both renderers
 with their event map and a first encoding, `persea plan` and `persea check` without weights. `first`
 has an empty PERSEA_HOME, `again` the one that the first left behind; the median of the repeats.
-User and system time of the process, peak resident memory. Writes bench/results/opening.json.
+User and system time of the process, peak resident memory. Writes bench/results/opening.json after
+each row; with names of rows only these are measured.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tempfile
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 RENDERERS = """
 import sys
@@ -33,6 +35,7 @@ if len(opened) == 2:
         renderer.vocabulary.encode("hello")
 """
 KEYS = ("cpu_s", "wall_s", "peak_mb")
+PACKAGES = ("tokenizers", "transformers")
 RECIPE = """
 student: {{model: {student}, adapt: lora, lora: {{rank: 8, targets: [q_proj]}}}}
 teachers:
@@ -63,8 +66,11 @@ def run(command: Sequence[str], home: Path) -> tuple[float, float, float]:
     return usage.ru_utime + usage.ru_stime, time.monotonic() - began, usage.ru_maxrss / 1024
 
 
-def main(teacher: str, student: str, tokenizer: str = "", repeats: int = 3) -> None:
-    rows: dict[str, dict[str, dict[str, float]]] = {}
+def main(
+    teacher: str, student: str, tokenizer: str, repeats: int = 3, only: Sequence[str] = ()
+) -> None:
+    out = Path(__file__).parent / "results" / "opening.json"
+    rows: dict[str, Any] = json.loads(out.read_text())["rows"] if only else {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         recipe = folder / "recipe.yaml"
@@ -90,13 +96,15 @@ def main(teacher: str, student: str, tokenizer: str = "", repeats: int = 3) -> N
             **verbs,
         }
         for title, command in commands.items():
+            if only and title not in only:
+                continue
             measured: dict[str, list[tuple[float, float, float]]] = {"first": [], "again": []}
             for _ in range(repeats):
                 shutil.rmtree(folder / "home", ignore_errors=True)
                 for found in measured.values():
                     shutil.rmtree(folder / "run", ignore_errors=True)
                     found.append(run(command, folder / "home"))
-            rows[title] = {
+            rows[title] = {"repeats": repeats, "load": round(os.getloadavg()[0], 1)} | {
                 when: {
                     key: round(statistics.median(values), 2)
                     for key, values in zip(KEYS, zip(*found, strict=True), strict=True)
@@ -104,19 +112,16 @@ def main(teacher: str, student: str, tokenizer: str = "", repeats: int = 3) -> N
                 for when, found in measured.items()
             }
             print(f"{title:32}", rows[title], flush=True)
-    result = {
-        "teacher": Path(tokenizer or teacher).name,
-        "student": Path(student).name,
-        "repeats": repeats,
-        "cpus": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-        **{package: metadata.version(package) for package in ("tokenizers", "transformers")},
-        "rows": rows,
-    }
-    out = Path(__file__).parent / "results" / "opening.json"
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            result = {
+                "teacher": Path(tokenizer or teacher).name,
+                "student": Path(student).name,
+                "cpus": os.cpu_count(),
+                "python": platform.python_version(),
+                **{package: metadata.version(package) for package in PACKAGES},
+                "rows": rows,
+            }
+            out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], *(int(n) for n in sys.argv[4:5]))
+    main(sys.argv[1], sys.argv[2], sys.argv[3], int((*sys.argv[4:5], "3")[0]), sys.argv[5:])
