@@ -102,7 +102,17 @@ def local_folder(name_or_path: str, where: str) -> Path | None:
     return None
 
 
-def _tokenizer_folder(source: ModelSource, where: str) -> Path | None:
+def loadable_name(name_or_path: str, where: str) -> str:
+    """Return what another library can load: the converted folder of a GGUF file, or the reference.
+
+    Raises:
+        DataError: The GGUF file cannot be converted.
+    """
+    gguf = find_gguf(name_or_path, where)
+    return name_or_path if gguf is None else str(model_folder(gguf, where))
+
+
+def local_tokenizer_folder(source: ModelSource, where: str) -> Path | None:
     """Return the local folder of a model's tokenizer; None for a hub id.
 
     A tokenizer.json beside a GGUF file is preferred to the tokenizer in the file.
@@ -174,7 +184,7 @@ def load_tokenizer(source: ModelSource, where: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    folder = _tokenizer_folder(source, where)
+    folder = local_tokenizer_folder(source, where)
     if folder is not None:
         opened = open_tokenizer_file(folder, where)
         if opened is not None:
@@ -200,17 +210,12 @@ def load_tokenizer(source: ModelSource, where: str) -> Any:
 
 def _open_tokenizer(source: ModelSource, where: str) -> OpenedTokenizer:
     """Open a model's tokenizer; from the second time on without transformers."""
-    folder = _tokenizer_folder(source, where)
+    folder = local_tokenizer_folder(source, where)
+    name, files = source.tokenizer_name_or_path, folder
     if folder is None:
-        path = download_hub_file(
-            ModelSource(source.tokenizer_name_or_path, source.revision), "tokenizer_config.json"
-        )
+        path = download_hub_file(ModelSource(name, source.revision), "tokenizer_config.json")
         files = None if path is None else path.parent
-    else:
-        files = folder
-    opened = open_tokenizer(
-        files, source.tokenizer_name_or_path, lambda: load_tokenizer(source, where)
-    )
+    opened = open_tokenizer(files, name, lambda: load_tokenizer(source, where))
     _refuse_other_tokenizer(source, folder, opened, where)
     return opened
 
@@ -341,12 +346,12 @@ def eos_token_ids(source: ModelSource, where: str) -> tuple[int, ...]:
 
 
 def num_logits_in_config(source: ModelSource, where: str) -> int:
-    """Return the rows of logits that config.json states; 0 if it states none.
-
-    A random model has a row for each token.
-    """
+    """Return the rows of logits by config.json or the table of a GGUF file; 0 = a row a token."""
     if source.is_random:
         return 0
+    gguf = find_gguf(source.model, where)
+    if gguf is not None:
+        return gguf_header(gguf, where).num_embedding_rows
     folder = local_folder(source.model, where)
     path = download_hub_file(source, "config.json") if folder is None else folder / "config.json"
     if path is None or not path.is_file():
