@@ -1,14 +1,13 @@
-"""Load tokenizers, chat renderers and weights from a folder, a hub id, or a random initialisation.
+"""Load tokenizers, chat renderers and weights: a folder, a GGUF file, a hub id, or random weights.
 
-Only safetensors and configurations are read: no pickles and no remote code. A folder whose
-configuration has `auto_map` is refused before any library reads it; hub ids are loaded with
+A GGUF file is converted once to a folder, which is kept (persea.models.gguf_model). Only
+safetensors and configurations are read: no pickles and no remote code. A folder whose configuration
+has `auto_map` is refused before any library reads it; hub ids are loaded with
 `trust_remote_code=False`.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from persea.chat.families import CONTROL_MARKERS
 from persea.chat.families.hybrid import (
     add_thinking_switch,
     can_use_hybrid_template,
@@ -26,12 +24,18 @@ from persea.chat.family import UNKNOWN_FAMILY, Family
 from persea.chat.family_selection import choose_family
 from persea.chat.messages import PINNED_DATE
 from persea.chat.renderer import ChatRenderer
-from persea.chat.template import compile_template
+from persea.chat.template import compile_template, default_template
 from persea.chat.template_containment import refuse_endless_template
 from persea.errors import DataError
+from persea.models.config_files import read_json_config, refuse_remote_code
+from persea.models.gguf_header import find_gguf
+from persea.models.gguf_model import gguf_header, model_folder, tokenizer_folder
+from persea.models.gguf_tokenizer import refuse_other_tokens, stop_token_ids
+from persea.models.kept_tokenizer import OpenedTokenizer, open_tokenizer
 from persea.models.placement import placement_kwargs
 from persea.models.random_init import random_init
-from persea.tokenization.vocabulary import load_vocabulary
+from persea.models.tokenizer_files import open_tokenizer_file
+from persea.tokenization.logit_rows import limit_to_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,8 +46,8 @@ class ModelSource:
     """Where a model comes from and how it is loaded.
 
     Attributes:
-        model: A folder in Hugging Face form, a hub id, or "random" (then `tokenizer` and `sizes`
-            are needed).
+        model: A folder in Hugging Face form, a GGUF file or a folder that holds one, a hub id, or
+            "random" (then `tokenizer` and `sizes` are needed).
         revision: Hub revision; unused for a folder.
         tokenizer: Folder or hub id of the tokenizer, if it is not the model's.
         family: Name of the family, or "generic"; "" = detected by control tokens and chat template.
@@ -76,9 +80,14 @@ class ModelSource:
 def local_folder(name_or_path: str, where: str) -> Path | None:
     """Return the folder that a reference names; None for a hub id.
 
+    For a GGUF file this is the folder of its dequantised weights, which the first call writes.
+
     Raises:
         DataError: A path does not exist; it is refused here instead of being looked up on the hub.
     """
+    gguf = find_gguf(name_or_path, where)
+    if gguf is not None:
+        return model_folder(gguf, where)
     path = Path(name_or_path).expanduser()
     if name_or_path and path.is_dir():
         return path
@@ -86,16 +95,51 @@ def local_folder(name_or_path: str, where: str) -> Path | None:
         raise DataError(
             f"no model folder {name_or_path!r}",
             where=where,
-            remedy="give a folder in Hugging Face form or a hub id such as Qwen/Qwen3-8B",
+            remedy="give a folder in Hugging Face form, a GGUF file, or a hub id such as "
+            "Qwen/Qwen3-8B",
         )
     return None
+
+
+def loadable_name(name_or_path: str, where: str) -> str:
+    """Return what another library can load: the converted folder of a GGUF file, or the reference.
+
+    Raises:
+        DataError: The GGUF file cannot be converted.
+    """
+    gguf = find_gguf(name_or_path, where)
+    return name_or_path if gguf is None else str(model_folder(gguf, where))
+
+
+def local_tokenizer_folder(source: ModelSource, where: str) -> Path | None:
+    """Return the local folder of a model's tokenizer; None for a hub id.
+
+    A tokenizer.json beside a GGUF file is preferred to the tokenizer in the file.
+    """
+    name_or_path = source.tokenizer_name_or_path
+    path = Path(name_or_path).expanduser()
+    if name_or_path and (path / "tokenizer.json").is_file():
+        return path
+    gguf = find_gguf(name_or_path, where)
+    if gguf is not None:
+        return tokenizer_folder(gguf, where)
+    return local_folder(name_or_path, where)
+
+
+def _refuse_other_tokenizer(
+    source: ModelSource, folder: Path | None, tokenizer: Any, where: str
+) -> None:
+    """Raise if a GGUF file is given a tokenizer that is not its own."""
+    gguf = None if source.is_random else find_gguf(source.model, where)
+    if gguf is not None and (source.tokenizer or folder == Path(source.model).expanduser()):
+        refuse_other_tokens(gguf_header(gguf, where), tokenizer.backend_tokenizer, where)
 
 
 def resolve_model_source(name_or_path: str, where: str) -> tuple[ModelSource, date]:
     """Return the model that a person names, and the date for its chat template.
 
     Args:
-        name_or_path: A run folder (its student), a model folder, or a hub id.
+        name_or_path: A run folder (its student), a model folder, a GGUF file, or a hub id.
         where: The place for error messages.
 
     Raises:
@@ -106,7 +150,7 @@ def resolve_model_source(name_or_path: str, where: str) -> tuple[ModelSource, da
         raise DataError(
             f"no model folder and no run {name_or_path!r}",
             where=where,
-            remedy="give a run folder, a model folder or a hub id",
+            remedy="give a run folder, a model folder, a GGUF file or a hub id",
         )
     student, recipe = folder / "train" / "student", folder / "recipe.yaml"
     if not student.is_dir() and not recipe.is_file():
@@ -139,12 +183,15 @@ def load_tokenizer(source: ModelSource, where: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    folder = local_folder(source.tokenizer_name_or_path, where)
+    folder = local_tokenizer_folder(source, where)
     if folder is not None:
-        _refuse_remote_code(folder, where)
+        opened = open_tokenizer_file(folder, where)
+        if opened is not None:
+            return opened
+        refuse_remote_code(folder, where)
     revision = {"revision": source.revision} if source.revision and folder is None else {}
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             folder or source.tokenizer_name_or_path, trust_remote_code=False, **revision
         )
     except Exception as error:  # transformers raises a dozen kinds here
@@ -156,6 +203,20 @@ def load_tokenizer(source: ModelSource, where: str) -> Any:
             else "fetch it first where there is network (`hf download`), accept its licence there, "
             "or give a folder",
         ) from error
+    _refuse_other_tokenizer(source, folder, tokenizer, where)
+    return tokenizer
+
+
+def _open_tokenizer(source: ModelSource, where: str) -> OpenedTokenizer:
+    """Open a model's tokenizer; from the second time on without transformers."""
+    folder = local_tokenizer_folder(source, where)
+    name, files = source.tokenizer_name_or_path, folder
+    if folder is None:
+        path = download_hub_file(ModelSource(name, source.revision), "tokenizer_config.json")
+        files = None if path is None else path.parent
+    opened = open_tokenizer(files, name, lambda: load_tokenizer(source, where))
+    _refuse_other_tokenizer(source, folder, opened, where)
+    return opened
 
 
 def load_renderer(
@@ -167,7 +228,7 @@ def load_renderer(
     rendering its template.
 
     Args:
-        source: A folder in Hugging Face form, a hub id, or a `ModelSource`.
+        source: A folder in Hugging Face form, a GGUF file, a hub id, or a `ModelSource`.
         where: The place for error messages; by default the folder or hub id.
         template_date: The date that the chat template writes.
 
@@ -192,9 +253,11 @@ def load_renderer(
     if isinstance(source, str):
         source = ModelSource(source)
     where = where or source.tokenizer_name_or_path
-    tokenizer = load_tokenizer(source, where)
-    template_text, template_note = _default_template(tokenizer, where)
-    vocabulary = load_vocabulary(tokenizer, source.tokenizer_name_or_path, CONTROL_MARKERS)
+    tokenizer = _open_tokenizer(source, where)
+    template_text, template_note = default_template(tokenizer.chat_template, where)
+    vocabulary = tokenizer.vocabulary
+    if num_rows := num_logits_in_config(source, where):
+        vocabulary = limit_to_rows(vocabulary, num_rows, where)
     if not template_text and not (source.thinking and can_use_hybrid_template(vocabulary)):
         raise DataError(
             f"{source.tokenizer_name_or_path!r} has no chat template",
@@ -202,7 +265,7 @@ def load_renderer(
             remedy="add chat_template.jinja to the folder; a base model without one cannot be a "
             "teacher or be evaluated",
         )
-    special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+    special = dict(tokenizer.special_tokens_map)
     refuse_endless_template(template_text, special, where)
     template = compile_template(template_text, special, template_date, where)
     if source.thinking and not has_thinking_switch(template):
@@ -219,7 +282,7 @@ def load_renderer(
         lambda text: tokenizer.encode(text, add_special_tokens=False),
         eos_tokens,
         where,
-        getattr(tokenizer, "response_template", None),
+        _response_template(source, where),
     )
     if source.thinking and not renderer.family.has_hybrid_format:
         _refuse_thinking_option(renderer.family, where)
@@ -229,25 +292,13 @@ def load_renderer(
     return renderer
 
 
-def _default_template(tokenizer: Any, where: str) -> tuple[str, str]:
-    """Return (the chat template, a note if it is one of several): transformers takes "default".
-
-    Raises:
-        DataError: There are several, and none is called "default".
-    """
-    found = tokenizer.chat_template or ""
-    if isinstance(found, str):
-        return found, ""
-    names = sorted(found)
-    if "default" not in found:
-        raise DataError(
-            f"several chat templates, none called default: {', '.join(names)}",
-            where=where,
-            remedy="save one of them as chat_template.jinja in the model's folder",
-        )
-    return str(found["default"]), (
-        f"It has several chat templates ({', '.join(names)}); persea takes default."
-    )
+def _response_template(source: ModelSource, where: str) -> object:
+    """Return transformers' `response_template`, if the tokenizer's configuration has one."""
+    folder = local_tokenizer_folder(source, where)
+    path = None if folder is None else folder / "tokenizer_config.json"
+    if path is None or not path.is_file():
+        return None
+    return read_json_config(path, where).get("response_template")
 
 
 def _refuse_thinking_option(family: Family, where: str) -> None:
@@ -270,16 +321,20 @@ def _refuse_thinking_option(family: Family, where: str) -> None:
 def eos_token_ids(source: ModelSource, where: str) -> tuple[int, ...]:
     """Return the end-of-text ids in the model's own configuration.
 
-    They are read from generation_config.json, or else config.json. A random model has none.
+    They are read from generation_config.json, or else config.json, or the metadata of a GGUF file.
+    A random model has none.
     """
     if source.is_random:
         return ()
+    gguf = find_gguf(source.model, where)
+    if gguf is not None:
+        return stop_token_ids(gguf_header(gguf, where))
     folder = local_folder(source.model, where)
     for name in ("generation_config.json", "config.json"):
         path = download_hub_file(source, name) if folder is None else folder / name
         if path is None or not path.is_file():
             continue
-        config = _read_json_config(path, where)
+        config = read_json_config(path, where)
         text_config = config.get("text_config")
         eos = config.get(
             "eos_token_id",
@@ -289,6 +344,25 @@ def eos_token_ids(source: ModelSource, where: str) -> tuple[int, ...]:
         if ids:
             return ids
     return ()
+
+
+def num_logits_in_config(source: ModelSource, where: str) -> int:
+    """Return the rows of logits by config.json or the table of a GGUF file; 0 = a row a token."""
+    if source.is_random:
+        return 0
+    gguf = find_gguf(source.model, where)
+    if gguf is not None:
+        return gguf_header(gguf, where).num_embedding_rows
+    folder = local_folder(source.model, where)
+    path = download_hub_file(source, "config.json") if folder is None else folder / "config.json"
+    if path is None or not path.is_file():
+        return 0
+    config = read_json_config(path, where)
+    text_config = config.get("text_config")
+    stated = config.get(
+        "vocab_size", text_config.get("vocab_size") if isinstance(text_config, dict) else None
+    )
+    return stated if isinstance(stated, int) else 0
 
 
 def load_model(source: ModelSource, renderer: ChatRenderer, where: str) -> PreTrainedModel:
@@ -339,7 +413,7 @@ def read_weights(source: ModelSource, where: str, **load_kwargs: Any) -> Any:
                 where=where,
                 remedy="give a folder in Hugging Face form",
             )
-        _refuse_remote_code(folder, where)
+        refuse_remote_code(folder, where)
     revision = {"revision": source.revision} if source.revision and folder is None else {}
     try:
         return AutoModelForCausalLM.from_pretrained(
@@ -387,43 +461,6 @@ def download_model(source: ModelSource, where: str, with_weights: bool = True) -
             where=where,
             remedy="give a folder in Hugging Face form",
         ) from error
-
-
-def copy_tokenizer_files(source_folder: Path, target_folder: Path) -> None:
-    """Copy tokenizer, chat template and generation configuration to another model folder."""
-    for name in (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "special_tokens_map.json",
-        "generation_config.json",
-    ):
-        if (source_folder / name).is_file():
-            shutil.copyfile(source_folder / name, target_folder / name)
-
-
-def _refuse_remote_code(folder: Path, where: str) -> None:
-    for path in (folder / "config.json", folder / "tokenizer_config.json"):
-        if not path.is_file():
-            continue
-        if "auto_map" in _read_json_config(path, where):
-            raise DataError(
-                f"{path} brings its own code (auto_map)",
-                where=where,
-                remedy="use a model that transformers supports itself",
-            )
-
-
-def _read_json_config(path: Path, where: str) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path} is not JSON: {error}", where=where, remedy="fetch the model again"
-        ) from error
-    if not isinstance(config, dict):
-        raise DataError(f"{path} is no JSON object", where=where, remedy="fetch the model again")
-    return config
 
 
 def download_hub_file(source: ModelSource, name: str) -> Path | None:

@@ -6,6 +6,8 @@ needs them and dropped after it, so that one teacher at a time is in memory.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -25,9 +27,16 @@ from persea.config.schema import (
 )
 from persea.errors import RefusedError
 from persea.evaluation.answering import EvaluatedModel
-from persea.models.identity import file_stats, fingerprint, model_warnings
+from persea.models.identity import (
+    file_stats,
+    fingerprint,
+    gguf_origin,
+    model_name,
+    model_warnings,
+    weight_bytes,
+)
 from persea.models.licence import read_licence
-from persea.models.loading import ModelSource, load_renderer, local_folder
+from persea.models.loading import ModelSource, load_renderer
 from persea.pipeline.remote_teachers import (
     endpoint_identity,
     generation_identity,
@@ -69,11 +78,8 @@ def is_small_local_model(source: ModelSource, max_bytes: int) -> bool:
     A hub model may have to be downloaded first, and random weights cannot be measured: both
     return False.
     """
-    folder = None if source.is_random else local_folder(source.model, "check.measure_likelihood")
-    return (
-        folder is not None
-        and sum(p.stat().st_size for p in folder.glob("*.safetensors")) <= max_bytes
-    )
+    num_bytes = weight_bytes(source, "check.measure_likelihood")
+    return num_bytes is not None and num_bytes <= max_bytes
 
 
 def has_effort(renderer: ChatRenderer, effort: ThinkingEffort) -> bool:
@@ -86,11 +92,22 @@ def has_effort(renderer: ChatRenderer, effort: ThinkingEffort) -> bool:
 
 
 def silence_transformers() -> None:
-    """Make transformers print errors only: persea has progress bars of its own."""
-    from transformers.utils import logging
+    """Make transformers print errors only: persea has progress bars of its own.
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers takes seconds to import, and many commands do without it. So it is not imported
+    here: the environment tells it when it is.
+    """
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    elif "huggingface_hub" in sys.modules:  # it has read its environment
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        disable_progress_bars()
 
 
 @dataclass(eq=False)
@@ -388,12 +405,16 @@ class ModelRefs:
         if isinstance(ref, TeacherSection) and ref.endpoint:
             return remote_parent(ref, renderer, self.folder / "endpoints" / f"{name}.json")
         source = model_source(ref)
-        licence = getattr(ref, "licence", "") or read_licence(source, name)
+        gguf = gguf_origin(source, name)
+        licence = getattr(ref, "licence", "") or (
+            str(gguf["licence"]) if gguf else read_licence(source, name)
+        )
         return ParentModel(
             name,
-            Path(ref.model).name if Path(ref.model).is_dir() else ref.model,
+            model_name(ref.model),
             ref.revision,
             renderer.family.name,
             licence,
             fingerprint(source, name),
+            gguf,
         )

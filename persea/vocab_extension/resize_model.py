@@ -21,11 +21,11 @@ from persea.errors import DataError, RefusedError, StorageError
 from persea.models.identity import fingerprint
 from persea.models.loading import (
     ModelSource,
-    copy_tokenizer_files,
     download_model,
     load_tokenizer,
     read_weights,
 )
+from persea.models.tokenizer_files import copy_tokenizer_files
 from persea.storage import open_atomic_folder
 from persea.tokenization.vocabulary import Vocabulary, load_vocabulary
 from persea.vocab_extension.learn_merges import (
