@@ -244,9 +244,12 @@ def compare(renderer: ChatRenderer, tokenizer: Any, conversation: Conversation) 
     if asked.ids_T.tolist() != theirs[0]:
         return "different", f"prompt {tokenizer.decode(theirs[0])!r}"
     own = ids.ids_T.tolist()
+    closed = [own, own[:-1]] if own[-1] in renderer.stop_ids else [own]
     # A template that leaves the last answer open ends it before the next question.
     is_same = own == theirs[3][: len(own)] or any(
-        is_same_conversation(tokenizer, own, theirs[0], full) for full in theirs[1:3]
+        is_same_conversation(tokenizer, each, theirs[0], full)
+        for full in theirs[1:3]
+        for each in closed
     )
     if not is_same:
         return "different", f"{tokenizer.decode(theirs[1])!r}, {tokenizer.decode(ids.ids_T)!r}"
@@ -278,7 +281,7 @@ def is_same_conversation(
         return False
     pairs = enumerate(zip(asked, theirs, strict=False))
     shared = next((k for k, (a, b) in pairs if a != b), min(len(asked), len(theirs)))
-    rest, added = theirs[shared:], text[len(asked) :]
+    rest, added = theirs[shared:].rstrip(), text[len(asked) :].rstrip()
     return any(added.endswith(rest[k:]) for k in range(min(len(rest), MAX_REPLACED)))
 
 

@@ -97,13 +97,21 @@ def tilted(after: str, to: int, eps: float) -> Steps:
     return {**STEPS, after: tuple((row / row.sum()).tolist())}
 
 
-def toy(merges: Merges, in_words: bool, name: str) -> ChatRenderer:
-    """Build a real byte-level BPE with 256 bytes, these merges, and one stop token."""
+def toy(merges: Merges, in_words: bool, name: str, missing: bytes = b"") -> ChatRenderer:
+    """Build a real byte-level BPE with 256 bytes, these merges, and one stop token.
+
+    Args:
+        merges: The merges, in order of rank.
+        in_words: Split into words first.
+        name: Name in messages.
+        missing: Bytes without a token, as real vocabularies lack some.
+    """
 
     def spell(piece: str) -> str:
         return "".join(BYTE_TO_CHAR[b] for b in piece.encode())
 
-    pieces = [*(BYTE_TO_CHAR[b] for b in range(256)), *(spell(a + b) for a, b in merges)]
+    single = [BYTE_TO_CHAR[b] for b in range(256) if b not in missing]
+    pieces = [*single, *(spell(a + b) for a, b in merges)]
     tokenizer = Tokenizer(
         models.BPE(
             vocab={p: i for i, p in enumerate(pieces)},
@@ -144,10 +152,9 @@ class Exact:
 
 
 def encode(renderer: ChatRenderer, texts: Sequence[str]) -> dict[str, Prefix]:
-    return {
-        text: (*some, renderer.stop_ids[0])
-        for text, some in zip(texts, renderer.vocabulary.encode_batch(texts), strict=True)
-    }
+    vocabulary = renderer.vocabulary
+    ids = vocabulary.encode_batch([vocabulary.prefix_space_before(t) + t for t in texts])
+    return {t: (*some, renderer.stop_ids[0]) for t, some in zip(texts, ids, strict=True)}
 
 
 def exact(ids: dict[str, Prefix], law: Law) -> Exact:
@@ -166,8 +173,11 @@ def exact(ids: dict[str, Prefix], law: Law) -> Exact:
 
 
 def starts(renderer: ChatRenderer, ids: Sequence[int]) -> Iterator[int]:
-    """Yield the first byte of each token; the stop token starts at the end of the string."""
-    at = 0
+    """Yield the first byte of each token; the stop token starts at the end of the string.
+
+    A space that the tokenizer puts before the string lies at byte -1.
+    """
+    at = -len(renderer.vocabulary.prefix_space_before("a"))
     for i in ids:
         yield at
         at += len(renderer.vocabulary.bytes_W[i] or b"")
@@ -344,7 +354,7 @@ class World:
             begin_t = list(starts(self.teacher, t))
             for j, at in enumerate(starts(self.student, s)):
                 k = int(np.searchsorted(begin_t, at, side="right")) - 1
-                if begin_t[k] != at:
+                if 0 <= begin_t[k] != at:
                     joint[t[:k], s[:j], text.encode()[begin_t[k] : at]][s[j]] += p
         return tuple(self._inside(*key, cells) for key, cells in joint.items())
 
@@ -379,7 +389,7 @@ def common(world: World, text: str) -> list[tuple[int, int]]:
 
     The stop tokens come last.
     """
-    at_s = {at: j for j, at in enumerate(starts(world.student, world.s.ids[text]))}
+    at_s = {at: j for j, at in enumerate(starts(world.student, world.s.ids[text])) if at >= 0}
     return [
         (k, at_s[at]) for k, at in enumerate(starts(world.teacher, world.t.ids[text])) if at in at_s
     ]
@@ -390,6 +400,25 @@ def world(name: str, law: Law | None = None) -> World:
     merges_t, merges_s, in_words = WORLDS[name]
     law = markov() if law is None else law
     teacher, student = toy(merges_t, in_words, "teacher"), toy(merges_s, in_words, "student")
+    return of_renderers(name, law, teacher, student)
+
+
+def lacking_bytes(name: str, law: Law) -> World:
+    """Return one of WORLDS whose teacher and student each lack bytes that the other has.
+
+    No string has them, but both vocabularies hold tokens with the other's bytes.
+    """
+    merges_t, merges_s, in_words = WORLDS[name]
+    return of_renderers(
+        name,
+        law,
+        toy((*merges_t, ("y", "a"), ("b", "y")), in_words, "teacher", b"\x04x\xc0\xff"),
+        toy((("x", "a"), *merges_s, ("a", "x")), in_words, "student", b"\x06y\xc0\xf1"),
+    )
+
+
+def of_renderers(name: str, law: Law, teacher: ChatRenderer, student: ChatRenderer) -> World:
+    """Return the world of two tokenizers that can both write every string of a distribution."""
     return World(
         name,
         law,

@@ -11,8 +11,11 @@ from persea.chat.families.hybrid import has_thinking_switch, make_hybrid_family
 from persea.chat.family import Family
 from persea.chat.probing import EncodeText, prove_family_once
 from persea.chat.renderer import ChatRenderer
+from persea.chat.text_runs import refuse_tokens_without_row, split_runs
 from persea.chat.tool_notation import find_notations
 from persea.errors import DataError
+from persea.tokenization.logit_rows import tokens_without_row
+from persea.tokenization.name_pattern import compile_names
 
 # Conversations with tools that a notation may refuse, at two efforts.
 MAX_REFUSED_WITH_TOOLS = 2
@@ -40,6 +43,7 @@ def choose_family(
     Raises:
         DataError: The named family is not the model's, or persea cannot follow the template.
     """
+    _refuse_tokens_without_row(renderer)
     has_switch = has_thinking_switch(renderer.template)
 
     def adapt(family: Family) -> Family:
@@ -87,6 +91,17 @@ def choose_family(
         if not again.difference and again.num_refused <= proof.num_refused + MAX_REFUSED_WITH_TOOLS:
             return with_tools
     return without_tools
+
+
+def _refuse_tokens_without_row(renderer: ChatRenderer) -> None:
+    """Refuse a template that writes control tokens for which the model has no logits."""
+    vocabulary = renderer.vocabulary
+    if not tokens_without_row(vocabulary):
+        return
+    messages = [{"role": role, "content": "Hi"} for role in ("user", "assistant")]
+    text = renderer.template(messages, add_generation_prompt=False)
+    pattern = compile_names(vocabulary.control_token_ids)
+    refuse_tokens_without_row(vocabulary, list(split_runs(vocabulary, pattern, [(text, None)])))
 
 
 def _candidates(renderer: ChatRenderer, name: str) -> tuple[Family, ...]:

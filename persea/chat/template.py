@@ -51,6 +51,28 @@ def _tojson(
     )
 
 
+def default_template(found: Any, where: str) -> tuple[str, str]:
+    """Return (the chat template, a note if it is one of several): transformers takes "default".
+
+    Args:
+        found: `chat_template` of a tokenizer: a text, a mapping of several, or None.
+        where: The place for error messages.
+
+    Raises:
+        DataError: There are several, and none is called "default".
+    """
+    if not found or isinstance(found, str):
+        return found or "", ""
+    names = ", ".join(sorted(found))
+    if "default" not in found:
+        raise DataError(
+            f"several chat templates, none called default: {names}",
+            where=where,
+            remedy="save one of them as chat_template.jinja in the model's folder",
+        )
+    return str(found["default"]), f"It has several chat templates ({names}); persea takes default."
+
+
 def parse_template(text: str) -> nodes.Template:
     """Return the syntax tree of a chat template.
 

@@ -166,6 +166,13 @@ class CheckSection(RecipeSection):
         description="largest share of common boundaries whose two tokens are different events, "
         "else refused",
     )
+    max_unwritable_share: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="largest share of the compared texts that may be left out because a vocabulary "
+        "lacks a byte of them, else refused",
+    )
     texts: dict[str, str] = Field(
         default={},
         description="language -> a file to measure besides the skills' answers, one text a line; "

@@ -34,6 +34,11 @@ from persea.evaluation.compatibility import (
 )
 from persea.evaluation.evaluate import EvaluationAnswers, compare_student, evaluate_model
 from persea.evaluation.racing import DEFAULT_RACE_SETTINGS, RaceSettings, race_teachers
+from persea.evaluation.unwritable import (
+    MAX_UNWRITABLE_SHARE,
+    leave_out_unwritable,
+    refuse_unwritable_texts,
+)
 from persea.models.identity import fingerprint
 from persea.models.loading import load_renderer, resolve_model_source
 from persea.storage import digest_json
@@ -89,6 +94,7 @@ def check(
     seed: int = 0,
     min_common_share: float = 0.3,
     max_disagreement: float = 0.1,
+    max_unwritable_share: float = MAX_UNWRITABLE_SHARE,
     max_template_excess: float = MAX_TEMPLATE_EXCESS_BITS_PER_BYTE,
     min_counted_probability: float = MIN_COUNTED_PROBABILITY,
 ) -> CompatibilityResult:
@@ -107,6 +113,7 @@ def check(
         seed: Seed of the items.
         min_common_share: Lowest share of student tokens at a common boundary.
         max_disagreement: Highest share of boundaries at which the events differ.
+        max_unwritable_share: Highest share of texts that a vocabulary may be unable to write.
         max_template_excess: Bits per byte by which the chat template may be worse than none.
         min_counted_probability: See `make_retained_mass`.
 
@@ -129,11 +136,14 @@ def check(
     student_renderer = _open_renderer(student)
     teacher_renderer = _open_renderer(teacher)
     name = _name_of(teacher) if isinstance(teacher, str) else teacher.family.name
-    samples = [
+    found = [
         *reference_samples(_draw_items(tasks, Split.AUDITION, items, seed)),
         *(read_texts(language, file, max_lines) for language, file in (texts or {}).items()),
     ]
-    samples = [s for s in samples if s.is_supported_by(teacher_renderer)]
+    samples, unwritable = leave_out_unwritable(
+        [s for s in found if s.is_supported_by(teacher_renderer)],
+        {"student": student_renderer.vocabulary, name: teacher_renderer.vocabulary},
+    )
     event_map = load_event_map(teacher_renderer, student_renderer)
     likelihoods: list[TemplateLikelihood] = []
     retained_mass = None
@@ -163,6 +173,7 @@ def check(
     ]
     problem = ""
     try:
+        refuse_unwritable_texts(unwritable, max_unwritable_share)
         refuse_incompatible(
             pairs, likelihoods, min_common_share, max_disagreement, max_template_excess
         )

@@ -20,6 +20,7 @@ from persea.models.gguf_model import (
     gguf_note,
 )
 from persea.models.loading import ModelSource, download_hub_file, eos_token_ids, local_folder
+from persea.tokenization.logit_rows import tokens_without_row
 
 
 def fingerprint(source: ModelSource, where: str) -> str:
@@ -104,7 +105,10 @@ def model_name(name_or_path: str) -> str:
 
 
 def _fingerprinted_files(folder: Path) -> list[Path]:
-    return sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")])
+    patterns = ["*.safetensors", "*.json", "*.jinja"]
+    if not (folder / "tokenizer.json").is_file():
+        patterns += ["merges.txt", "tokenizer.model", "tiktoken.model", "*.tiktoken"]
+    return sorted(path for pattern in patterns for path in folder.glob(pattern))
 
 
 def model_warnings(source: ModelSource, renderer: ChatRenderer, where: str) -> str:
@@ -113,7 +117,8 @@ def model_warnings(source: ModelSource, renderer: ChatRenderer, where: str) -> s
     Nothing here stops a run. Reported are: a family that persea does not know; a base model with a
     chat template (its configuration ends a text with another token than the template ends a turn,
     so the model has never learned to end a turn); a BOS token that the tokenizer adds and the
-    template does not, or that the template writes twice.
+    template does not, or that the template writes twice; control tokens without a row of logits;
+    bytes without a token.
     """
     vocabulary = renderer.vocabulary
     warnings = [renderer.family.limitations] if renderer.family.limitations else []
@@ -153,5 +158,15 @@ def model_warnings(source: ModelSource, renderer: ChatRenderer, where: str) -> s
     if len(first) == 2 and first[0] == first[1] and first[0] in vocabulary.control_names:
         warnings.append(
             f"its chat template begins with {name(first[:1])} twice; persea follows the template."
+        )
+    if without_row := tokens_without_row(vocabulary):
+        warnings.append(
+            f"its tokenizer has {len(without_row)} control tokens more than the model has logits; "
+            f"they are left out: {', '.join(without_row[:5])}."
+        )
+    if vocabulary.missing_bytes:
+        warnings.append(
+            f"its vocabulary lacks {len(vocabulary.missing_bytes)} single bytes "
+            f"({vocabulary.missing_bytes[:32].hex(' ')}); texts that need one are left out."
         )
     return " ".join(warnings)

@@ -8,8 +8,6 @@ has `auto_map` is refused before any library reads it; hub ids are loaded with
 
 from __future__ import annotations
 
-import json
-import shutil
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
@@ -17,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from persea.chat.families import CONTROL_MARKERS
 from persea.chat.families.hybrid import (
     add_thinking_switch,
     can_use_hybrid_template,
@@ -27,15 +24,18 @@ from persea.chat.family import UNKNOWN_FAMILY, Family
 from persea.chat.family_selection import choose_family
 from persea.chat.messages import PINNED_DATE
 from persea.chat.renderer import ChatRenderer
-from persea.chat.template import compile_template
+from persea.chat.template import compile_template, default_template
 from persea.chat.template_containment import refuse_endless_template
 from persea.errors import DataError
+from persea.models.config_files import read_json_config, refuse_remote_code
 from persea.models.gguf_header import find_gguf
 from persea.models.gguf_model import gguf_header, model_folder, tokenizer_folder
 from persea.models.gguf_tokenizer import refuse_other_tokens, stop_token_ids
+from persea.models.kept_tokenizer import OpenedTokenizer, open_tokenizer
 from persea.models.placement import placement_kwargs
 from persea.models.random_init import random_init
-from persea.tokenization.vocabulary import load_vocabulary
+from persea.models.tokenizer_files import open_tokenizer_file
+from persea.tokenization.logit_rows import limit_to_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -185,7 +185,10 @@ def load_tokenizer(source: ModelSource, where: str) -> Any:
 
     folder = local_tokenizer_folder(source, where)
     if folder is not None:
-        _refuse_remote_code(folder, where)
+        opened = open_tokenizer_file(folder, where)
+        if opened is not None:
+            return opened
+        refuse_remote_code(folder, where)
     revision = {"revision": source.revision} if source.revision and folder is None else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -202,6 +205,18 @@ def load_tokenizer(source: ModelSource, where: str) -> Any:
         ) from error
     _refuse_other_tokenizer(source, folder, tokenizer, where)
     return tokenizer
+
+
+def _open_tokenizer(source: ModelSource, where: str) -> OpenedTokenizer:
+    """Open a model's tokenizer; from the second time on without transformers."""
+    folder = local_tokenizer_folder(source, where)
+    name, files = source.tokenizer_name_or_path, folder
+    if folder is None:
+        path = download_hub_file(ModelSource(name, source.revision), "tokenizer_config.json")
+        files = None if path is None else path.parent
+    opened = open_tokenizer(files, name, lambda: load_tokenizer(source, where))
+    _refuse_other_tokenizer(source, folder, opened, where)
+    return opened
 
 
 def load_renderer(
@@ -238,9 +253,11 @@ def load_renderer(
     if isinstance(source, str):
         source = ModelSource(source)
     where = where or source.tokenizer_name_or_path
-    tokenizer = load_tokenizer(source, where)
-    template_text, template_note = _default_template(tokenizer, where)
-    vocabulary = load_vocabulary(tokenizer, source.tokenizer_name_or_path, CONTROL_MARKERS)
+    tokenizer = _open_tokenizer(source, where)
+    template_text, template_note = default_template(tokenizer.chat_template, where)
+    vocabulary = tokenizer.vocabulary
+    if num_rows := num_logits_in_config(source, where):
+        vocabulary = limit_to_rows(vocabulary, num_rows, where)
     if not template_text and not (source.thinking and can_use_hybrid_template(vocabulary)):
         raise DataError(
             f"{source.tokenizer_name_or_path!r} has no chat template",
@@ -248,7 +265,7 @@ def load_renderer(
             remedy="add chat_template.jinja to the folder; a base model without one cannot be a "
             "teacher or be evaluated",
         )
-    special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+    special = dict(tokenizer.special_tokens_map)
     refuse_endless_template(template_text, special, where)
     template = compile_template(template_text, special, template_date, where)
     if source.thinking and not has_thinking_switch(template):
@@ -265,7 +282,7 @@ def load_renderer(
         lambda text: tokenizer.encode(text, add_special_tokens=False),
         eos_tokens,
         where,
-        getattr(tokenizer, "response_template", None),
+        _response_template(source, where),
     )
     if source.thinking and not renderer.family.has_hybrid_format:
         _refuse_thinking_option(renderer.family, where)
@@ -275,25 +292,13 @@ def load_renderer(
     return renderer
 
 
-def _default_template(tokenizer: Any, where: str) -> tuple[str, str]:
-    """Return (the chat template, a note if it is one of several): transformers takes "default".
-
-    Raises:
-        DataError: There are several, and none is called "default".
-    """
-    found = tokenizer.chat_template or ""
-    if isinstance(found, str):
-        return found, ""
-    names = sorted(found)
-    if "default" not in found:
-        raise DataError(
-            f"several chat templates, none called default: {', '.join(names)}",
-            where=where,
-            remedy="save one of them as chat_template.jinja in the model's folder",
-        )
-    return str(found["default"]), (
-        f"It has several chat templates ({', '.join(names)}); persea takes default."
-    )
+def _response_template(source: ModelSource, where: str) -> object:
+    """Return transformers' `response_template`, if the tokenizer's configuration has one."""
+    folder = local_tokenizer_folder(source, where)
+    path = None if folder is None else folder / "tokenizer_config.json"
+    if path is None or not path.is_file():
+        return None
+    return read_json_config(path, where).get("response_template")
 
 
 def _refuse_thinking_option(family: Family, where: str) -> None:
@@ -329,7 +334,7 @@ def eos_token_ids(source: ModelSource, where: str) -> tuple[int, ...]:
         path = download_hub_file(source, name) if folder is None else folder / name
         if path is None or not path.is_file():
             continue
-        config = _read_json_config(path, where)
+        config = read_json_config(path, where)
         text_config = config.get("text_config")
         eos = config.get(
             "eos_token_id",
@@ -339,6 +344,25 @@ def eos_token_ids(source: ModelSource, where: str) -> tuple[int, ...]:
         if ids:
             return ids
     return ()
+
+
+def num_logits_in_config(source: ModelSource, where: str) -> int:
+    """Return the rows of logits by config.json or the table of a GGUF file; 0 = a row a token."""
+    if source.is_random:
+        return 0
+    gguf = find_gguf(source.model, where)
+    if gguf is not None:
+        return gguf_header(gguf, where).num_embedding_rows
+    folder = local_folder(source.model, where)
+    path = download_hub_file(source, "config.json") if folder is None else folder / "config.json"
+    if path is None or not path.is_file():
+        return 0
+    config = read_json_config(path, where)
+    text_config = config.get("text_config")
+    stated = config.get(
+        "vocab_size", text_config.get("vocab_size") if isinstance(text_config, dict) else None
+    )
+    return stated if isinstance(stated, int) else 0
 
 
 def load_model(source: ModelSource, renderer: ChatRenderer, where: str) -> PreTrainedModel:
@@ -389,7 +413,7 @@ def read_weights(source: ModelSource, where: str, **load_kwargs: Any) -> Any:
                 where=where,
                 remedy="give a folder in Hugging Face form",
             )
-        _refuse_remote_code(folder, where)
+        refuse_remote_code(folder, where)
     revision = {"revision": source.revision} if source.revision and folder is None else {}
     try:
         return AutoModelForCausalLM.from_pretrained(
@@ -437,43 +461,6 @@ def download_model(source: ModelSource, where: str, with_weights: bool = True) -
             where=where,
             remedy="give a folder in Hugging Face form",
         ) from error
-
-
-def copy_tokenizer_files(source_folder: Path, target_folder: Path) -> None:
-    """Copy tokenizer, chat template and generation configuration to another model folder."""
-    for name in (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "special_tokens_map.json",
-        "generation_config.json",
-    ):
-        if (source_folder / name).is_file():
-            shutil.copyfile(source_folder / name, target_folder / name)
-
-
-def _refuse_remote_code(folder: Path, where: str) -> None:
-    for path in (folder / "config.json", folder / "tokenizer_config.json"):
-        if not path.is_file():
-            continue
-        if "auto_map" in _read_json_config(path, where):
-            raise DataError(
-                f"{path} brings its own code (auto_map)",
-                where=where,
-                remedy="use a model that transformers supports itself",
-            )
-
-
-def _read_json_config(path: Path, where: str) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path} is not JSON: {error}", where=where, remedy="fetch the model again"
-        ) from error
-    if not isinstance(config, dict):
-        raise DataError(f"{path} is no JSON object", where=where, remedy="fetch the model again")
-    return config
 
 
 def download_hub_file(source: ModelSource, name: str) -> Path | None:

@@ -6,6 +6,8 @@ needs them and dropped after it, so that one teacher at a time is in memory.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -90,11 +92,22 @@ def has_effort(renderer: ChatRenderer, effort: ThinkingEffort) -> bool:
 
 
 def silence_transformers() -> None:
-    """Make transformers print errors only: persea has progress bars of its own."""
-    from transformers.utils import logging
+    """Make transformers print errors only: persea has progress bars of its own.
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers takes seconds to import, and many commands do without it. So it is not imported
+    here: the environment tells it when it is.
+    """
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    elif "huggingface_hub" in sys.modules:  # it has read its environment
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        disable_progress_bars()
 
 
 @dataclass(eq=False)
@@ -394,7 +407,7 @@ class ModelRefs:
         source = model_source(ref)
         gguf = gguf_origin(source, name)
         licence = getattr(ref, "licence", "") or (
-            gguf["licence"] if gguf else read_licence(source, name)
+            str(gguf["licence"]) if gguf else read_licence(source, name)
         )
         return ParentModel(
             name,

@@ -113,6 +113,8 @@ def print_check(check_result: dict[str, Any]) -> None:
         ),
         style="dim",
     )
+    for line in _unwritable_lines(check_result):
+        console.print(line, highlight=False, soft_wrap=True)
     for likelihood in check_result["likelihoods"]:
         if not likelihood["language"]:
             console.print(
@@ -121,6 +123,20 @@ def print_check(check_result: dict[str, Any]) -> None:
                 highlight=False,
                 soft_wrap=True,
             )
+
+
+def _unwritable_lines(check_result: dict[str, Any]) -> list[str]:
+    """Describe what vocabularies that lack single bytes cannot write."""
+    return [
+        f"{one['model']}: its vocabulary lacks the bytes {one['missing_bytes']}; {one['left_out']} "
+        f"of {one['texts']} texts need one and are left out"
+        for one in check_result.get("unwritable_texts", [])
+    ] + [
+        f"{one['teacher']}: {one['tokens']:,} of {one['vocab_size']:,} tokens of the {one['side']} "
+        "cannot be written by the other side; they have no event, and their probability goes to "
+        "the cross-entropy"
+        for one in check_result.get("unwritable_tokens", [])
+    ]
 
 
 def _check_table(teacher: str, pairs: Sequence[dict[str, Any]]) -> Table:

@@ -19,8 +19,9 @@ from persea.data.prompts import Corpus, MalformedLine, build_corpus
 from persea.errors import DataError, RecipeError
 from persea.evaluation.audition import Cast
 from persea.evaluation.compatibility import ConversationSample
+from persea.evaluation.unwritable import UnwritableTexts, leave_out_unwritable
 from persea.pipeline import tasks_and_prompts
-from persea.pipeline.model_refs import ModelRefs
+from persea.pipeline.model_refs import STUDENT, ModelRefs
 from persea.pipeline.stage_keys import STAGE_VERSIONS
 from persea.pipeline.stage_store import StageStore
 from persea.storage import digest_json
@@ -111,16 +112,34 @@ class RunContext:
             ]
         )
 
-    @cached_property
+    @property
     def check_samples(self) -> tuple[ConversationSample, ...]:
-        """Conversations that check tokenizes: reference answers by language, and texts."""
+        """Conversations that check tokenizes: reference answers by language, and texts.
+
+        Those that a model's vocabulary cannot write are left out.
+        """
+        return self._writable_check_samples[0]
+
+    @property
+    def unwritable_texts(self) -> list[UnwritableTexts]:
+        """What was left out of `check_samples`, for each vocabulary that lacks bytes."""
+        return self._writable_check_samples[1]
+
+    @cached_property
+    def _writable_check_samples(
+        self,
+    ) -> tuple[tuple[ConversationSample, ...], list[UnwritableTexts]]:
         check = self.recipe.check
-        return tasks_and_prompts.make_check_samples(
+        samples = tasks_and_prompts.make_check_samples(
             self.held_out_items(Split.AUDITION),
             check.texts,
             check.max_lines_per_text,
             check.max_answers_per_language,
         )
+        renderers = {STUDENT: self.models.student_renderer} | {
+            name: self.models.renderers[name] for name in self.models.teacher_names
+        }
+        return leave_out_unwritable(samples, {n: r.vocabulary for n, r in renderers.items()})
 
     @cached_property
     def check_samples_digest(self) -> str:

@@ -35,6 +35,7 @@ from persea.training.distributed.heartbeat import join_process_group
 if TYPE_CHECKING:
     from persea.config.schema import TeacherSection
     from persea.evaluation.compatibility import PairCompatibility, TemplateLikelihood
+    from persea.evaluation.unwritable import UnwritableTexts, UnwritableTokens
     from persea.tokenization.tokens import RenderedTokens
     from persea.vocab_extension.resize_model import ProgressCallback
 
@@ -68,6 +69,7 @@ def run_check(context: RunContext, folder: Path, progress: ProgressCallback) -> 
         RefusedError: A pair is outside the limits of the `check` section.
     """
     from persea.evaluation.compatibility import refuse_incompatible
+    from persea.evaluation.unwritable import find_unwritable_tokens, refuse_unwritable_texts
 
     settings = context.recipe.check
     teachers = [t for t in context.recipe.teachers if not t.reference]
@@ -82,14 +84,28 @@ def run_check(context: RunContext, folder: Path, progress: ProgressCallback) -> 
         info = context.models.family_info.get(teacher.name, {"family": "text only", "note": ""})
         note = ", see its note in check.json" if info["note"] else ""
         progress("check", (k + 1) / len(teachers), f"{teacher.name} ({info['family']}{note})")
+    student = context.models.student_renderer.vocabulary
+    unwritable_tokens = [
+        one
+        for t in teachers
+        for one in find_unwritable_tokens(
+            t.name,
+            context.models.renderers[t.name].vocabulary,
+            student,
+            context.models.event_maps[t.name],
+        )
+    ]
     storage.write_json(
         folder / "check.json",
         {
             "pairs": [p.to_json() for p in pairs],
             "likelihoods": [likelihood.to_json() for likelihood in likelihoods],
             "families": context.models.family_info,
-        },
+        }
+        | _nonempty("unwritable_texts", context.unwritable_texts)
+        | _nonempty("unwritable_tokens", unwritable_tokens),
     )
+    refuse_unwritable_texts(context.unwritable_texts, settings.max_unwritable_share)
     refuse_incompatible(
         pairs,
         likelihoods,
@@ -97,6 +113,13 @@ def run_check(context: RunContext, folder: Path, progress: ProgressCallback) -> 
         settings.max_disagreement,
         settings.max_template_excess,
     )
+
+
+def _nonempty(
+    key: str, found: Sequence[UnwritableTexts] | Sequence[UnwritableTokens]
+) -> dict[str, Any]:
+    """Return the records under a key of the file; no key for none, as most vocabularies have."""
+    return {key: [one.to_json() for one in found]} if found else {}
 
 
 def _check_teacher(
@@ -326,12 +349,15 @@ def run_lineage(context: RunContext, folder: Path, progress: ProgressCallback) -
 
     models = context.models
     verdict = write_notice(context.recipe, context.folder, folder)
+    unwritable = _nonempty("unwritable_texts", context.unwritable_texts)
+    if unwritable:
+        unwritable["max_unwritable_share"] = context.recipe.check.max_unwritable_share
     record = lineage_record(
         context.folder / "train" / "student",
         models.lineage_parent(BASE),
         [models.lineage_parent(name) for name in models.teacher_names],
         context.recipe.hash,
-        {"units": digest_json([u.name for u in context.capture_units])},
+        {"units": digest_json([u.name for u in context.capture_units])} | unwritable,
         context.cast,
         verdict,
     )

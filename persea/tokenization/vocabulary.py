@@ -19,9 +19,19 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import Tokenizer, models
 
 from persea.errors import DataError
+from persea.tokenization.control_tokens import ControlFlags, read_control_flags
+from persea.tokenization.plain_backend import (
+    LOSSY_REMEDY,
+    copy_tokenizer,
+    lossy_parts,
+    normalizes_any,
+    open_plain,
+    unknown_token,
+)
+from persea.tokenization.prefix_space import SPACE_MARK, PrefixSpace
 
 # An added token of this shape controls the model and is never text, also where its tokenizer does
 # not declare it special, such as DeepSeek's <｜User｜> with wide bars.
@@ -76,11 +86,16 @@ class Vocabulary:
 
     Attributes:
         name: Name in messages (a path or a model name).
-        backend: The `tokenizers` tokenizer. It encodes control tokens in a text as text.
+        backend: The `tokenizers` tokenizer. It encodes control tokens in a text as text, and writes
+            no space before a text.
         bytes_W: Bytes of each id; None for a control token and for an unused id.
         control_token_ids: Control token -> id.
         digest: sha256 of the tokenizer's whole definition.
-        byte_level: True for byte-level BPE, False for SentencePiece with byte fallback.
+        byte_level: True for byte-level BPE, False for SentencePiece (BPE or Unigram).
+        prefix_space: Where the tokenizer itself writes a space before a text; None for nowhere.
+        control_flags: Control token -> its flags; only those that have any.
+        original: The tokenizer as it is, to compare renderings with; None where its control tokens
+            have no flags and it writes no space.
     """
 
     name: str
@@ -89,6 +104,9 @@ class Vocabulary:
     control_token_ids: Mapping[str, int] = field(repr=False)
     digest: str
     byte_level: bool
+    prefix_space: PrefixSpace | None = None
+    control_flags: Mapping[str, ControlFlags] = field(default_factory=dict, repr=False)
+    original: Tokenizer | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.bytes_W)
@@ -103,8 +121,59 @@ class Vocabulary:
         """Id -> control token."""
         return {i: name for name, i in self.control_token_ids.items()}
 
+    @cached_property
+    def is_unigram(self) -> bool:
+        """Whether the highest sum of scores decides how a text is cut, not merges."""
+        return isinstance(self.backend.model, models.Unigram)
+
+    def prefix_space_before(self, text: str, is_first: bool = True) -> str:
+        """Return the space that the tokenizer writes before a run of text, or "".
+
+        Args:
+            text: The text between two control tokens, not empty.
+            is_first: Whether no control token comes before it.
+        """
+        return "" if self.prefix_space is None else self.prefix_space.before(text, is_first)
+
+    @cached_property
+    def missing_bytes(self) -> bytes:
+        """The bytes without a token of their own, sorted; empty for most tokenizers.
+
+        A trainer that does not begin with the whole byte alphabet leaves out the bytes that its
+        texts lack: SmolLM2 has no token for 04, c0 and 19 others.
+        """
+        single = {raw for raw in self.bytes_W if raw is not None and len(raw) == 1}
+        return bytes(b for b in range(256) if bytes([b]) not in single)
+
+    @cached_property
+    def _single_characters(self) -> frozenset[str]:
+        """Characters with a token of their own, which need no byte tokens; none if byte-level."""
+        if self.byte_level:
+            return frozenset()
+        short = (raw for raw in self.bytes_W if raw is not None and len(raw) <= 4)
+        texts = (raw.decode(errors="ignore") for raw in short)
+        return frozenset(text for text in texts if len(text) == 1)
+
+    def can_write(self, raw: bytes) -> bool:
+        """Return whether tokens can spell these bytes, which need not be whole characters."""
+        if raw == raw.translate(None, delete=self.missing_bytes):
+            return True
+        return not self._unwritable_characters(raw.decode(errors="surrogateescape"))
+
+    def _unwritable_characters(self, text: str) -> set[str]:
+        """Return the characters of a text that tokens cannot spell."""
+        missing = self.missing_bytes
+        return {
+            c
+            for c in set(text) - self._single_characters
+            if missing and any(b in missing for b in c.encode(errors="surrogateescape"))
+        }
+
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a plain text: no template, no BOS, never a control token.
+
+        A tokenizer that writes a space before a text writes none here: the ids have exactly the
+        text's bytes. `prefix_space_before` returns the space.
 
         Raises:
             DataError: The ids do not decode to the same bytes.
@@ -181,6 +250,13 @@ class Vocabulary:
             got = b"".join(self.bytes_W[i] or b"" for i in ids)
         if expected == got:
             return
+        if unwritable := self._unwritable_characters(text):
+            at, c = next((k, c) for k, c in enumerate(text) if c in unwritable)
+            raise DataError(
+                f"no token for the bytes {c.encode().hex(' ')} at character {at} of {text[:40]!r}",
+                where=self.name,
+                remedy="the vocabulary lacks single bytes; leave the text out",
+            )
         at = next(
             (k for k, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b),
             min(len(expected), len(got)),
@@ -202,8 +278,8 @@ def load_vocabulary(
 ) -> Vocabulary:
     """Load a tokenizer as a Vocabulary. The tokenizer object is not changed.
 
-    Supported are byte-level BPE (Llama 3, Qwen, gpt-oss, GPT-2; tiktoken files converted to it) and
-    SentencePiece BPE with byte fallback (Gemma).
+    Supported are byte-level BPE (Llama 3, Qwen, gpt-oss, GPT-2; tiktoken files converted to it),
+    SentencePiece BPE with byte fallback (Gemma, Llama 2) and SentencePiece Unigram (LLM-jp).
 
     Args:
         tokenizer: A fast Hugging Face tokenizer, or a `tokenizers.Tokenizer`.
@@ -222,7 +298,7 @@ def load_vocabulary(
             where=name,
             remedy="convert it with transformers' AutoTokenizer first",
         )
-    byte_level = _is_byte_level(backend, name)
+    byte_level, unigram = _is_byte_level(backend, name), isinstance(backend.model, models.Unigram)
     # To parse the whole definition of the tokenizer would take half a second.
     added = backend.get_added_tokens_decoder()
     marker_pattern = re.compile("|".join([CONTROL_MARKER, *control_markers]), re.DOTALL)
@@ -234,17 +310,18 @@ def load_vocabulary(
     to_bytes = _byte_level_bytes if byte_level else _sentencepiece_bytes
     for token, i in ids.items():
         bytes_W[i] = to_bytes(token)
+    if unigram:
+        control |= unknown_token(backend)
+        bytes_W = [None if i in control.values() else raw for i, raw in enumerate(bytes_W)]
     for i, added_token in added.items():
         if added_token.content in control:
             bytes_W[i] = None
         elif bytes_W[i] is None:
             bytes_W[i] = added_token.content.encode()
     definition = backend.to_str()
-    plain = Tokenizer.from_str(definition)
-    plain.no_padding()
-    plain.no_truncation()
-    plain.add_special_tokens([AddedToken(c, special=True, normalized=False) for c in control])
-    plain.encode_special_tokens = True  # a control token in a text is encoded as text
+    probes = [unicodedata.normalize("NFC", p) for p in ROUND_TRIP_PROBES]
+    plain, prefix_space = open_plain(backend, definition, control, name, probes)
+    flags = read_control_flags(added.values(), control)
     vocabulary = Vocabulary(
         name,
         plain,
@@ -252,8 +329,21 @@ def load_vocabulary(
         control,
         hashlib.sha256(definition.encode()).hexdigest(),
         byte_level,
+        prefix_space,
+        flags,
+        copy_tokenizer(definition)
+        if prefix_space or flags or normalizes_any(backend, control)
+        else None,
     )
-    vocabulary.encode_batch([unicodedata.normalize("NFC", p) for p in ROUND_TRIP_PROBES])
+    if vocabulary.missing_bytes:
+        unwritable = vocabulary._unwritable_characters("".join(probes))
+        probes = ["".join(c for c in p if c not in unwritable) for p in probes]
+    try:
+        vocabulary.encode_batch(probes)
+    except DataError as error:
+        raise DataError(
+            f"{error.message}{lossy_parts(backend)}", where=name, remedy=LOSSY_REMEDY
+        ) from error
     return vocabulary
 
 
@@ -265,11 +355,14 @@ def _is_byte_level(backend: Tokenizer, name: str) -> bool:
         return True
     if bpe and "ByteFallback" in decoder_types and backend.model.byte_fallback:
         return False
+    if isinstance(backend.model, models.Unigram):
+        return False
     raise DataError(
-        f"neither byte-level BPE nor SentencePiece BPE with byte fallback "
-        f"(model {type(backend.model).__name__}, decoder {sorted(decoder_types)})",
+        f"neither byte-level BPE, SentencePiece BPE with byte fallback nor Unigram: the bytes of "
+        f"its tokens are not known (model {type(backend.model).__name__}, decoder "
+        f"{sorted(decoder_types)})",
         where=name,
-        remedy="the bytes of its tokens are not known exactly; use a model of another family",
+        remedy=LOSSY_REMEDY,
     )
 
 
@@ -283,4 +376,4 @@ def _byte_level_bytes(token: str) -> bytes | None:
 def _sentencepiece_bytes(token: str) -> bytes:
     if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
         return bytes([int(token[3:5], 16)])
-    return token.replace("▁", " ").encode()
+    return token.replace(SPACE_MARK, " ").encode()

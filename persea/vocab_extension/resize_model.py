@@ -22,11 +22,11 @@ from persea.models.identity import fingerprint
 from persea.models.licence_text import copy_licence_files
 from persea.models.loading import (
     ModelSource,
-    copy_tokenizer_files,
     download_model,
     load_tokenizer,
     read_weights,
 )
+from persea.models.tokenizer_files import copy_tokenizer_files
 from persea.storage import open_atomic_folder
 from persea.tokenization.vocabulary import Vocabulary, load_vocabulary
 from persea.vocab_extension.learn_merges import (

@@ -31,6 +31,7 @@ from persea.alignment.token_order import (
 from persea.tokenization.vocabulary import BYTE_TO_CHAR, Vocabulary, load_vocabulary
 from tests.alignment.test_event_map import real_event_map, real_home
 from tests.conftest import FAMILIES, Speaker
+from tests.tokenization.test_unigram import toys as unigram_toys
 
 assert real_home  # a fixture of test_event_map: event maps are built once for all
 TEXTS = [
@@ -97,11 +98,16 @@ def deleted(pair: tuple[BoundaryMask, BoundaryMask], texts: Sequence[str]) -> tu
 
 
 def byte_level(
-    chosen: list[tuple[int, int]], pattern: str, added: bool, alphabet: str = "ab "
+    chosen: list[tuple[int, int]],
+    pattern: str,
+    added: bool,
+    alphabet: str = "ab ",
+    missing: bytes = b"",
 ) -> Vocabulary:
-    pieces, merges = [BYTE_TO_CHAR[b] for b in range(256)], list[tuple[str, str]]()
+    single = [BYTE_TO_CHAR[b] for b in range(256) if b not in missing]
+    pieces, merges = list(single), list[tuple[str, str]]()
     for a, b in chosen:
-        known = [*(BYTE_TO_CHAR[ord(c)] for c in alphabet), *pieces[256:]]
+        known = [*(BYTE_TO_CHAR[ord(c)] for c in alphabet), *pieces[len(single) :]]
         pair = known[a % len(known)], known[b % len(known)]
         if "".join(pair) not in pieces and len("".join(pair)) <= 4:
             merges.append(pair)
@@ -119,13 +125,16 @@ def byte_level(
     return load_vocabulary(tokenizer, "toy")
 
 
-def sentencepiece(chosen: list[tuple[int, int]]) -> Vocabulary:
-    pieces, merges = (
-        ["<unk>", *(f"<0x{b:02X}>" for b in range(256)), "a", "b", "▁"],
-        list[tuple[str, str]](),
-    )
+def sentencepiece(
+    chosen: list[tuple[int, int]],
+    alphabet: str = "ab▁",
+    missing: bytes = b"",
+    words: bool = False,
+) -> Vocabulary:
+    single = ["<unk>", *(f"<0x{b:02X}>" for b in range(256) if b not in missing)]
+    pieces, merges = [*single, *alphabet], list[tuple[str, str]]()
     for a, b in chosen:
-        known = pieces[257:]
+        known = pieces[len(single) :]
         pair = known[a % len(known)], known[b % len(known)]
         if "".join(pair) not in pieces and len("".join(pair)) <= 4:
             merges.append(pair)
@@ -140,6 +149,8 @@ def sentencepiece(chosen: list[tuple[int, int]]) -> Vocabulary:
         )
     )
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    if words:
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
@@ -150,7 +161,13 @@ chosen = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=8)
 PATTERNS = ("", r" ?[ab]+| +(?!\S)| +", r"[ab]{1,3}| +", r"a+|b| ", r" ?a+b?| ?b+|\s+")
 toys = st.one_of(
     st.builds(byte_level, chosen, st.sampled_from(PATTERNS), st.booleans()),
-    st.builds(sentencepiece, chosen),
+    st.builds(sentencepiece, chosen, words=st.booleans()),
+)
+unigrams = st.one_of(
+    unigram_toys(),
+    unigram_toys(fallback=False),
+    unigram_toys(words=True),
+    unigram_toys(added=("bb", "ab b")),
 )
 STRINGS = [
     "".join(s) for n in range(1, 8) for s in product("ab ", repeat=n) if n < 7 or s[0] == "a"
@@ -163,6 +180,43 @@ def test_no_possible_token_is_masked(one: Vocabulary, two: Vocabulary):
     """Masks are sound for any merges, words, added tokens and byte fallback."""
     lost, seen = deleted(masks(one, two), STRINGS[::3])
     assert seen > 1000
+    assert lost == 0
+
+
+@settings(max_examples=15)
+@given(one=unigrams, two=st.one_of(unigrams, toys))
+def test_no_possible_token_is_masked_with_unigram(one: Vocabulary, two: Vocabulary):
+    """The same with a lattice on one side or on both."""
+    for pair in ((one, two), (two, one)):
+        lost, seen = deleted(masks(*pair), STRINGS[::11])
+        assert seen > 200
+        assert lost == 0
+
+
+poor_bytes = st.sampled_from([b"", b"\x04\xc0\xff", b"xy", bytes(range(128, 256)) + b"y"])
+
+
+@st.composite
+def poor_toys(draw: st.DrawFn) -> Vocabulary:
+    """A tokenizer that lacks bytes; those that it has are merged with a and b."""
+    missing, merges = draw(poor_bytes), draw(chosen)
+    kept = "".join(c for c in "xy" if ord(c) not in missing)
+    if draw(st.booleans()):
+        return byte_level(merges, draw(st.sampled_from(PATTERNS)), False, "ab " + kept, missing)
+    return sentencepiece(merges, "ab▁" + kept, missing)
+
+
+@settings(max_examples=25)
+@given(one=poor_toys(), two=poor_toys())
+def test_no_possible_token_is_masked_where_vocabularies_lack_bytes(
+    one: Vocabulary, two: Vocabulary
+):
+    """What both can write stays, also beside tokens of a byte that the other side lacks."""
+    both = [c for c in "ab xy" if one.can_write(c.encode()) and two.can_write(c.encode())]
+    rng = np.random.default_rng(len(one) * len(two))
+    some = ["".join(rng.choice(both, int(rng.integers(2, 8)))) for _ in range(300)]
+    lost, seen = deleted(masks(one, two), some)
+    assert seen > 300
     assert lost == 0
 
 

@@ -51,6 +51,7 @@ from persea.chat.template_probing import NO_STRIP, Place, TemplateBehaviour, pro
 from persea.chat.thought_probing import EffortBehaviour, PromptTail
 from persea.chat.tool_notation import ToolNotation
 from persea.errors import DataError
+from persea.tokenization.name_pattern import compile_names
 from persea.tokenization.vocabulary import Vocabulary
 
 GENERIC_FAMILY_NAME = "generic"
@@ -82,8 +83,7 @@ def infer_family(
         DataError: The template's prompt is no prefix of its conversations, it does not end answers,
             or it rewrites texts.
     """
-    names = sorted(vocabulary.control_token_ids, key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+    pattern = compile_names(vocabulary.control_token_ids)
     known_eos = frozenset(eos_tokens) & vocabulary.control_token_ids.keys()
     probe = TemplateProbe(template, *read_names(template_text), pattern, known_eos, where)
     try:
