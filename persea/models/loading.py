@@ -274,6 +274,24 @@ def eos_token_ids(source: ModelSource, where: str) -> tuple[int, ...]:
     return ()
 
 
+def max_positions(source: ModelSource, where: str) -> int:
+    """Return the number of positions in the model's configuration; 0 if it has none."""
+    if source.is_random:
+        from persea.models.random_init import MAX_POSITIONS
+
+        return MAX_POSITIONS
+    folder = local_folder(source.model, where)
+    path = download_hub_file(source, "config.json") if folder is None else folder / "config.json"
+    if path is None or not path.is_file():
+        return 0
+    config = _read_json_config(path, where)
+    text_config = config.get("text_config")
+    for one in (config, text_config if isinstance(text_config, dict) else {}):
+        if isinstance(positions := one.get("max_position_embeddings"), int):
+            return positions
+    return 0
+
+
 def load_model(source: ModelSource, renderer: ChatRenderer, where: str) -> PreTrainedModel:
     """Load a causal language model in evaluation mode: float32 on a CPU, the stored dtype on a GPU.
 
