@@ -6,7 +6,7 @@ Removed prompts are kept in the corpus with the reason, so that every input is a
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import accumulate
@@ -100,6 +100,7 @@ class RemovalReason(StrEnum):
     TEST_ITEM = "test item"
     CONTAMINATED = "holds a test item"
     EMPTY = "empty"
+    NO_GAIN = "no teacher is better than the student"
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,17 @@ class Corpus:
     prompts: tuple[Prompt, ...]
     removed: tuple[RemovedPrompt, ...]
     malformed: tuple[MalformedLine, ...] = ()
+
+    def without(self, is_left_out: Callable[[Prompt], bool], reason: RemovalReason) -> Corpus:
+        """Return the corpus with some prompts moved to `removed`."""
+        left_out = [p for p in self.prompts if is_left_out(p)]
+        if not left_out:
+            return self
+        return replace(
+            self,
+            prompts=tuple(p for p in self.prompts if not is_left_out(p)),
+            removed=(*self.removed, *(RemovedPrompt(p, reason) for p in left_out)),
+        )
 
     @property
     def num_inputs(self) -> int:

@@ -7,12 +7,13 @@ shares of the prompts.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from persea.chat.messages import ThinkingEffort
 from persea.data.prompts import GOLDEN_RATIO_STEP, pick_by_share
 from persea.errors import RefusedError
+from persea.evaluation.gain import Gain, GainDecision
 from persea.evaluation.racing import EffortComparison, StopReason, TaskRace, find_eliminated, mean
 from persea.tasks.task import Score, score_results
 
@@ -46,6 +47,8 @@ class Cast:
         decisions: Part -> how it was decided; only measured skills.
         effort_comparisons: Teachers at other efforts, for information: prompts are asked at a
             teacher's own effort.
+        gains: The best teacher of each part compared with the student's base.
+        skipped: Parts that `without_gain: skip` leaves out of the distillation.
     """
 
     parts: Mapping[str, tuple[tuple[str, float], ...]]
@@ -53,15 +56,22 @@ class Cast:
     pinned: tuple[str, ...] = ()
     decisions: Mapping[str, PartDecision] = field(default_factory=dict)
     effort_comparisons: tuple[EffortComparison, ...] = ()
+    gains: tuple[GainDecision, ...] = ()
+    skipped: tuple[str, ...] = ()
 
     def part_of(self, skill: str, language: str) -> str:
         """Return the part that a prompt belongs to."""
         part = f"{skill}/{language}"
-        return part if part in self.parts else skill
+        return part if part in self.parts or part in self.skipped else skill
 
     def teacher_of(self, part: str, number: int) -> str:
         """Return the teacher of a part's prompt number; shares hold in any run of prompts."""
         return pick_by_share(self.parts[part], number, GOLDEN_RATIO_STEP)
+
+    def with_gains(self, gains: Sequence[GainDecision], skipped: Sequence[str] = ()) -> Cast:
+        """Return the cast with the comparisons to the student's base, without skipped parts."""
+        parts = {part: shares for part, shares in self.parts.items() if part not in skipped}
+        return replace(self, parts=parts, gains=tuple(gains), skipped=tuple(skipped))
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON; keys are the field names."""
@@ -71,6 +81,8 @@ class Cast:
             "decisions": {part: asdict(d) for part, d in self.decisions.items()},
             "scores": [s.to_json() for s in self.scores],
             "effort_comparisons": [asdict(c) for c in self.effort_comparisons],
+            "gains": [g.to_json() for g in self.gains],
+            "skipped": list(self.skipped),
         }
 
     @staticmethod
@@ -94,6 +106,8 @@ class Cast:
                 )
                 for c in value.get("effort_comparisons", ())
             ),
+            tuple(map(GainDecision.from_json, value.get("gains", ()))),
+            tuple(value.get("skipped", ())),
         )
 
 
@@ -201,6 +215,54 @@ def _equal_shares(teachers: Sequence[str]) -> tuple[tuple[str, float], ...]:
     return tuple((t, 1 / len(teachers)) for t in teachers)
 
 
+# --- teachers that are not better than the student ---
+
+
+def apply_gains(cast: Cast, gains: Sequence[GainDecision], without_gain: str) -> Cast:
+    """Record how the best teachers compare with the student's base, and act on it.
+
+    A part whose teacher the recipe pinned is reported only: the recipe wants that teacher.
+
+    Args:
+        cast: The cast.
+        gains: One decision for each part that was measured.
+        without_gain: For a part without a better teacher: "warn" keeps it, "skip" leaves it out of
+            the distillation, "refuse" ends the run.
+
+    Raises:
+        RefusedError: A part has no better teacher and `without_gain` is "refuse"; or "skip" leaves
+            nothing to distil.
+    """
+    lacking = [g for g in gains if g.gain_kind is not Gain.BETTER and not g.pinned]
+    if lacking and without_gain == "refuse":
+        raise RefusedError(
+            "; ".join(g.sentence for g in lacking),
+            where="audition",
+            remedy="add a better teacher, leave the part out of the corpus, or write "
+            "audition.without_gain: warn (teach it all the same) or skip (leave it out)",
+        )
+    skipped = tuple(g.part for g in lacking) if without_gain == "skip" else ()
+    result = cast.with_gains(gains, skipped)
+    if skipped and not result.parts:
+        raise RefusedError(
+            "; ".join(g.sentence for g in lacking),
+            where="audition",
+            remedy="nothing is left to distil: add a better teacher, or write "
+            "audition.without_gain: warn",
+        )
+    return result
+
+
+def gain_sentences(cast: Cast) -> list[str]:
+    """Return a line for each part without a better teacher."""
+    left_out = "; left out (audition.without_gain: skip)"
+    return [
+        g.sentence + (left_out if g.part in cast.skipped else "")
+        for g in cast.gains
+        if g.gain_kind is not Gain.BETTER
+    ]
+
+
 # --- tables ---
 
 
@@ -274,4 +336,5 @@ def cast_markdown(cast: Cast) -> str:
         for part, d in cast.decisions.items()
         if "/" not in part
     ]
-    return "\n".join(["# audition", "", *lines, "", *counts, ""])
+    gains = [f"- {g.sentence}" for g in cast.gains]
+    return "\n".join(["# audition", "", *lines, "", *counts, *gains, ""])

@@ -15,6 +15,7 @@ from typing import Any
 
 from persea.config.schema import StudentSection
 from persea.errors import RefusedError
+from persea.pipeline.base_contest import asks_base
 from persea.pipeline.model_refs import BASE, STUDENT
 from persea.pipeline.preflight import refuse_missing_logprobs, refuse_unsupported_efforts
 from persea.pipeline.run_context import RunContext
@@ -105,11 +106,12 @@ def plan_run(context: RunContext) -> RunPlan:
     num_skipped = context.corpus.num_inputs - num_prompts
     work = {
         "check": f"{num_teachers} tokenizer pairs",
-        "audition": f"at most {num_audition:,} answers by {num_teachers} teachers",
+        "audition": f"at most {num_audition:,} answers by {num_teachers} teachers"
+        + " and the student's base" * asks_base(recipe),
         "capture": f"{num_prompts:,} answers, at most {captured_bytes / 1e9:.2f} GB "
         f"({num_skipped:,} prompts left out)",
         "train": f"{recipe.training.steps:,} steps of {recipe.training.batch_size} conversations",
-        "evaluate": f"{num_test:,} answers by {len(context.models.renderers) + 2} models",
+        "evaluate": _evaluation_work(context, num_test),
         "lineage": "one record",
         "report": "one page",
     }
@@ -132,10 +134,18 @@ def plan_run(context: RunContext) -> RunPlan:
     )
 
 
+def _evaluation_work(context: RunContext, num_answers: int) -> str:
+    texts = f"{len(context.held_out_texts):,} texts" if context.held_out_texts else ""
+    answers = f"{num_answers:,} answers" if num_answers or not texts else ""
+    work = " and ".join(filter(None, (answers, texts)))
+    return f"{work} by {len(context.models.renderers) + 2} models"
+
+
 def _count_audition_answers(context: RunContext) -> int:
     num_items = sum(len(items) for _, items in context.held_out_items(Split.AUDITION))
     efforts, models = context.recipe.audition.efforts, context.models
-    return num_items * sum(len(models.measured_efforts(n, efforts)) for n in models.teacher_names)
+    num_asked = sum(len(models.measured_efforts(n, efforts)) for n in models.teacher_names)
+    return num_items * (num_asked + asks_base(context.recipe))
 
 
 def _count_test_answers(context: RunContext) -> int:

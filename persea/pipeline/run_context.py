@@ -16,7 +16,7 @@ from persea.chat.messages import ThinkingEffort
 from persea.config.recipe import Recipe
 from persea.data.dedup import DedupOptions
 from persea.data.held_out_texts import HeldOutText, read_held_out_texts
-from persea.data.prompts import Corpus, MalformedLine, build_corpus
+from persea.data.prompts import Corpus, MalformedLine, RemovalReason, build_corpus
 from persea.errors import DataError, RecipeError
 from persea.evaluation.audition import Cast
 from persea.evaluation.compatibility import ConversationSample
@@ -217,6 +217,14 @@ class RunContext:
         return Cast.from_json(storage.read_json(self.folder / "audition" / "cast.json"))
 
     @cached_property
+    def captured_corpus(self) -> Corpus:
+        """The corpus without the parts that the audition leaves out of the distillation."""
+        skipped = set(self.cast.skipped)
+        return self.corpus.without(
+            lambda p: self.cast.part_of(p.skill, p.language) in skipped, RemovalReason.NO_GAIN
+        )
+
+    @cached_property
     def capture_units(self) -> tuple[CaptureUnit, ...]:
         """The prompts of each teacher, in units named by a digest of all that sets their bytes.
 
@@ -242,7 +250,7 @@ class RunContext:
             t.generation.max_new_tokens or capture.max_new_tokens for t in self.recipe.teachers
         )
         units = plan_units(
-            self.corpus.prompts,
+            self.captured_corpus.prompts,
             self.cast,
             self.models.teacher_identities,
             capture.prompts_per_unit,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # of each stage's output at its number. Records without a number are version 0.
 STAGE_VERSIONS = {
     "check": 1,
-    "audition": 1,
+    "audition": 2,
     "capture": 1,
     "train": 1,
     "evaluate": 1,
@@ -58,6 +58,7 @@ def audition_inputs(context: RunContext) -> object:
         context.recipe.audition.model_dump(),
         context.recipe.evaluation.grading.model_dump(),
         context.recipe.capture.max_new_tokens,
+        *([context.models.student_identity] if context.recipe.audition.compare_with_base else []),
     ]
 
 
@@ -66,6 +67,7 @@ def capture_inputs(context: RunContext) -> object:
     return [
         *(u.name for u in context.capture_units),
         *([b.location, b.reason] for b in context.corpus.malformed),
+        *(["skipped", *context.cast.skipped] if context.cast.skipped else []),
         *(
             ["verify", context.recipe.evaluation.grading.model_dump()]
             if context.recipe.capture.drop_wrong_answers

@@ -136,14 +136,22 @@ def _check_teacher(
 def run_audition(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
     """Measure every teacher on every skill, and cast the best teacher for each.
 
-    Teachers answer in rounds until the ranking of a skill is settled.
+    Teachers answer in rounds until the ranking of a skill is settled. The student's base answers
+    the same questions, to find out whether any teacher is better.
+
+    Raises:
+        RefusedError: A skill has no teacher, or none that is better than the student's base and
+            the recipe refuses that.
     """
     from persea.evaluation.answering import answer_items, single_model_loader
-    from persea.evaluation.audition import build_cast, cast_markdown
+    from persea.evaluation.audition import build_cast
     from persea.evaluation.racing import RaceSettings, compare_efforts, race_teachers
+    from persea.pipeline.base_contest import compare_teachers_with_base, write_cast
 
     settings, max_new_tokens = context.recipe.audition, context.recipe.capture.max_new_tokens
-    load = single_model_loader(lambda name: context.models.load_teacher(name, settings.batch_size))
+    load = single_model_loader(
+        lambda name: context.models.load_participant(name, settings.batch_size)
+    )
     models = {
         name: context.models.evaluated_model(name, settings.batch_size, settings.efforts, load)
         for name in context.models.teacher_names
@@ -181,8 +189,8 @@ def run_audition(context: RunContext, folder: Path, progress: ProgressCallback) 
         effort_comparisons,
         context.recipe.skills,
     )
-    storage.write_json(folder / "cast.json", cast.to_json())
-    storage.write_atomic(folder / "table.md", cast_markdown(cast).encode())
+    gains = compare_teachers_with_base(context, folder, races, cast, models, load, progress)
+    write_cast(context, folder, cast, gains, progress)
 
 
 def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
@@ -201,7 +209,11 @@ def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -
     from persea.cache.answer_filter import verify_answers
     from persea.cache.capture import capture_teacher, open_teacher_caches
 
-    settings, units, corpus = context.recipe.capture, context.capture_units, context.corpus
+    settings, units, corpus = (
+        context.recipe.capture,
+        context.capture_units,
+        context.captured_corpus,
+    )
     budget = CaptureBudget(
         len(corpus.prompts), settings.max_total_tokens or 0, settings.max_hours or 0
     )
