@@ -10,7 +10,13 @@ from pathlib import Path
 
 from persea.chat.messages import Conversation, Text
 from persea.chat.renderer import ChatRenderer
-from persea.models.loading import ModelSource, download_hub_file, eos_token_ids, local_folder
+from persea.models.loading import (
+    ModelSource,
+    config_value,
+    download_hub_file,
+    eos_token_ids,
+    local_folder,
+)
 
 
 def fingerprint(source: ModelSource, where: str) -> str:
@@ -74,6 +80,12 @@ def _fingerprinted_files(folder: Path) -> list[Path]:
     return sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")])
 
 
+def context_tokens(source: ModelSource, where: str) -> int:
+    """Return the number of positions in a model's configuration; 0 if it names none."""
+    value = config_value(source, "config.json", "max_position_embeddings", where)
+    return value if isinstance(value, int) else 0
+
+
 def model_warnings(source: ModelSource, renderer: ChatRenderer, where: str) -> str:
     """Return warnings about a model and its renderer, for people; "" if nothing is unusual.
 
@@ -94,7 +106,7 @@ def model_warnings(source: ModelSource, renderer: ChatRenderer, where: str) -> s
             f"{vocabulary.control_names.get(i, 'no control token')} ({i})" for i in ids
         )
 
-    if eos_ids and stop_id not in eos_ids:
+    if eos_ids and stop_id not in eos_ids and not renderer.is_text:
         warnings.append(
             f"a base model with a chat template: its configuration ends a text with "
             f"{name(eos_ids)}, the template ends a turn with {name([stop_id])}; persea stops at "

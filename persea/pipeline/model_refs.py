@@ -25,7 +25,12 @@ from persea.config.schema import (
 )
 from persea.errors import RefusedError
 from persea.evaluation.answering import EvaluatedModel
-from persea.models.identity import file_stats, fingerprint, model_warnings
+from persea.models.identity import (
+    context_tokens,
+    file_stats,
+    fingerprint,
+    model_warnings,
+)
 from persea.models.loading import ModelSource, load_renderer, local_folder
 from persea.pipeline.remote_teachers import (
     endpoint_identity,
@@ -56,6 +61,7 @@ def model_source(ref: ModelRef) -> ModelSource:
         ref.family,
         sizes,
         isinstance(ref, StudentSection) and ref.thinking,
+        chat_template=ref.chat_template,
     )
     if isinstance(ref, TeacherSection):
         return replace(source, quantize=ref.quantize, offload=ref.offload)
@@ -224,6 +230,11 @@ class ModelRefs:
                 self.recipe.student.model_dump(include={"adapt", "lora"}),
             ]
         )
+
+    def context_tokens(self, name: str) -> int:
+        """Return the context length of the base or a teacher, by its configuration; 0 = unknown."""
+        ref: ModelRef = self.recipe.student if name == BASE else self.teacher_ref(name)
+        return 0 if ref.model == TEXT_ONLY_MODEL else context_tokens(model_source(ref), name)
 
     # --- thinking efforts ---
 
