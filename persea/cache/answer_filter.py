@@ -37,7 +37,8 @@ class AnswerFilterResult:
 
     Attributes:
         num_right: Answers that are right.
-        num_unverified: Documents, and answers whose prompt has no reference answer. They are trained on.
+        num_unverified: Documents, and answers whose prompt has no reference answer. They are
+            trained on.
         rejected: A record of each answer that is left out.
     """
 

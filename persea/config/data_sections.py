@@ -20,7 +20,8 @@ class CorpusSection(RecipeSection):
 
     skill: str = Field(
         pattern=SLUG_PATTERN,
-        description="the skill these prompts or texts teach: languages, code, safety, reasoning or tools",
+        description="the skill these prompts or texts teach: languages, code, safety, reasoning or "
+        "tools",
     )
     generate: int | None = Field(
         default=None,
@@ -62,8 +63,8 @@ class CorpusSection(RecipeSection):
     )
     on_malformed: Literal["refuse", "quarantine"] = Field(
         default="refuse",
-        description="a line that is no prompt or text: refuse = stop the run, quarantine = count it "
-        "and leave it out",
+        description="a line that is no prompt or text: refuse = stop the run, quarantine = count "
+        "it and leave it out",
     )
     max_line_bytes: int = Field(
         default=16 << 20,
@@ -223,8 +224,8 @@ class CaptureSection(RecipeSection):
 
     answers: Literal["ask", "given"] = Field(
         default="ask",
-        description="ask = the teachers answer; given = they score the answers of the prompt files. "
-        "`texts` of the corpus are always scored",
+        description="ask = the teachers answer; given = they score the answers of the prompt "
+        "files. `texts` of the corpus are always scored",
     )
     distributions: Literal["sampled", "topk"] = Field(
         default="sampled",

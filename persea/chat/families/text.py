@@ -25,8 +25,8 @@ from persea.tokenization.vocabulary import Vocabulary
 
 SEPARATOR = "\n"  # between two messages
 TEXT_LIMITATIONS = (
-    "a model without a chat template: it scores and learns plain text (documents, and given answers "
-    "after their prompt and a line break), and is not asked for answers"
+    "a model without a chat template: it scores and learns plain text (documents, and given "
+    "answers after their prompt and a line break), and is not asked for answers"
 )
 
 
