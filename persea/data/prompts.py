@@ -174,6 +174,7 @@ def build_corpus(
     held_out: Iterable[Prompt],
     near_duplicate_thresholds: Sequence[float | None] = (),
     dedup: DedupOptions = DEFAULT_DEDUP_OPTIONS,
+    held_out_texts: Iterable[tuple[str, str]] = (),
     are_answers_given: bool = False,
 ) -> Corpus:
     """Collect prompts and documents without duplicates and without test items.
@@ -190,6 +191,8 @@ def build_corpus(
             repeats an earlier one of the sources with a threshold. None or no entry = only exact
             duplicates are removed.
         dedup: Lengths of compared runs.
+        held_out_texts: (name, text) of held-out documents. A prompt or answer that equals one, or
+            shares `dedup.ngram_words` words in a row with one, is left out.
         are_answers_given: Whether the prompts' own answers are learned.
 
     Returns:
@@ -197,6 +200,7 @@ def build_corpus(
     """
     thresholds = [t for t in near_duplicate_thresholds if t is not None]
     tested = HeldOutIndex(((p.id, _dedup_text(p.conversation)) for p in held_out), dedup)
+    documents = HeldOutIndex(held_out_texts, dedup)
     similar = NearDuplicateIndex(min(thresholds, default=1.0), dedup.shingle_words)
     ids_by_text: dict[tuple[bool, str], str] = {}
     prompts: list[Prompt] = []
@@ -209,11 +213,15 @@ def build_corpus(
             key = prompt.conversation.is_document, normalize_text(learned)
             if not key[1]:
                 removed.append(RemovedPrompt(prompt, RemovalReason.EMPTY))
-            elif match := tested.find_exact(question):
+            elif match := (
+                tested.find_exact(question)
+                or documents.find_exact(question)
+                or documents.find_exact(prompt.answer)
+            ):
                 removed.append(RemovedPrompt(prompt, RemovalReason.TEST_ITEM, match))
             elif key in ids_by_text:
                 removed.append(RemovedPrompt(prompt, RemovalReason.DUPLICATE, ids_by_text[key]))
-            elif match := tested.find_overlap(question) or tested.find_overlap(prompt.answer):
+            elif match := _find_overlap((tested, documents), (question, prompt.answer)):
                 removed.append(RemovedPrompt(prompt, RemovalReason.CONTAMINATED, match))
             elif threshold is not None and (
                 match := similar.find_or_add(prompt.id, learned, threshold)
@@ -223,6 +231,13 @@ def build_corpus(
                 ids_by_text[key] = prompt.id
                 prompts.append(prompt)
     return Corpus(tuple(prompts), tuple(removed))
+
+
+def _find_overlap(indexes: Sequence[HeldOutIndex], texts: Sequence[str]) -> str:
+    """Return the name of a held-out text that one of the texts overlaps with, or ""."""
+    return next(
+        (match for index in indexes for text in texts if (match := index.find_overlap(text))), ""
+    )
 
 
 def _dedup_text(conversation: Conversation) -> str:

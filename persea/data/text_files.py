@@ -64,7 +64,7 @@ def read_documents(
     on_malformed: Callable[[MalformedLine], None] | None = None,
     max_line_bytes: int = MAX_LINE_BYTES,
 ) -> Iterator[tuple[str, str]]:
-    """Read the documents of a file.
+    r"""Read the documents of a file.
 
     A .jsonl file has one document a line: an object with the text under `column`, or a bare JSON
     string. Any other file is one document.
@@ -84,7 +84,7 @@ def read_documents(
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "news.jsonl"
-        >>> _ = path.write_text('{"text": "Selamat pagi."}\\n"Apa kabar?"\\n')
+        >>> _ = path.write_text('{"text": "Selamat pagi."}\n"Apa kabar?"\n')
         >>> list(read_documents(path))
         [('news.jsonl:1', 'Selamat pagi.'), ('news.jsonl:2', 'Apa kabar?')]
     """

@@ -56,7 +56,7 @@ class _TokenEnds:
 
 
 def split_document(text: str, limits: Sequence[TokenLimit]) -> list[str]:
-    """Split a document into windows.
+    r"""Split a document into windows.
 
     A window ends after a line break where there is one in its second half, else before a space,
     else after a full stop of a script without spaces, else between two characters.
@@ -73,8 +73,8 @@ def split_document(text: str, limits: Sequence[TokenLimit]) -> list[str]:
         >>> import persea
         >>> from persea.data.windows import TokenLimit, split_document
         >>> limit = TokenLimit(persea.load_renderer("saplings/qwen-sapling").vocabulary, 8)
-        >>> windows = split_document("One line.\\nAnother line of text.", [limit])
-        >>> "".join(windows) == "One line.\\nAnother line of text.", len(windows) > 1
+        >>> windows = split_document("One line.\nAnother line of text.", [limit])
+        >>> "".join(windows) == "One line.\nAnother line of text.", len(windows) > 1
         (True, True)
     """
     if any(limit.max_tokens < MIN_WINDOW_TOKENS for limit in limits):

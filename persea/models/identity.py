@@ -12,7 +12,6 @@ from persea.chat.messages import Conversation, Text
 from persea.chat.renderer import ChatRenderer
 from persea.models.loading import (
     ModelSource,
-    config_value,
     download_hub_file,
     eos_token_ids,
     local_folder,
@@ -78,12 +77,6 @@ def file_stats(source: ModelSource, where: str) -> tuple[tuple[str, int, int], .
 
 def _fingerprinted_files(folder: Path) -> list[Path]:
     return sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")])
-
-
-def context_tokens(source: ModelSource, where: str) -> int:
-    """Return the number of positions in a model's configuration; 0 if it names none."""
-    value = config_value(source, "config.json", "max_position_embeddings", where)
-    return value if isinstance(value, int) else 0
 
 
 def model_warnings(source: ModelSource, renderer: ChatRenderer, where: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -315,6 +315,16 @@ def config_value(source: ModelSource, file_name: str, key: str, where: str) -> A
     config = _read_json_config(path, where)
     text_config = config.get("text_config")
     return config.get(key, text_config.get(key) if isinstance(text_config, dict) else None)
+
+
+def max_positions(source: ModelSource, where: str) -> int:
+    """Return the number of positions in the model's configuration; 0 if it has none."""
+    if source.is_random:
+        from persea.models.random_init import MAX_POSITIONS
+
+        return MAX_POSITIONS
+    positions = config_value(source, "config.json", "max_position_embeddings", where)
+    return positions if isinstance(positions, int) else 0
 
 
 def load_model(source: ModelSource, renderer: ChatRenderer, where: str) -> PreTrainedModel:

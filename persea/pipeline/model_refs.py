@@ -25,13 +25,8 @@ from persea.config.schema import (
 )
 from persea.errors import RefusedError
 from persea.evaluation.answering import EvaluatedModel
-from persea.models.identity import (
-    context_tokens,
-    file_stats,
-    fingerprint,
-    model_warnings,
-)
-from persea.models.loading import ModelSource, load_renderer, local_folder
+from persea.models.identity import file_stats, fingerprint, model_warnings
+from persea.models.loading import ModelSource, load_renderer, local_folder, max_positions
 from persea.pipeline.remote_teachers import (
     endpoint_identity,
     generation_identity,
@@ -231,11 +226,6 @@ class ModelRefs:
             ]
         )
 
-    def context_tokens(self, name: str) -> int:
-        """Return the context length of the base or a teacher, by its configuration; 0 = unknown."""
-        ref: ModelRef = self.recipe.student if name == BASE else self.teacher_ref(name)
-        return 0 if ref.model == TEXT_ONLY_MODEL else context_tokens(model_source(ref), name)
-
     # --- thinking efforts ---
 
     def can_answer_at(self, name: str, effort: ThinkingEffort) -> bool:
@@ -390,6 +380,13 @@ class ModelRefs:
             {"batch": batch, "threads": self.recipe.threads},
             endpoint is not None and endpoint.protocol == "chat",
         )
+
+    def max_positions(self, name: str) -> int:
+        """Return the positions of a model that is evaluated; 0 if they are not known."""
+        if name not in self.renderers:
+            return max_positions(model_source(self.recipe.student), STUDENT)
+        ref = self.teacher_ref(name)
+        return 0 if ref.endpoint else max_positions(model_source(ref), name)
 
     def lineage_parent(self, name: str) -> ParentModel:
         """Describe a teacher, or the base, for the lineage record."""

@@ -16,6 +16,7 @@ from persea.cache.capture import CaptureUnit, plan_units
 from persea.chat.messages import ThinkingEffort
 from persea.config.recipe import Recipe
 from persea.data.dedup import DedupOptions
+from persea.data.held_out_texts import HeldOutText, read_held_out_texts
 from persea.data.prompts import Corpus, MalformedLine, Prompt, build_corpus
 from persea.errors import DataError, RecipeError
 from persea.evaluation.audition import Cast
@@ -54,7 +55,23 @@ class RunContext:
         self.models = ModelRefs(self.recipe, self.folder)
         self.stages = StageStore(self.folder)
 
-    # --- tasks and held-out items ---
+    # --- tasks, held-out items and held-out texts ---
+
+    @cached_property
+    def held_out_texts(self) -> tuple[HeldOutText, ...]:
+        """The documents of `evaluation.texts`."""
+        return tuple(
+            text
+            for k, part in enumerate(self.recipe.evaluation.texts)
+            for text in read_held_out_texts(
+                part.texts, part.skill, part.language, f"evaluation.texts.{k}"
+            )
+        )
+
+    @cached_property
+    def held_out_texts_digest(self) -> str:
+        """Digest of the documents of `evaluation.texts`."""
+        return digest_json([[t.text, t.skill, t.language] for t in self.held_out_texts])
 
     @cached_property
     def benchmarks(self) -> tuple[LoadedBenchmark, ...]:
@@ -76,14 +93,24 @@ class RunContext:
         """The skills of the corpus in its order, then the tasks that only benchmarks measure."""
         return tasks_and_prompts.measured_tasks(self.recipe.skills, self.benchmarks)
 
+    @cached_property
+    def evaluated_tasks(self) -> tuple[Task, ...]:
+        """The tasks that the evaluation asks: without generated ones if the recipe says so."""
+        if self.recipe.evaluation.generated_tasks is False:
+            return tasks_and_prompts.measured_tasks((), self.benchmarks)
+        return self.tasks
+
     def held_out_items(self, split: Split) -> list[tuple[Task, tuple[TaskItem, ...]]]:
         """Return the held-out items of a split: AUDITION chooses teachers, TEST compares models.
 
         Raises:
             DataError: A task has no item in this split.
         """
-        n = self.recipe.audition.items if split is Split.AUDITION else self.recipe.evaluation.items
-        found = [(task, task.items(split, n, self.recipe.seed)) for task in self.tasks]
+        if split is Split.AUDITION:
+            n, tasks = self.recipe.audition.items, self.tasks
+        else:
+            n, tasks = self.recipe.evaluation.items, self.evaluated_tasks
+        found = [(task, task.items(split, n, self.recipe.seed)) for task in tasks]
         if empty := [task.name for task, items in found if not items]:
             raise DataError(
                 f"no question of {', '.join(empty)} is left for the {split} split",
@@ -194,6 +221,7 @@ class RunContext:
             held_out,
             [part.near_duplicate_threshold for part in self.recipe.corpus],
             DedupOptions(**self.recipe.dedup.model_dump()),
+            [(text.id, text.text) for text in self.held_out_texts],
             self.are_answers_given,
         )
         return replace(
@@ -208,7 +236,7 @@ class RunContext:
         The limits are `training.max_length`, and the context length of each model's configuration.
         """
         models = self.models
-        limits = {name: models.context_tokens(name) for name in (BASE, *models.teacher_names)}
+        limits = {name: models.max_positions(name) for name in (BASE, *models.teacher_names)}
         max_length = self.recipe.training.max_length
         limits[BASE] = min(max_length, limits[BASE] or max_length)
         renderers = models.renderers | {BASE: models.student_renderer}

@@ -106,6 +106,7 @@ def evaluate_inputs(context: RunContext) -> object:
         context.models.teacher_identities,
         context.items_digest(Split.TEST),
         context.recipe.evaluation.model_dump(exclude=POST_EVALUATION_KEYS),
+        *([context.held_out_texts_digest] if context.recipe.evaluation.texts else []),
     ]
 
 

@@ -273,10 +273,13 @@ def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) 
     )
     answers = EvaluationAnswers()
 
-    def model_progress(k: int, fraction: float, message: str) -> None:
-        progress("evaluate", (k + fraction) / len(names), message)
+    # the texts' part of the stage, in models' worth of work
+    num_parts = len(names) * ((len(tasks) > 0) + (len(context.held_out_texts) > 0))
 
-    for k, name in enumerate(names):
+    def model_progress(k: int, fraction: float, message: str) -> None:
+        progress("evaluate", (k + fraction) / num_parts, message)
+
+    for k, name in enumerate(names if tasks else ()):
         evaluate_model(
             answers,
             context.models.evaluated_model(name, settings.batch_size, settings.efforts, load),
@@ -299,7 +302,12 @@ def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) 
     storage.write_json_lines(folder / "examples.jsonl", records)
     storage.write_json(folder / "evaluation.json", result.to_json())
     storage.write_json(folder / "sets.json", [b.to_json() for b in context.benchmarks])
-    if context.taught_efforts:
+    if context.held_out_texts:
+        from persea.pipeline.evaluate_texts import evaluate_texts
+
+        done = num_parts - len(names)
+        evaluate_texts(context, folder, load, lambda f, m: model_progress(done, f * len(names), m))
+    if context.taught_efforts and tasks:
         _write_thinking_modes(context, folder, load(STUDENT), records, progress)
 
 

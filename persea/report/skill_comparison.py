@@ -89,12 +89,15 @@ def _best_score(teachers: Sequence[Score]) -> Score:
     return max(teachers, key=lambda s: s.value)
 
 
-def compare_skills(evaluation: EvaluationRecord, where: str) -> tuple[SkillComparison, ...]:
+def compare_skills(
+    evaluation: EvaluationRecord, where: str, has_texts: bool = False
+) -> tuple[SkillComparison, ...]:
     """Compare all models on every skill, in the order in which skills were measured.
 
     Args:
         evaluation: The evaluation of a run.
         where: Its file, for the message.
+        has_texts: Whether held-out texts were measured, so that no skill has to be.
 
     Returns:
         One comparison for each skill.
@@ -134,7 +137,7 @@ def compare_skills(evaluation: EvaluationRecord, where: str) -> tuple[SkillCompa
                 skill, student, base, teachers, reference_models, versus_best, versus_base
             )
         )
-    if not comparisons:
+    if not comparisons and not has_texts:
         raise DataError(
             "no skill was measured",
             where=where,
