@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from persea.chat.messages import Conversation
 from persea.chat.renderer import ChatRenderer
 from persea.data.held_out_texts import HeldOutText
 from persea.errors import DataError
@@ -83,42 +84,19 @@ class DocumentBits:
     end_D: npt.NDArray[np.float64]
 
 
-def start_token_id(renderer: ChatRenderer) -> int:
-    """Return the token after which a model reads a document.
-
-    The token that the tokenizer writes before a text (BOS), or the one that the chat template
-    begins with; for a model without a BOS the token that separates documents in its training.
-    """
-    vocabulary, special = renderer.vocabulary, renderer.special_tokens
-    post_processed = vocabulary.backend.encode("a", add_special_tokens=True).ids
-    if post_processed and vocabulary.bytes_W[post_processed[0]] is None:
-        return int(post_processed[0])
-    for name in ("bos_token", "eos_token"):
-        control = vocabulary.control_token_ids.get(special.get(name, ""))
-        if control is not None:
-            return control
-    return renderer.stop_ids[0]
-
-
-def end_token_id(renderer: ChatRenderer) -> int:
-    """Return the token that ends a text: the tokenizer's EOS, or else the end of a turn."""
-    eos = renderer.vocabulary.control_token_ids.get(renderer.special_tokens.get("eos_token", ""))
-    return renderer.stop_ids[0] if eos is None else eos
-
-
 def encode_window(
     renderer: ChatRenderer, window: TextWindow
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
-    """Return the token ids of a window and the mask of scored tokens: all but the first.
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_], int]:
+    """Return the token ids of a window, the mask of scored tokens, and how many of them are ends.
 
-    The end token is there, and scored, if the window is the document's last.
+    The window is rendered as documents are in training (`persea.chat.documents`).
 
     Raises:
         DataError: The tokenizer does not reproduce the text.
     """
-    ids = [start_token_id(renderer), *renderer.vocabulary.encode(window.text)]
-    ids += [end_token_id(renderer)] if window.is_last else []
-    return np.array(ids, np.int32), np.arange(len(ids)) > 0
+    tokens = renderer.render(Conversation.from_document(window.text, ends=window.is_last))
+    num_ends = int(window.is_last and renderer.document_tokens.end_id is not None)
+    return tokens.ids_T, tokens.loss_mask_T, num_ends
 
 
 def split_documents(
@@ -242,6 +220,6 @@ def _score_windows(
     nats: dict[int, tuple[float, float]] = {}
     for i, logprob_N in zip(order, logprobs, strict=True):
         values_N = -logprob_N.astype(np.float64)
-        num_content = len(values_N) - windows[i].is_last
+        num_content = len(values_N) - encoded[i][2]
         nats[i] = (float(values_N[:num_content].sum()), float(values_N[num_content:].sum()))
     yield from (nats[i] for i in range(len(windows)))

@@ -10,7 +10,12 @@ from pathlib import Path
 
 from persea.chat.messages import Conversation, Text
 from persea.chat.renderer import ChatRenderer
-from persea.models.loading import ModelSource, download_hub_file, eos_token_ids, local_folder
+from persea.models.loading import (
+    ModelSource,
+    download_hub_file,
+    eos_token_ids,
+    local_folder,
+)
 
 
 def fingerprint(source: ModelSource, where: str) -> str:
@@ -94,7 +99,7 @@ def model_warnings(source: ModelSource, renderer: ChatRenderer, where: str) -> s
             f"{vocabulary.control_names.get(i, 'no control token')} ({i})" for i in ids
         )
 
-    if eos_ids and stop_id not in eos_ids:
+    if eos_ids and stop_id not in eos_ids and not renderer.is_text:
         warnings.append(
             f"a base model with a chat template: its configuration ends a text with "
             f"{name(eos_ids)}, the template ends a turn with {name([stop_id])}; persea stops at "

@@ -56,6 +56,7 @@ def model_source(ref: ModelRef) -> ModelSource:
         ref.family,
         sizes,
         isinstance(ref, StudentSection) and ref.thinking,
+        chat_template=ref.chat_template,
     )
     if isinstance(ref, TeacherSection):
         return replace(source, quantize=ref.quantize, offload=ref.offload)

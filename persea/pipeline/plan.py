@@ -17,7 +17,11 @@ from persea.config.schema import StudentSection
 from persea.errors import RefusedError
 from persea.pipeline.base_contest import asks_base
 from persea.pipeline.model_refs import BASE, STUDENT
-from persea.pipeline.preflight import refuse_missing_logprobs, refuse_unsupported_efforts
+from persea.pipeline.preflight import (
+    refuse_asking_text_models,
+    refuse_missing_logprobs,
+    refuse_unsupported_efforts,
+)
 from persea.pipeline.run_context import RunContext
 from persea.pipeline.stage_keys import stage_key
 from persea.pipeline.stages import STAGES, Stage
@@ -90,6 +94,7 @@ def plan_run(context: RunContext) -> RunPlan:
     """
     context.lm_eval_digests()
     refuse_unsupported_efforts(context)
+    refuse_asking_text_models(context)
     refuse_missing_logprobs(context)
     recipe, num_prompts = context.recipe, len(context.corpus.prompts)
     num_audition, num_test = _count_audition_answers(context), _count_test_answers(context)

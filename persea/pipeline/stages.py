@@ -115,7 +115,9 @@ def _check_teacher(
             for s in context.check_samples
             if s.skill != TEXT_FILES_SKILL and s.is_supported_by(renderer)
         ]
-        likelihoods = measure_template_likelihood(loaded, samples)
+        # plain text has no template to compare with none
+        conversations = [] if renderer.is_text else [s for s in samples if not s.is_documents]
+        likelihoods = measure_template_likelihood(loaded, conversations)
         retained_mass = make_retained_mass(loaded, event_map, settings.min_counted_probability)
     pairs = [
         check_pair(
@@ -136,8 +138,10 @@ def _check_teacher(
 def run_audition(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
     """Measure every teacher on every skill, and cast the best teacher for each.
 
-    Teachers answer in rounds until the ranking of a skill is settled. The student's base answers
-    the same questions, to find out whether any teacher is better.
+    Teachers answer in rounds until the ranking of a skill is settled. A model without a chat
+    template takes no part in questions. Skills that are taught from texts alone are decided by bits
+    per byte of these texts. The student's base answers the same questions and reads the same texts,
+    to find out whether any teacher is better.
 
     Raises:
         RefusedError: A skill has no teacher, or none that is better than the student's base and
@@ -148,6 +152,13 @@ def run_audition(context: RunContext, folder: Path, progress: ProgressCallback) 
     from persea.evaluation.racing import RaceSettings, compare_efforts, race_teachers
     from persea.pipeline.base_contest import compare_teachers_with_base, write_cast
 
+    if not context.needs_audition:
+        cast = context.cast_without_audition
+        storage.write_json(folder / "cast.json", cast.to_json())
+        storage.write_atomic(folder / "table.md", cast_markdown(cast).encode())
+        progress("audition", 1.0, "no question: each skill has one possible teacher")
+        return
+
     settings, max_new_tokens = context.recipe.audition, context.recipe.capture.max_new_tokens
     load = single_model_loader(
         lambda name: context.models.load_participant(name, settings.batch_size)
@@ -155,6 +166,7 @@ def run_audition(context: RunContext, folder: Path, progress: ProgressCallback) 
     models = {
         name: context.models.evaluated_model(name, settings.batch_size, settings.efforts, load)
         for name in context.models.teacher_names
+        if not context.models.renderers[name].is_text
     }
     own_efforts = {name: model.efforts[0] for name, model in models.items()}
     tasks = context.held_out_items(Split.AUDITION)
@@ -226,7 +238,7 @@ def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -
             max_kl=settings.max_kl,
             max_new_tokens=settings.max_new_tokens,
             seed=context.recipe.seed,
-            use_given_answers=settings.answers == "given",
+            use_given_answers=context.are_answers_given,
             refuse_if_changed=partial(context.models.refuse_changed_teacher, name),
             on_unit=lambda unit: progress("capture", *budget.record_unit(unit)),
         )
@@ -389,6 +401,8 @@ def run_pipeline(context: RunContext, progress: ProgressCallback, only_stage: st
     """
     set_threads(context.recipe.threads)
     preflight.refuse_unsupported_efforts(context)
+    if only_stage in ("", "check", "audition", "capture", "train"):
+        preflight.refuse_asking_text_models(context)
     context.lm_eval_digests()
     preflight.refuse_missing_logprobs(context)
     with join_process_group(context.world):

@@ -38,6 +38,7 @@ class Answer:
         effort: Thinking effort that the prompt requested; None for the teacher's own.
         failure_reason: Why there is no answer, for finish REFUSED. Empty where the teacher's
             template cannot render the prompt or a server's content filter refused it.
+        given: Whether the prompt brought the answer, and the teacher only scored it.
     """
 
     prompt_id: str
@@ -48,14 +49,20 @@ class Answer:
     finish: FinishReason
     effort: ThinkingEffort | None = None
     failure_reason: str = ""
+    given: bool = False
 
     @property
     def text(self) -> str:
         """Text of the answer, without its thinking."""
         return self.conversation.messages[-1].text
 
+    @property
+    def is_own(self) -> bool:
+        """Whether the teacher wrote the text itself: no given answer and no document."""
+        return not self.given and not self.conversation.is_document
+
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON. Without an effort there is no key `mode`, as in older caches."""
+        """Return plain JSON. Keys without a value are absent, as in older caches."""
         value = {
             "prompt_id": self.prompt_id,
             "teacher": self.teacher,
@@ -64,7 +71,11 @@ class Answer:
             "conversation": self.conversation.to_json(),
             "finish": self.finish.value,
         }
-        return value if self.effort is None else value | {"mode": self.effort.value}
+        return (
+            value
+            | ({} if self.effort is None else {"mode": self.effort.value})
+            | ({"given": True} if self.given else {})
+        )
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> Answer:
@@ -77,6 +88,7 @@ class Answer:
             Conversation.from_json(value["conversation"]),
             FinishReason(value["finish"]),
             ThinkingEffort(value["mode"]) if "mode" in value else None,
+            given=value.get("given", False),
         )
 
 
