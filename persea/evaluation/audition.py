@@ -15,6 +15,7 @@ from persea.data.prompts import GOLDEN_RATIO_STEP, pick_by_share
 from persea.errors import RefusedError
 from persea.evaluation.gain import Gain, GainDecision
 from persea.evaluation.racing import EffortComparison, StopReason, TaskRace, find_eliminated, mean
+from persea.evaluation.text_contest import TextContest, TextScore
 from persea.tasks.task import Score, score_results
 
 MIN_TEACHING_SCORE = 1e-9  # a teacher with a score of 0 teaches nothing, also with min_score 0
@@ -49,6 +50,8 @@ class Cast:
             teacher's own effort.
         gains: The best teacher of each part compared with the student's base.
         skipped: Parts that `without_gain: skip` leaves out of the distillation.
+        text_scores: Bits per byte of the teachers of given texts.
+        worse_on_texts: Part of given texts -> teacher -> the teacher that needs fewer bits.
     """
 
     parts: Mapping[str, tuple[tuple[str, float], ...]]
@@ -58,6 +61,8 @@ class Cast:
     effort_comparisons: tuple[EffortComparison, ...] = ()
     gains: tuple[GainDecision, ...] = ()
     skipped: tuple[str, ...] = ()
+    text_scores: tuple[TextScore, ...] = ()
+    worse_on_texts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def part_of(self, skill: str, language: str) -> str:
         """Return the part that a prompt belongs to."""
@@ -67,6 +72,23 @@ class Cast:
     def teacher_of(self, part: str, number: int) -> str:
         """Return the teacher of a part's prompt number; shares hold in any run of prompts."""
         return pick_by_share(self.parts[part], number, GOLDEN_RATIO_STEP)
+
+    def with_text_contests(self, contests: Sequence[TextContest]) -> Cast:
+        """Return the cast with the teachers of given texts."""
+        parts, worse = dict(self.parts), dict(self.worse_on_texts)
+        for contest in contests:
+            for score in contest.scores:  # every language is a part of its own
+                parts.pop(score.skill, None)
+        for contest in contests:
+            parts |= contest.parts
+            worse |= contest.worse_than
+        scores = tuple(s for contest in contests for s in contest.scores)
+        return replace(
+            self,
+            parts=parts,
+            text_scores=(*self.text_scores, *scores),
+            worse_on_texts=worse,
+        )
 
     def with_gains(self, gains: Sequence[GainDecision], skipped: Sequence[str] = ()) -> Cast:
         """Return the cast with the comparisons to the student's base, without skipped parts."""
@@ -83,6 +105,8 @@ class Cast:
             "effort_comparisons": [asdict(c) for c in self.effort_comparisons],
             "gains": [g.to_json() for g in self.gains],
             "skipped": list(self.skipped),
+            "text_scores": [s.to_json() for s in self.text_scores],
+            "worse_on_texts": {k: dict(v) for k, v in self.worse_on_texts.items()},
         }
 
     @staticmethod
@@ -108,6 +132,8 @@ class Cast:
             ),
             tuple(map(GainDecision.from_json, value.get("gains", ()))),
             tuple(value.get("skipped", ())),
+            tuple(TextScore(**s) for s in value.get("text_scores", ())),
+            value.get("worse_on_texts", {}),
         )
 
 
@@ -284,6 +310,7 @@ def cast_table(cast: Cast) -> list[tuple[str, ...]]:
                     _cast_reason(cast, part, score.model_name, share),
                 )
             )
+        rows += _text_rows(cast, part, dict(shares))
     for c in cast.effort_comparisons:
         if c.low > 0 or c.high < 0:
             verdict = f"{'better' if c.low > 0 else 'worse'} than at {c.own_effort}"
@@ -302,6 +329,31 @@ def cast_table(cast: Cast) -> list[tuple[str, ...]]:
     return rows
 
 
+def _text_rows(
+    cast: Cast, part: str, share_by_teacher: Mapping[str, float]
+) -> Iterator[tuple[str, ...]]:
+    """Yield the rows of a part of given texts, the fewest bits per byte first."""
+    skill, _, language = part.partition("/")
+    scores = [
+        s for s in cast.text_scores if s.skill == skill and (not language or s.language == language)
+    ]
+    for s in sorted(scores, key=lambda s: s.bits_per_byte):
+        share = share_by_teacher.get(s.model_name, 0)
+        interval = "" if s.low is None or s.high is None else f" ({s.low:.3f}-{s.high:.3f})"
+        better = cast.worse_on_texts.get(part, {}).get(s.model_name)
+        reason = "tied" if 0 < share < 1 else "strongest" if share else f"worse than {better}"
+        if skill in cast.pinned:
+            reason = "pinned" if share else "another is pinned"
+        yield (
+            part,
+            s.model_name,
+            f"{s.bits_per_byte:.3f} bits/byte{interval}",
+            str(s.n),
+            f"{share:.0%}" if share else "-",
+            reason,
+        )
+
+
 def _format_score(score: Score) -> str:
     return f"{score.value:.2f} ({score.low:.2f}-{score.high:.2f})"
 
@@ -312,7 +364,8 @@ def _cast_reason(cast: Cast, part: str, teacher: str, share: float) -> str:
     if skill in cast.pinned:
         return "pinned" if share else "another is pinned"
     if share:
-        return "tied" if share < 1 else "strongest"
+        is_only = len({s.model_name for s in cast.scores if s.skill == skill}) == 1
+        return "tied" if share < 1 else "only teacher" if is_only else "strongest"
     decision = cast.decisions.get(part)
     if decision and teacher in decision.eliminated:
         return f"worse than {decision.eliminated[teacher]}"

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from persea import storage
-from persea.chat.messages import ThinkingEffort
 from persea.evaluation.answering import answer_items
-from persea.evaluation.audition import Cast, apply_gains, cast_markdown, gain_sentences
 from persea.evaluation.gain import GainDecision, compare_with_base
 from persea.pipeline.model_refs import BASE
-from persea.pipeline.progress import WARNING_PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from persea.config.recipe import Recipe
     from persea.evaluation.answering import EvaluatedModel
+    from persea.evaluation.audition import Cast
     from persea.evaluation.racing import TaskRace
     from persea.pipeline.run_context import RunContext
     from persea.tasks.task import ItemResult, Task, TaskItem
-    from persea.teachers.teacher import Teacher
     from persea.vocab_extension.resize_model import ProgressCallback
 
 
@@ -36,8 +33,7 @@ def compare_teachers_with_base(
     folder: Path,
     races: Sequence[TaskRace],
     cast: Cast,
-    teachers: Mapping[str, EvaluatedModel],
-    load: Callable[[str], Teacher],
+    models: Mapping[str, EvaluatedModel],
     progress: ProgressCallback,
 ) -> list[GainDecision]:
     """Ask the student's base the questions of every part, and compare the part's best teacher.
@@ -50,15 +46,12 @@ def compare_teachers_with_base(
         folder: Folder of the stage; receives the answers of the base.
         races: Finished races.
         cast: The cast.
-        teachers: Teacher -> the model as it was measured.
-        load: Loads the model of a name.
+        models: Model -> how it is measured; without BASE nothing is compared.
         progress: Called with the stage, the share done and a message.
     """
     recipe = context.recipe
-    if not asks_base(recipe):
+    if BASE not in models or context.models.student_renderer.is_text:
         return []
-    base = context.models.evaluated_model(BASE, recipe.audition.batch_size, (), load)
-    models = {**teachers, BASE: base}
     tasks = {task.name: task for task in context.tasks}
     decisions = []
     for race in races:
@@ -71,9 +64,8 @@ def compare_teachers_with_base(
             task: Task = tasks[race.skill],
             answers: list[ItemResult] = answers,
         ) -> Sequence[ItemResult]:
-            effort = ThinkingEffort.NONE if name == BASE else models[name].efforts[0]
             results = answer_items(
-                models[name], effort, task, items, recipe.capture.max_new_tokens
+                models[name], models[name].efforts[0], task, items, recipe.capture.max_new_tokens
             )[0]
             answers += results if name == BASE else ()
             return results
@@ -94,26 +86,3 @@ def compare_teachers_with_base(
                 folder / f"{BASE}.{race.skill}.jsonl", (r.to_json() for r in answers)
             )
     return decisions
-
-
-def write_cast(
-    context: RunContext,
-    folder: Path,
-    cast: Cast,
-    gains: Sequence[GainDecision],
-    progress: ProgressCallback,
-) -> None:
-    """Act on parts without a better teacher, and write cast.json and table.md.
-
-    A refused cast has a table, and no cast.json that a capture could use.
-
-    Raises:
-        RefusedError: See `apply_gains`.
-    """
-    table = folder / "table.md"
-    storage.write_atomic(table, cast_markdown(cast.with_gains(gains)).encode())
-    cast = apply_gains(cast, gains, context.recipe.audition.without_gain)
-    storage.write_json(folder / "cast.json", cast.to_json())
-    storage.write_atomic(table, cast_markdown(cast).encode())
-    for sentence in gain_sentences(cast):
-        progress("audition", 1.0, f"{WARNING_PREFIX}{sentence}")

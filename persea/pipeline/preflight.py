@@ -53,7 +53,8 @@ def refuse_asking_text_models(context: RunContext) -> None:
     for name in models.teacher_names:
         if not models.renderers[name].is_text:
             continue
-        if context.needs_audition and name not in pinned.values():
+        can_win = any(skill not in pinned for skill in context.scored_skills)
+        if context.needs_audition and not can_win and name not in pinned.values():
             raise DataError(
                 f"{name} has no chat template, so an audition cannot ask it",
                 where="audition",
@@ -90,6 +91,23 @@ def refuse_asking_text_models(context: RunContext) -> None:
             f"{recipe.evaluation.judge} has no chat template, so it cannot judge answers",
             where="evaluation.judge",
             remedy="name a model with a chat template",
+        )
+
+
+def refuse_unmeasured_student(context: RunContext) -> None:
+    """Raise if the evaluation would measure nothing.
+
+    Raises:
+        DataError: No question can be asked, and the recipe names no held-out texts.
+    """
+    if not context.evaluated_tasks and not context.recipe.evaluation.texts:
+        models = context.models
+        name = "student" if models.student_renderer.is_text else models.teacher_names[0]
+        raise DataError(
+            f"nothing measures the student: {name} has no chat template, so it answers no question",
+            where="evaluation",
+            remedy="name held-out documents: `evaluation: {texts: [{texts: dev.jsonl, language: "
+            "id}]}`",
         )
 
 

@@ -21,6 +21,7 @@ from persea.data.prompts import Corpus, MalformedLine, Prompt, RemovalReason, bu
 from persea.errors import DataError, RecipeError
 from persea.evaluation.audition import Cast
 from persea.evaluation.compatibility import ConversationSample
+from persea.evaluation.text_contest import GivenTexts
 from persea.pipeline import tasks_and_prompts
 from persea.pipeline.model_refs import BASE, ModelRefs
 from persea.pipeline.stage_keys import STAGE_VERSIONS
@@ -64,7 +65,7 @@ class RunContext:
             text
             for k, part in enumerate(self.recipe.evaluation.texts)
             for text in read_held_out_texts(
-                part.texts, part.skill, part.language, f"evaluation.texts.{k}"
+                Path(part.texts), part.skill, part.language, f"evaluation.texts.{k}", part.column
             )
         )
 
@@ -90,12 +91,28 @@ class RunContext:
 
     @cached_property
     def tasks(self) -> tuple[Task, ...]:
-        """The skills of the corpus in its order, then the tasks that only benchmarks measure."""
-        return tasks_and_prompts.measured_tasks(self.recipe.skills, self.benchmarks)
+        """The skills of the corpus in its order, then the tasks that only benchmarks measure.
+
+        Without skills that are taught from texts alone, where held-out texts measure them.
+        """
+        evaluation = self.recipe.evaluation
+        only_prompts = evaluation.texts and not evaluation.generated_tasks
+        skills = [
+            s for s in self.recipe.skills if s in self.skills_with_prompts or not only_prompts
+        ]
+        return tasks_and_prompts.measured_tasks(skills, self.benchmarks)
 
     @cached_property
     def evaluated_tasks(self) -> tuple[Task, ...]:
-        """The tasks that the evaluation asks: without generated ones if the recipe says so."""
+        """The tasks that the evaluation asks: without generated ones if the recipe says so.
+
+        None where the student, or every teacher, has no chat template and answers no question.
+        """
+        models = self.models
+        if models.student_renderer.is_text or all(
+            models.renderers[name].is_text for name in models.teacher_names
+        ):
+            return ()
         if self.recipe.evaluation.generated_tasks is False:
             return tasks_and_prompts.measured_tasks((), self.benchmarks)
         return self.tasks
@@ -282,15 +299,39 @@ class RunContext:
         )
 
     @property
+    def single_teachers(self) -> dict[str, str]:
+        """Skill -> its teacher, of the skills that only one teacher may teach."""
+        pinned, names = self.recipe.audition.pinned, self.models.teacher_names
+        only = dict.fromkeys(self.recipe.skills, names[0]) if len(names) == 1 else {}
+        return only | dict(pinned)
+
+    @property
     def cast_without_audition(self) -> Cast:
         """The cast where each skill has one possible teacher."""
-        pinned = self.recipe.audition.pinned
-        teacher = self.models.teacher_names[0]
+        pinned, single = self.recipe.audition.pinned, self.single_teachers
         return Cast(
-            {skill: ((pinned.get(skill, teacher), 1.0),) for skill in self.recipe.skills},
+            {skill: ((single[skill], 1.0),) for skill in self.recipe.skills},
             (),
             tuple(skill for skill in self.recipe.skills if skill in pinned),
         )
+
+    @property
+    def scored_skills(self) -> tuple[str, ...]:
+        """Skills whose texts or answers are given, so that teachers are compared by bits."""
+        return tuple(skill for skill in self.recipe.skills if skill not in self.asked_skills)
+
+    def audition_texts(self, skill: str) -> list[GivenTexts]:
+        """Return at most `audition.items` given texts of each language of a skill.
+
+        Every teacher and the student can render them.
+        """
+        renderers = [self.models.student_renderer, *self.models.renderers.values()]
+        samples = tasks_and_prompts.given_samples(
+            (p for p in self.corpus.prompts if p.skill == skill),
+            self.are_answers_given,
+            self.recipe.audition.items,
+        )
+        return tasks_and_prompts.texts_by_language(samples, renderers)
 
     @cached_property
     def captured_corpus(self) -> Corpus:

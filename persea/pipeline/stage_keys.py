@@ -61,6 +61,11 @@ def audition_inputs(context: RunContext) -> object:
         context.recipe.evaluation.grading.model_dump(),
         context.recipe.capture.max_new_tokens,
         *([context.models.student_identity] if context.recipe.audition.compare_with_base else []),
+        *(
+            [one.skill, one.language, [c.to_json() for c in one.conversations]]
+            for skill in context.scored_skills
+            for one in context.audition_texts(skill)
+        ),
     ]
 
 

@@ -136,73 +136,15 @@ def _check_teacher(
 
 
 def run_audition(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
-    """Measure every teacher on every skill, and cast the best teacher for each.
-
-    Teachers answer in rounds until the ranking of a skill is settled. A model without a chat
-    template takes no part in questions. Skills that are taught from texts alone are decided by bits
-    per byte of these texts. The student's base answers the same questions and reads the same texts,
-    to find out whether any teacher is better.
+    """Measure every teacher and the student's base, and cast the best teacher for each skill.
 
     Raises:
         RefusedError: A skill has no teacher, or none that is better than the student's base and
             the recipe refuses that.
     """
-    from persea.evaluation.answering import answer_items, single_model_loader
-    from persea.evaluation.audition import build_cast
-    from persea.evaluation.racing import RaceSettings, compare_efforts, race_teachers
-    from persea.pipeline.base_contest import compare_teachers_with_base, write_cast
+    from persea.pipeline.audition_stage import audition_teachers
 
-    if not context.needs_audition:
-        cast = context.cast_without_audition
-        storage.write_json(folder / "cast.json", cast.to_json())
-        storage.write_atomic(folder / "table.md", cast_markdown(cast).encode())
-        progress("audition", 1.0, "no question: each skill has one possible teacher")
-        return
-
-    settings, max_new_tokens = context.recipe.audition, context.recipe.capture.max_new_tokens
-    load = single_model_loader(
-        lambda name: context.models.load_participant(name, settings.batch_size)
-    )
-    models = {
-        name: context.models.evaluated_model(name, settings.batch_size, settings.efforts, load)
-        for name in context.models.teacher_names
-        if not context.models.renderers[name].is_text
-    }
-    own_efforts = {name: model.efforts[0] for name, model in models.items()}
-    tasks = context.held_out_items(Split.AUDITION)
-    races = race_teachers(
-        list(models),
-        tasks,
-        context.recipe.seed,
-        lambda name, task, items: answer_items(
-            models[name], own_efforts[name], task, items, max_new_tokens
-        )[0],
-        lambda fraction, message: progress("audition", fraction, message),
-        RaceSettings(settings.first_round, settings.min_items_per_language, settings.round_growth),
-    )
-    effort_comparisons, results_by_effort = compare_efforts(
-        races,
-        [task for task, _ in tasks],
-        {name: model.efforts for name, model in models.items()},
-        lambda name, effort, task, items: answer_items(
-            models[name], effort, task, items, max_new_tokens
-        )[0],
-    )
-    for (name, skill, effort), results in results_by_effort.items():
-        suffix = "" if effort is own_efforts[name] else f".{effort}"
-        storage.write_json_lines(
-            folder / f"{name}.{skill}{suffix}.jsonl", (r.to_json() for r in results)
-        )
-    cast = build_cast(
-        races,
-        own_efforts,
-        settings.pinned,
-        settings.min_score,
-        effort_comparisons,
-        context.recipe.skills,
-    )
-    gains = compare_teachers_with_base(context, folder, races, cast, models, load, progress)
-    write_cast(context, folder, cast, gains, progress)
+    audition_teachers(context, folder, progress)
 
 
 def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
@@ -284,7 +226,7 @@ def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) 
         lambda name: context.models.load_participant(name, settings.batch_size)
     )
     answers = EvaluationAnswers()
-
+    unasked = tuple(name for name, renderer in renderers.items() if renderer.is_text)
     # the texts' part of the stage, in models' worth of work
     num_parts = len(names) * ((len(tasks) > 0) + (len(context.held_out_texts) > 0))
 
@@ -298,6 +240,7 @@ def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) 
             tasks,
             settings.max_new_tokens,
             partial(model_progress, k),
+            ask=name not in unasked,
         )
     result = EvaluationResult(
         STUDENT,
@@ -309,6 +252,7 @@ def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) 
         tuple(name for name in renderers if name not in teacher_names),
         compare_student(answers, STUDENT),
         find_regressions(answers, STUDENT, BASE),
+        unasked if tasks else (),
     )
     records = list(answers.iter_answer_records())
     storage.write_json_lines(folder / "examples.jsonl", records)
@@ -405,6 +349,8 @@ def run_pipeline(context: RunContext, progress: ProgressCallback, only_stage: st
         preflight.refuse_asking_text_models(context)
     context.lm_eval_digests()
     preflight.refuse_missing_logprobs(context)
+    if only_stage in ("", "evaluate"):
+        preflight.refuse_unmeasured_student(context)
     with join_process_group(context.world):
         if only_stage in ("", "train"):
             preflight.refuse_impossible_training(context)
