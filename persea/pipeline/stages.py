@@ -264,6 +264,7 @@ def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) 
         evaluate_model,
         find_regressions,
     )
+    from persea.report.claims import NOTHING_MEASURED
 
     tasks, settings = context.held_out_items(Split.TEST), context.recipe.evaluation
     teacher_names, renderers = context.models.teacher_names, context.models.renderers
@@ -273,6 +274,8 @@ def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) 
     )
     answers = EvaluationAnswers()
 
+    if not tasks and not context.held_out_texts:
+        progress("evaluate", 1.0, NOTHING_MEASURED)
     # the texts' part of the stage, in models' worth of work
     num_parts = len(names) * ((len(tasks) > 0) + (len(context.held_out_texts) > 0))
 
@@ -297,6 +300,7 @@ def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) 
         tuple(name for name in renderers if name not in teacher_names),
         compare_student(answers, STUDENT),
         find_regressions(answers, STUDENT, BASE),
+        tuple(n for n in names if context.models.renderer(n).is_text),
     )
     records = list(answers.iter_answer_records())
     storage.write_json_lines(folder / "examples.jsonl", records)
