@@ -44,6 +44,7 @@ class EvaluatedModel:
         load: Loads its weights; called only if something must be computed.
         settings: Settings that may change a last digit: batch size, threads.
         is_text_only: Whether it returns no log-probabilities.
+        can_be_asked: Whether it has a chat template; a model without one only scores texts.
     """
 
     name: str
@@ -52,6 +53,7 @@ class EvaluatedModel:
     load: Callable[[], Teacher]
     settings: Mapping[str, int]
     is_text_only: bool = False
+    can_be_asked: bool = True
 
 
 def single_model_loader(load: Callable[[str], Teacher]) -> Callable[[str], Teacher]:

@@ -141,6 +141,10 @@ class ModelRefs:
             for k, t in enumerate(self.recipe.teachers)
         }
 
+    def renderer(self, name: str) -> ChatRenderer:
+        """Return the chat renderer of STUDENT, BASE or a teacher."""
+        return self.renderers.get(name, self.student_renderer)
+
     @cached_property
     def event_maps(self) -> dict[str, EventMap]:
         """Teacher name -> event map to the student's vocabulary, without the reference models."""
@@ -379,6 +383,7 @@ class ModelRefs:
             partial(load, name),
             {"batch": batch, "threads": self.recipe.threads},
             endpoint is not None and endpoint.protocol == "chat",
+            not renderer.is_text,
         )
 
     def max_positions(self, name: str) -> int:

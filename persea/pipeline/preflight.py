@@ -94,23 +94,6 @@ def refuse_asking_text_models(context: RunContext) -> None:
         )
 
 
-def refuse_unmeasured_student(context: RunContext) -> None:
-    """Raise if the evaluation would measure nothing.
-
-    Raises:
-        DataError: No question can be asked, and the recipe names no held-out texts.
-    """
-    if not context.evaluated_tasks and not context.recipe.evaluation.texts:
-        models = context.models
-        name = "student" if models.student_renderer.is_text else models.teacher_names[0]
-        raise DataError(
-            f"nothing measures the student: {name} has no chat template, so it answers no question",
-            where="evaluation",
-            remedy="name held-out documents: `evaluation: {texts: [{texts: dev.jsonl, language: "
-            "id}]}`",
-        )
-
-
 def refuse_impossible_training(context: RunContext) -> None:
     """Raise if the training cannot start as it was launched.
 

@@ -104,18 +104,21 @@ class RunContext:
 
     @cached_property
     def evaluated_tasks(self) -> tuple[Task, ...]:
-        """The tasks that the evaluation asks: without generated ones if the recipe says so.
+        """The tasks that the evaluation asks.
 
-        None where the student, or every teacher, has no chat template and answers no question.
+        Skills that are taught from texts alone have none, unless the recipe says so: the questions
+        of a generator say nothing about the user's own texts. None at all if the student or all of
+        its teachers have no chat template.
         """
-        models = self.models
-        if models.student_renderer.is_text or all(
-            models.renderers[name].is_text for name in models.teacher_names
-        ):
+        models, generated_tasks = self.models, self.recipe.evaluation.generated_tasks
+        teachers = [models.renderers[name] for name in models.teacher_names]
+        if models.student_renderer.is_text or all(t.is_text for t in teachers):
             return ()
-        if self.recipe.evaluation.generated_tasks is False:
-            return tasks_and_prompts.measured_tasks((), self.benchmarks)
-        return self.tasks
+        with_prompts = [s for s in self.recipe.skills if s in self.skills_with_prompts]
+        skills = self.recipe.skills if generated_tasks else with_prompts
+        if generated_tasks is False:
+            skills = ()
+        return tasks_and_prompts.measured_tasks(skills, self.benchmarks)
 
     def held_out_items(self, split: Split) -> list[tuple[Task, tuple[TaskItem, ...]]]:
         """Return the held-out items of a split: AUDITION chooses teachers, TEST compares models.

@@ -218,6 +218,7 @@ def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) 
         evaluate_model,
         find_regressions,
     )
+    from persea.report.claims import NOTHING_MEASURED
 
     tasks, settings = context.held_out_items(Split.TEST), context.recipe.evaluation
     teacher_names, renderers = context.models.teacher_names, context.models.renderers
@@ -226,7 +227,9 @@ def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) 
         lambda name: context.models.load_participant(name, settings.batch_size)
     )
     answers = EvaluationAnswers()
-    unasked = tuple(name for name, renderer in renderers.items() if renderer.is_text)
+
+    if not tasks and not context.held_out_texts:
+        progress("evaluate", 1.0, NOTHING_MEASURED)
     # the texts' part of the stage, in models' worth of work
     num_parts = len(names) * ((len(tasks) > 0) + (len(context.held_out_texts) > 0))
 
@@ -240,7 +243,6 @@ def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) 
             tasks,
             settings.max_new_tokens,
             partial(model_progress, k),
-            ask=name not in unasked,
         )
     result = EvaluationResult(
         STUDENT,
@@ -252,7 +254,7 @@ def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) 
         tuple(name for name in renderers if name not in teacher_names),
         compare_student(answers, STUDENT),
         find_regressions(answers, STUDENT, BASE),
-        unasked if tasks else (),
+        tuple(n for n in names if context.models.renderer(n).is_text),
     )
     records = list(answers.iter_answer_records())
     storage.write_json_lines(folder / "examples.jsonl", records)
@@ -349,8 +351,6 @@ def run_pipeline(context: RunContext, progress: ProgressCallback, only_stage: st
         preflight.refuse_asking_text_models(context)
     context.lm_eval_digests()
     preflight.refuse_missing_logprobs(context)
-    if only_stage in ("", "evaluate"):
-        preflight.refuse_unmeasured_student(context)
     with join_process_group(context.world):
         if only_stage in ("", "train"):
             preflight.refuse_impossible_training(context)

@@ -23,7 +23,7 @@ from persea.evaluation.lm_eval_results import LmEvalResult, read_lm_eval_results
 from persea.evaluation.racing import StopReason
 from persea.evaluation.text_report import TextReport
 from persea.report import svg, text
-from persea.report.claims import claims, headline
+from persea.report.claims import NOTHING_MEASURED, claims, headline
 from persea.report.model_card import model_card_front_matter
 from persea.report.result_charts import (
     mean_group_shares,
@@ -233,7 +233,7 @@ def write_report(
     ]
     where = str(run_folder / "evaluate" / "evaluation.json")
     texts = read_text_report(run_folder)
-    comparisons = compare_skills(files.evaluation, where, has_texts=texts is not None)
+    comparisons = compare_skills(files.evaluation, where)
     context = _template_context(files, comparisons, lm_eval_results, texts)
     context["thinking_section"] = render_thinking_section(modes)
     page = _render_template("page.html.jinja", context)
@@ -257,7 +257,7 @@ def _template_context(
 ) -> dict[str, Any]:
     evaluation = files.evaluation
     findings = claims(evaluation, comparisons) if comparisons else ()
-    heading = headline(comparisons) if comparisons else ""
+    heading = headline(comparisons) if comparisons else "" if texts else NOTHING_MEASURED
     if texts:
         findings, heading = (heading, *findings) if heading else findings, text_headline(texts)
     training_plots, teacher_shares = training_charts(files)
