@@ -18,7 +18,7 @@ from persea.config.recipe import Recipe
 from persea.data.dedup import DedupOptions
 from persea.data.held_out_texts import HeldOutText, read_held_out_texts
 from persea.data.prompts import Corpus, MalformedLine, Prompt, RemovalReason, build_corpus
-from persea.errors import DataError, RecipeError
+from persea.errors import DataError, RecipeError, RefusedError
 from persea.evaluation.audition import Cast
 from persea.evaluation.compatibility import ConversationSample
 from persea.evaluation.text_contest import GivenTexts
@@ -215,6 +215,9 @@ class RunContext:
         """The prompts that teachers answer and the texts that they score.
 
         Without held-out items and near-duplicates; long texts are split into windows.
+
+        Raises:
+            RefusedError: Everything is left out.
         """
         held_out = [
             i.prompt
@@ -244,6 +247,13 @@ class RunContext:
             [(text.id, text.text) for text in self.held_out_texts],
             self.are_answers_given,
         )
+        if not corpus.prompts and corpus.removed:
+            counts = ", ".join(f"{n:,} {why}" for why, n in corpus.count_removed().items())
+            raise RefusedError(
+                f"nothing is left to teach: {counts}",
+                where="corpus",
+                remedy="give prompts or texts that do not hold the held-out ones",
+            )
         return replace(
             corpus,
             prompts=tuple(self.split_documents(corpus.prompts)),
