@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from persea.cache.accounting import left_out_lines
 from persea.config.schema import StudentSection
 from persea.errors import RefusedError
 from persea.pipeline.model_refs import BASE, STUDENT
@@ -61,24 +62,31 @@ class RunPlan:
         answers: Questions that models answer, at most.
         disk_bytes: Bytes that the run adds to the disk, at most.
         disk_free: Free bytes on the disk of the run folder.
+        left_out: Reason -> number of prompts, texts and lines that are not captured.
     """
 
     stages: tuple[StagePlan, ...]
     answers: int
     disk_bytes: int
     disk_free: int
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON."""
         return asdict(self)
 
     def table_rows(self) -> list[tuple[str, str, str]]:
-        """Return (stage, state, work) of each stage, and a row of totals."""
+        """Return (stage, state, work) of each stage, why prompts are left out, and totals."""
         disk = (
             f"at most {self.disk_bytes / 1e9:.2f} GB of disk ({self.disk_free / 1e9:.0f} GB free)"
         )
+        rows = [(s.stage, s.state, s.work) for s in self.stages]
+        after_capture = 1 + [s.stage for s in self.stages].index("capture") if self.stages else 0
+        rows[after_capture:after_capture] = [
+            ("", "", line) for line in left_out_lines(self.left_out)
+        ]
         return [
-            *((s.stage, s.state, s.work) for s in self.stages),
+            *rows,
             ("total", "", f"{self.answers:,} answers, {disk}"),
         ]
 
@@ -97,22 +105,23 @@ def plan_run(context: RunContext) -> RunPlan:
     refuse_missing_logprobs(context)
     recipe, num_prompts = context.recipe, len(context.corpus.prompts)
     num_audition, num_test = _count_audition_answers(context), _count_test_answers(context)
-    captured_bytes = (
-        num_prompts
-        * recipe.capture.max_new_tokens
-        * (
-            SAMPLED_BYTES_PER_TOKEN
-            if recipe.capture.distributions == "sampled"
-            else TOPK_BYTES_PER_TOKEN
-        )
+    num_scored = sum(
+        context.are_answers_given or p.conversation.is_document for p in context.corpus.prompts
+    )
+    captured_bytes = _count_captured_tokens(context) * (
+        SAMPLED_BYTES_PER_TOKEN
+        if recipe.capture.distributions == "sampled"
+        else TOPK_BYTES_PER_TOKEN
     )
     num_teachers = len(context.models.teacher_names)
-    num_skipped = context.corpus.num_inputs - num_prompts
+    captured = [f"{num_prompts - num_scored:,} answers"] if num_scored < num_prompts else []
+    captured += [f"{num_scored:,} given texts"] if num_scored else []
     work = {
         "check": f"{num_teachers} tokenizer pairs",
-        "audition": f"at most {num_audition:,} answers by {num_teachers} teachers",
-        "capture": f"{num_prompts:,} answers, at most {captured_bytes / 1e9:.2f} GB "
-        f"({num_skipped:,} prompts left out)",
+        "audition": f"at most {num_audition:,} answers by {num_teachers} teachers"
+        if context.needs_audition
+        else "no question: each skill has one possible teacher",
+        "capture": f"{' and '.join(captured) or 'nothing'}, at most {captured_bytes / 1e9:.2f} GB",
         "train": f"{recipe.training.steps:,} steps of {recipe.training.batch_size} conversations",
         "evaluate": f"{num_test:,} answers by {len(context.models.renderers) + 2} models",
         "lineage": "one record",
@@ -131,22 +140,40 @@ def plan_run(context: RunContext) -> RunPlan:
         states[stage.name] = _stage_state(context, stage, states)
     return RunPlan(
         tuple(StagePlan(s.name, states[s.name], work[s.name]) for s in STAGES),
-        num_audition + num_prompts + num_test,
+        num_audition + num_prompts - num_scored + num_test,
         disk_bytes,
         disk_free,
+        context.corpus.count_removed(),
     )
 
 
+def _count_captured_tokens(context: RunContext) -> int:
+    """Return the most tokens that teachers write or score: a text has at most one a byte."""
+    max_new_tokens = context.recipe.capture.max_new_tokens
+    total = 0
+    for prompt in context.corpus.prompts:
+        if prompt.conversation.is_document:
+            total += len(prompt.conversation.messages[0].text.encode(errors="replace"))
+        elif context.are_answers_given:
+            total += len(prompt.answer.encode(errors="replace"))
+        else:
+            total += max_new_tokens
+    return total
+
+
 def _count_audition_answers(context: RunContext) -> int:
+    if not context.needs_audition:
+        return 0
     num_items = sum(len(items) for _, items in context.held_out_items(Split.AUDITION))
     efforts, models = context.recipe.audition.efforts, context.models
-    return num_items * sum(len(models.measured_efforts(n, efforts)) for n in models.teacher_names)
+    asked = [n for n in models.teacher_names if not models.renderers[n].is_text]
+    return num_items * sum(len(models.measured_efforts(n, efforts)) for n in asked)
 
 
 def _count_test_answers(context: RunContext) -> int:
     tasks = context.held_out_items(Split.TEST)
     efforts, models = context.recipe.evaluation.efforts, context.models
-    names = (STUDENT, BASE, *models.renderers)
+    names = [n for n in (STUDENT, BASE, *models.renderers) if not models.renderer(n).is_text]
     num_answers = sum(len(items) for _, items in tasks) * sum(
         len(models.measured_efforts(name, efforts)) for name in names
     )
@@ -159,7 +186,7 @@ def _count_test_answers(context: RunContext) -> int:
 
 def _stage_state(context: RunContext, stage: Stage, earlier_states: Mapping[str, str]) -> str:
     needed = {
-        "capture": ("audition",),
+        "capture": ("audition",) if context.needs_audition else (),
         "train": ("capture",),
         "evaluate": ("train",),
         "lineage": ("train",),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from persea import storage
 from persea.cache.capture import CaptureUnit, plan_units
+from persea.cache.given_answers import refuse_missing_answers
 from persea.chat.messages import ThinkingEffort
 from persea.config.recipe import Recipe
 from persea.data.dedup import DedupOptions
@@ -227,6 +228,8 @@ class RunContext:
             )
             for k, part in enumerate(self.recipe.corpus)
         ]
+        if self.are_answers_given:
+            refuse_missing_answers(parts)
         corpus = build_corpus(
             parts,
             held_out,
