@@ -48,9 +48,7 @@ def captured(
         np.zeros(n, np.float32),
         DistributionKind.FULL,
     )
-    answer = Answer(
-        "p", "base", "languages", "id", conversation, FinishReason.STOP, given=given
-    )
+    answer = Answer("p", "base", "languages", "id", conversation, FinishReason.STOP, given=given)
     return CachedAnswer(answer, tokens, rows)
 
 
