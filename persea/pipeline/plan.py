@@ -16,6 +16,8 @@ from typing import Any
 from persea.cache.accounting import left_out_lines
 from persea.config.schema import StudentSection
 from persea.errors import RefusedError
+from persea.models.gguf_header import find_gguf
+from persea.models.gguf_model import gguf_header
 from persea.pipeline.model_refs import BASE, STUDENT
 from persea.pipeline.preflight import (
     refuse_asking_text_models,
@@ -34,6 +36,13 @@ SAMPLED_BYTES_PER_TOKEN = 40
 TOPK_BYTES_PER_TOKEN = 400
 BYTES_PER_PARAMETER = 4  # float32
 ADAM_COPIES = 3  # a checkpoint holds each trained weight and its two Adam moments
+
+# name of a matrix in a GGUF file -> its name in transformers, which `lora.targets` uses
+GGUF_MATRICES = {
+    **{f"attn_{x}": f"{x}_proj" for x in ("q", "k", "v")},
+    "attn_output": "o_proj",
+    **{f"ffn_{x}": f"{x}_proj" for x in ("gate", "up", "down")},
+}
 
 UP_TO_DATE, TO_DO, WAITS = "up to date", "to do", "waits"
 
@@ -202,15 +211,12 @@ def training_bytes(student: StudentSection) -> int:
     """Return the bytes that a training adds to the disk, at most: student and checkpoints.
 
     Checkpoints hold the trained weights: all of them, or the LoRA matrices. Two checkpoints are
-    kept, and a third is written before the oldest is deleted. Returns 0 for a model that is not in
-    a local folder: its size is unknown before it is downloaded.
+    kept, and a third is written before the oldest is deleted. Returns 0 for a model that is not on
+    this machine: its size is unknown before it is downloaded.
     """
     from persea.training.checkpoint import MAX_CHECKPOINTS  # imports torch
 
-    folder = Path(student.model)
-    if not folder.is_dir():
-        return 0
-    shapes = dict(_weight_shapes(folder))
+    shapes = dict(_weight_shapes(student.model))
     num_weights = sum(prod(shape) for shape in shapes.values())
     num_trained = num_weights
     if student.lora:  # each adapted matrix [out, in] gets [rank, in] and [out, rank]
@@ -223,9 +229,15 @@ def training_bytes(student: StudentSection) -> int:
     return BYTES_PER_PARAMETER * (num_weights + ADAM_COPIES * num_trained * (MAX_CHECKPOINTS + 1))
 
 
-def _weight_shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield name and shape of each tensor, from the headers of the safetensors files."""
-    for path in sorted(folder.glob("*.safetensors")):
+def _weight_shapes(model: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield name and shape of each tensor, from the headers of the safetensors or the GGUF file."""
+    gguf = find_gguf(model, "student.model")
+    if gguf is not None:
+        for tensor in gguf_header(gguf, "student.model").tensors:
+            *block, name, kind = ("." + tensor.name).rsplit(".", 2)
+            yield ".".join([*block, GGUF_MATRICES.get(name, name), kind]), tensor.shape
+        return
+    for path in sorted(Path(model).glob("*.safetensors") if Path(model).is_dir() else ()):
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         for name, tensor in header.items():

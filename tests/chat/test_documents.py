@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from persea.chat.documents import (
     DOCUMENT_END_TOKENS,
@@ -131,7 +133,29 @@ def test_windows_have_the_start_and_no_end():
     assert make_document_tokens(renderer.vocabulary, "") == DocumentTokens(
         (), None, f"{NO_END_NOTE}; {NO_START_NOTE}"
     )
-    part = render_document(renderer.vocabulary, around, "one two", ends=False)
-    whole = render_document(renderer.vocabulary, around, "one two", ends=True)
+    part, whole = (
+        render_document(
+            renderer.vocabulary,
+            around,
+            Conversation.from_document("one two", ends=ends).messages[0],
+        )
+        for ends in (False, True)
+    )
     assert part.ids_T.tolist() == whole.ids_T.tolist()[:-1]
     assert whole.ids_T[-1] == around.end_id
+
+
+def test_a_space_that_the_tokenizer_writes_is_no_byte_of_the_text(tmp_path: Path):
+    """As Llama 2: `▁` before a text. The token that also covers it has no start."""
+    folder_of(tmp_path, "", bos="<s>", eos="</s>", adds_bos=True)
+    (tmp_path / "chat_template.jinja").unlink()
+    path = tmp_path / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    spec["pre_tokenizer"]["add_prefix_space"] = True
+    path.write_text(json.dumps(spec))
+    renderer = load_renderer(ModelSource(str(tmp_path)), "w")
+    tokens = renderer.render(Conversation.from_document("Hello 1 + 1"))
+    original = Tokenizer.from_file(str(path)).encode("Hello 1 + 1").ids
+    assert tokens.ids_T.tolist() == [*original, renderer.document_tokens.end_id]
+    assert tokens.starts_T[1] == -1
+    assert tokens.ends_T[-1] == len("Hello 1 + 1")
