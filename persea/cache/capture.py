@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from persea.cache.accounting import UnitProgress
+from persea.cache.given_answers import answer_or_score, count_prompt_tokens
 from persea.cache.maintenance import committed_units
 from persea.cache.reader import SHUFFLE_WINDOW_BLOCKS, CacheReader, open_cache_reader
 from persea.cache.unit import CachedAnswer, is_committed, read_record, unit_id, write_unit
-from persea.chat.messages import FinishReason, Text, ThinkingEffort
+from persea.chat.messages import FinishReason, ThinkingEffort
 from persea.data.formats import MAX_LINE_BYTES
 from persea.data.prompts import Prompt
 from persea.distributions import (
@@ -249,7 +250,7 @@ def capture_teacher(
         is_new = not is_committed(folder, unit.name)
         if is_new:
             renderable, quarantine = _split_renderable(unit.prompts, teacher)
-            answers = _answer_or_score(renderable, teacher, max_new_tokens, use_given_answers)
+            answers = answer_or_score(renderable, teacher, max_new_tokens, use_given_answers)
             quarantine += [
                 (a.prompt_id, a.failure_reason or CONTENT_FILTER_REASON)
                 for a in answers
@@ -298,7 +299,7 @@ def _split_renderable(
             num_bytes = sum(len(part.text.encode()) for part in prompt.conversation.parts())
             if num_bytes > MAX_LINE_BYTES:
                 raise DataError(f"{num_bytes:,} bytes, at most {MAX_LINE_BYTES:,}")
-            num_tokens = _count_prompt_tokens(prompt, teacher)
+            num_tokens = count_prompt_tokens(prompt, teacher)
             if 0 < teacher.max_context_tokens <= num_tokens:
                 raise DataError(
                     f"{num_tokens:,} tokens, and {teacher.name} has positions for "
@@ -309,54 +310,6 @@ def _split_renderable(
         else:
             renderable.append(prompt)
     return renderable, quarantine
-
-
-def _count_prompt_tokens(prompt: Prompt, teacher: Teacher) -> int:
-    """Return the tokens of a prompt, or of a document but its last: nothing follows that one."""
-    if prompt.conversation.is_document:
-        return len(teacher.renderer.render(prompt.conversation)) - 1
-    return len(teacher.renderer.render_prompt(teacher.build_conversation(prompt)))
-
-
-def _answer_or_score(
-    prompts: Sequence[Prompt], teacher: Teacher, max_new_tokens: int, use_given_answers: bool
-) -> list[Answer]:
-    """Return one answer a prompt, in order: given ones and documents, or the teacher's own."""
-    is_asked = [not use_given_answers and not p.conversation.is_document for p in prompts]
-    asked = [p for p, ask in zip(prompts, is_asked, strict=True) if ask]
-    written = iter(teacher.answer(asked, max_new_tokens) if asked else [])
-    return [
-        next(written) if ask else _given_answer(p, teacher)
-        for p, ask in zip(prompts, is_asked, strict=True)
-    ]
-
-
-def _given_answer(prompt: Prompt, teacher: Teacher) -> Answer:
-    conversation = prompt.conversation
-    if not conversation.is_document:
-        if not prompt.answer:
-            raise missing_answer_error(prompt.id)
-        conversation = teacher.build_conversation(prompt).with_answer(Text(prompt.answer))
-    return Answer(
-        prompt.id,
-        teacher.name,
-        prompt.skill,
-        prompt.language,
-        conversation,
-        FinishReason.STOP,
-        prompt.effort,
-        given=not conversation.is_document,
-    )
-
-
-def missing_answer_error(prompt_id: str) -> DataError:
-    """Return the error for a prompt without the answer that should be scored."""
-    return DataError(
-        f"prompt {prompt_id} has no answer of its own",
-        where="capture.answers: given",
-        remedy='add an assistant turn or an "answer" to the prompt, or let the teachers '
-        "answer: capture.answers: ask",
-    )
 
 
 def _write_answers(

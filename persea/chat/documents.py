@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from persea.chat.messages import Message, Role
 from persea.tokenization.tokens import RenderedTokens
 from persea.tokenization.vocabulary import Vocabulary
 
@@ -67,11 +68,24 @@ def find_document_end(
         turn_ends: Tokens that end an answer in its chat template; empty for a base model.
     """
     declared = special_tokens.get("eos_token", "")
-    if declared in vocabulary.control_token_ids and (
+    if _has_row(vocabulary, declared) and (
         declared in DOCUMENT_END_TOKENS or declared not in turn_ends
     ):
         return declared
-    return next((t for t in DOCUMENT_END_TOKENS if t in vocabulary.control_token_ids), "")
+    return next((t for t in DOCUMENT_END_TOKENS if _has_row(vocabulary, t)), "")
+
+
+def _has_row(vocabulary: Vocabulary, token: str) -> bool:
+    """Return whether this is a control token that the model has logits for."""
+    return vocabulary.control_token_ids.get(token, len(vocabulary)) < len(vocabulary)
+
+
+def find_document_tokens(
+    vocabulary: Vocabulary, special_tokens: Mapping[str, str], turn_ends: Collection[str]
+) -> DocumentTokens:
+    """Return the tokens around a document; see `find_document_end` for the arguments."""
+    end = find_document_end(vocabulary, special_tokens, turn_ends)
+    return make_document_tokens(vocabulary, end)
 
 
 def make_document_tokens(vocabulary: Vocabulary, end_token: str) -> DocumentTokens:
@@ -95,7 +109,7 @@ def make_document_tokens(vocabulary: Vocabulary, end_token: str) -> DocumentToke
 
 
 def render_document(
-    vocabulary: Vocabulary, around: DocumentTokens, text: str, ends: bool
+    vocabulary: Vocabulary, around: DocumentTokens, message: Message
 ) -> RenderedTokens:
     """Render a document, or a window of one.
 
@@ -105,13 +119,14 @@ def render_document(
     Args:
         vocabulary: The model's tokenizer.
         around: Tokens around the text.
-        text: The text, in NFC.
-        ends: Whether the document ends here.
+        message: The text, in NFC; its role says whether the document ends here.
 
     Raises:
         DataError: The tokenizer does not reproduce the text.
     """
-    text_ids = vocabulary.encode(text)
+    text, ends = message.text, message.role is Role.DOCUMENT
+    space = vocabulary.prefix_space_before(text) if text else ""
+    text_ids = vocabulary.encode(space + text)
     end_ids = [around.end_id] if ends and around.end_id is not None else []
     before, after = len(around.prefix_ids), len(end_ids)
     ids_T = np.array([*around.prefix_ids, *text_ids, *end_ids], np.int32)
@@ -119,9 +134,12 @@ def render_document(
     starts_T = ends_T.copy()
     lengths = vocabulary.lengths_W[np.asarray(text_ids, np.int64)]
     in_text = slice(before, before + len(text_ids))
-    ends_T[in_text] = np.cumsum(lengths)
+    ends_T[in_text] = np.cumsum(lengths) - len(space)
     starts_T[in_text] = ends_T[in_text] - lengths
-    num_bytes = int(lengths.sum())
+    num_bytes = len(text.encode())
     starts_T[len(ids_T) - after :] = ends_T[len(ids_T) - after :] = num_bytes
+    # a token that also covers the space before a text has no start, as in a chat template
+    starts_T[starts_T < 0] = -1
+    ends_T[ends_T <= 0] = -1
     loss_mask_T = np.arange(len(ids_T)) >= max(before, 1)
     return RenderedTokens(ids_T, starts_T, ends_T, loss_mask_T)

@@ -257,10 +257,22 @@ def _show_stage(stage: str, context: RunContext) -> None:
         print_table(CAST_TABLE_COLUMNS, cast_table(context.cast))
         for gain in context.cast.gains:
             typer.echo(gain.sentence)
+    elif stage == "capture":
+        _show_left_out(context.folder)
     elif stage == "evaluate":
         _show_scores(context.folder)
     elif stage == "report":
         _show_report(context.folder, as_json=False)
+
+
+def _show_left_out(folder: Path) -> None:
+    """Print how many prompts and texts were captured, and a line a reason why others were not."""
+    from persea.cache.accounting import count_left_out, left_out_lines
+
+    summary = json.loads((folder / "capture" / "summary.json").read_text())
+    typer.echo(f"{summary['kept']:,} of {summary['in']:,} prompts and texts captured")
+    for line in left_out_lines(count_left_out(summary)):
+        typer.echo(line)
 
 
 def _read_check(folder: Path) -> dict[str, Any]:

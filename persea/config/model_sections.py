@@ -58,13 +58,14 @@ class ModelRef(RecipeSection):
 
     model: str = Field(
         min_length=1,
-        description="a folder in Hugging Face form, a hub id such as Qwen/Qwen3-8B, random, or "
-        "text_only",
+        description="a folder in Hugging Face form, a GGUF file or a folder that holds one, a hub "
+        "id such as Qwen/Qwen3-8B, random, or text_only",
     )
     revision: str = Field(default="", description="revision of a hub model: branch, tag or commit")
     tokenizer: str = Field(
         default="",
-        description="folder or hub id of the tokenizer, if it is not in the model's folder",
+        description="folder or hub id of the tokenizer, if it is not in the model's folder or GGUF "
+        "file",
     )
     family: FamilyName = Field(
         default="",

@@ -52,6 +52,7 @@ class Prompt:
 
 
 Choice = TypeVar("Choice")
+MALFORMED_LINE_REASON = "malformed line"
 
 
 def pick_by_share(shares: Sequence[tuple[Choice, float]], number: int, step: float) -> Choice:
@@ -172,7 +173,7 @@ class Corpus:
         """Return reason -> number of prompts, documents and lines that were left out."""
         counts = Counter[str](r.reason.value for r in self.removed)
         if self.malformed:
-            counts["malformed line"] = len(self.malformed)
+            counts[MALFORMED_LINE_REASON] = len(self.malformed)
         return dict(counts)
 
     @property

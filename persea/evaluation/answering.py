@@ -99,7 +99,8 @@ def answer_items(
         Graded answers in order, and how many of them were read from disk.
 
     Raises:
-        DataError: Two items share an id, a choice is empty, or there are no items.
+        DataError: Two items share an id, a choice is empty, there are no items, or the model has
+            no chat template.
         TeacherError: A text-only model would have to score choices, or its server failed.
     """
     _refuse_bad_items(task.name, items)
@@ -146,6 +147,13 @@ def _generate_answers(
     max_new_tokens: int,
 ) -> tuple[dict[str, _ItemAnswer], int]:
     """Generate answers; return them by prompt id, and how many were read from disk."""
+    if items and not model.can_be_asked:
+        raise DataError(
+            f"{model.name} has no chat template, so it cannot answer questions",
+            where=model.name,
+            remedy="measure it in bits per byte of held-out texts (`evaluation.texts`), or give it "
+            "a chat template",
+        )
     answers: dict[str, _ItemAnswer] = {}
     num_reused = 0
     for batch in _item_batches(items):

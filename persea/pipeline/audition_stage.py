@@ -27,7 +27,7 @@ from persea.evaluation.gain import GainDecision
 from persea.evaluation.racing import RaceSettings, TaskRace, compare_efforts, race_teachers
 from persea.evaluation.text_bits import measure_text_bits
 from persea.evaluation.text_contest import TextContest, decide_text_contest
-from persea.pipeline.base_contest import asks_base, compare_teachers_with_base
+from persea.pipeline.base_contest import asks_base, compare_teachers_with_base, measures_base
 from persea.pipeline.model_refs import BASE
 from persea.pipeline.progress import WARNING_PREFIX
 from persea.tasks.task import Split
@@ -56,7 +56,7 @@ def audition_teachers(context: RunContext, folder: Path, progress: ProgressCallb
         name: context.models.evaluated_model(name, batch, efforts, load)
         for name in context.models.teacher_names
     }
-    if asks_base(context.recipe):
+    if measures_base(context):
         models[BASE] = context.models.evaluated_model(BASE, batch, (), load)
     cast, races = _race(context, folder, models, progress)
     gains = compare_teachers_with_base(context, folder, races, cast, models, progress)
@@ -84,7 +84,7 @@ def _race(
         for task, items in context.held_out_items(Split.AUDITION)
         if task.name in context.asked_skills
     ]
-    contestants = {task.name: _contestants(context, task.name) for task, _ in tasks}
+    contestants = {task.name: contestants(context, task.name) for task, _ in tasks}
 
     def answer(name: str, task: Task, items: Sequence[TaskItem]) -> Sequence[ItemResult]:
         return answer_items(models[name], own_efforts[name], task, items, max_new_tokens)[0]
@@ -132,7 +132,7 @@ def _race(
     return _complete_cast(context, cast), races
 
 
-def _contestants(context: RunContext, skill: str) -> tuple[str, ...]:
+def contestants(context: RunContext, skill: str) -> tuple[str, ...]:
     """Return the teachers that are asked the questions of a skill: those with a chat template.
 
     Of a skill with one possible teacher it is that one, to compare the student's base with it. It
@@ -146,7 +146,7 @@ def _contestants(context: RunContext, skill: str) -> tuple[str, ...]:
     is_represented = any(p.skill == skill and p.generate for p in recipe.corpus) or any(
         b.skill == skill for b in context.benchmarks
     )
-    if not asks_base(recipe) or models.student_renderer.is_text or not is_represented:
+    if not asks_base(context) or not is_represented:
         return ()
     return tuple(n for n in [context.single_teachers.get(skill)] if n in askable)
 
@@ -167,6 +167,12 @@ def _complete_cast(context: RunContext, cast: Cast) -> Cast:
 
 
 # --- given texts ---
+
+
+def is_contested_on_texts(context: RunContext, skill: str) -> bool:
+    """Return whether at least two models are measured on the given texts of a skill."""
+    num_teachers = 1 if skill in context.single_teachers else len(context.models.teacher_names)
+    return num_teachers + measures_base(context) > 1
 
 
 def _contest_on_texts(

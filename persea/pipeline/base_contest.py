@@ -14,7 +14,6 @@ from persea.pipeline.model_refs import BASE
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from persea.config.recipe import Recipe
     from persea.evaluation.answering import EvaluatedModel
     from persea.evaluation.audition import Cast
     from persea.evaluation.racing import TaskRace
@@ -23,9 +22,14 @@ if TYPE_CHECKING:
     from persea.vocab_extension.resize_model import ProgressCallback
 
 
-def asks_base(recipe: Recipe) -> bool:
+def measures_base(context: RunContext) -> bool:
     """Return whether the audition measures the student's base: not where it has random weights."""
-    return recipe.audition.compare_with_base and recipe.student.sizes is None
+    return context.recipe.audition.compare_with_base and context.recipe.student.sizes is None
+
+
+def asks_base(context: RunContext) -> bool:
+    """Return whether the base answers questions: it is measured, and has a chat template."""
+    return measures_base(context) and not context.models.student_renderer.is_text
 
 
 def compare_teachers_with_base(
@@ -50,7 +54,7 @@ def compare_teachers_with_base(
         progress: Called with the stage, the share done and a message.
     """
     recipe = context.recipe
-    if BASE not in models or context.models.student_renderer.is_text:
+    if BASE not in models or not asks_base(context):
         return []
     tasks = {task.name: task for task in context.tasks}
     decisions = []

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from persea import storage
 from persea.cache.capture import CaptureUnit, plan_units
+from persea.cache.given_answers import refuse_missing_answers
 from persea.chat.messages import ThinkingEffort
 from persea.config.recipe import Recipe
 from persea.data.dedup import DedupOptions
@@ -239,6 +240,8 @@ class RunContext:
             )
             for k, part in enumerate(self.recipe.corpus)
         ]
+        if self.are_answers_given:
+            refuse_missing_answers(parts)
         corpus = build_corpus(
             parts,
             held_out,
@@ -294,9 +297,9 @@ class RunContext:
         path = self.folder / "audition" / "cast.json"
         if path.is_file():
             return Cast.from_json(storage.read_json(path))
-        if self.needs_audition:
+        if self.needs_audition or self.recipe.audition.without_gain != "warn":
             raise DataError(
-                "no teacher is chosen yet",
+                "no teacher is chosen yet, or compared with the student",
                 where=str(path),
                 remedy=f"run `persea audition {self.recipe.source_path}` first, or pin a teacher "
                 "of each skill under audition.pinned",

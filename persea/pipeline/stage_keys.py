@@ -51,16 +51,17 @@ def check_inputs(context: RunContext) -> object:
 
 def audition_inputs(context: RunContext) -> object:
     """Return the inputs of `audition`, as JSON: everything that its output depends on."""
-    if not context.needs_audition:  # no question is asked
+    audition = context.recipe.audition
+    if not context.needs_audition and not audition.compare_with_base:  # nothing is measured
         return ["without questions", context.cast_without_audition.to_json()]
     return [
         context.models.teacher_identities,
         context.items_digest(Split.AUDITION),
         context.recipe.skills,
-        context.recipe.audition.model_dump(),
+        audition.model_dump(),
         context.recipe.evaluation.grading.model_dump(),
         context.recipe.capture.max_new_tokens,
-        *([context.models.student_identity] if context.recipe.audition.compare_with_base else []),
+        *([context.models.student_identity] if audition.compare_with_base else []),
         *(
             [one.skill, one.language, [c.to_json() for c in one.conversations]]
             for skill in context.scored_skills

@@ -158,6 +158,8 @@ def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -
         CaptureBudget,
         account_for_prompts,
         capture_summary,
+        count_left_out,
+        left_out_lines,
         quarantine_records,
     )
     from persea.cache.answer_filter import verify_answers
@@ -196,9 +198,10 @@ def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -
         )
         caches = [reader for reader, _ in open_teacher_caches(units, folder)]
         summary["verified"] = verify_answers(caches, items, context.tasks, folder)
-    storage.write_json(
-        folder / "summary.json", summary | account_for_prompts(summary, corpus, quarantine)
-    )
+    summary |= account_for_prompts(summary, corpus, quarantine)
+    storage.write_json(folder / "summary.json", summary)
+    kept = f"{summary['kept']:,} of {summary['in']:,} kept"
+    progress("capture", 1.0, ", ".join([kept, *left_out_lines(count_left_out(summary))]))
 
 
 def run_train(context: RunContext, folder: Path, progress: ProgressCallback) -> None:

@@ -135,6 +135,12 @@ def compare_skills(evaluation: EvaluationRecord, where: str) -> tuple[SkillCompa
                 skill, student, base, teachers, reference_models, versus_best, versus_base
             )
         )
+    if not comparisons and evaluation.compared:
+        raise DataError(
+            "no skill was measured",
+            where=where,
+            remedy="name skills under `corpus:` in the recipe and run evaluate again",
+        )
     return tuple(comparisons)
 
 
