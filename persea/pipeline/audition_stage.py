@@ -84,16 +84,16 @@ def _race(
         for task, items in context.held_out_items(Split.AUDITION)
         if task.name in context.asked_skills
     ]
-    contestants = {task.name: contestants(context, task.name) for task, _ in tasks}
+    names_by_skill = {task.name: contestants(context, task.name) for task, _ in tasks}
 
     def answer(name: str, task: Task, items: Sequence[TaskItem]) -> Sequence[ItemResult]:
         return answer_items(models[name], own_efforts[name], task, items, max_new_tokens)[0]
 
     races: list[TaskRace] = []
-    raced = [(task, items) for task, items in tasks if contestants[task.name]]
-    for names in dict.fromkeys(contestants[task.name] for task, _ in raced):
+    raced = [(task, items) for task, items in tasks if names_by_skill[task.name]]
+    for names in dict.fromkeys(names_by_skill[task.name] for task, _ in raced):
         done = len(races)
-        group = [(task, items) for task, items in raced if contestants[task.name] == names]
+        group = [(task, items) for task, items in raced if names_by_skill[task.name] == names]
 
         def race_progress(
             fraction: float, message: str, done: int = done, size: int = len(group)
