@@ -9,7 +9,6 @@ has `auto_map` is refused before any library reads it; hub ids are loaded with
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -445,19 +444,6 @@ def download_model(source: ModelSource, where: str, with_weights: bool = True) -
             where=where,
             remedy="give a folder in Hugging Face form",
         ) from error
-
-
-def copy_tokenizer_files(source_folder: Path, target_folder: Path) -> None:
-    """Copy tokenizer, chat template and generation configuration to another model folder."""
-    for name in (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "special_tokens_map.json",
-        "generation_config.json",
-    ):
-        if (source_folder / name).is_file():
-            shutil.copyfile(source_folder / name, target_folder / name)
 
 
 def _refuse_remote_code(folder: Path, where: str) -> None:

@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from persea.chat.renderer import ChatRenderer
 from persea.errors import DataError, MissingRequirementError, RefusedError, StorageError
 from persea.losses import LMHead
+from persea.models.chat_templates import copy_tokenizer_files
 from persea.models.loading import (
     ModelSource,
-    copy_tokenizer_files,
     load_model,
     local_tokenizer_folder,
 )
