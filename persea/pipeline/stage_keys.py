@@ -84,7 +84,6 @@ def capture_inputs(context: RunContext) -> object:
     return [
         *(u.name for u in context.capture_units),
         *([b.location, b.reason] for b in context.corpus.malformed),
-        *(["skipped", *context.cast.skipped] if context.cast.skipped else []),
         *(
             ["verify", context.recipe.evaluation.grading.model_dump()]
             if context.recipe.capture.drop_wrong_answers
