@@ -1,7 +1,8 @@
-"""Where a model's chat template comes from, and which models have none."""
+"""Where a model's chat template comes from, which models have none, and how it is copied."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,3 +75,16 @@ def refuse_thinking_option(family: Family, where: str) -> None:
         where=where,
         remedy="choose a student whose template takes a system text and writes answers unchanged",
     )
+
+
+def copy_tokenizer_files(source_folder: Path, target_folder: Path) -> None:
+    """Copy tokenizer, chat template and generation configuration to another model folder."""
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "special_tokens_map.json",
+        "generation_config.json",
+    ):
+        if (source_folder / name).is_file():
+            shutil.copyfile(source_folder / name, target_folder / name)

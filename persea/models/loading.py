@@ -9,7 +9,6 @@ has `auto_map` is refused before any library reads it; hub ids are loaded with
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -109,7 +108,17 @@ def local_folder(name_or_path: str, where: str) -> Path | None:
     return None
 
 
-def _tokenizer_folder(source: ModelSource, where: str) -> Path | None:
+def loadable_name(name_or_path: str, where: str) -> str:
+    """Return what another library can load: the converted folder of a GGUF file, or the reference.
+
+    Raises:
+        DataError: The GGUF file cannot be converted.
+    """
+    gguf = find_gguf(name_or_path, where)
+    return name_or_path if gguf is None else str(model_folder(gguf, where))
+
+
+def local_tokenizer_folder(source: ModelSource, where: str) -> Path | None:
     """Return the local folder of a model's tokenizer; None for a hub id.
 
     A tokenizer.json beside a GGUF file is preferred to the tokenizer in the file.
@@ -181,7 +190,7 @@ def load_tokenizer(source: ModelSource, where: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    folder = _tokenizer_folder(source, where)
+    folder = local_tokenizer_folder(source, where)
     if folder is not None:
         _refuse_remote_code(folder, where)
     revision = {"revision": source.revision} if source.revision and folder is None else {}
@@ -435,19 +444,6 @@ def download_model(source: ModelSource, where: str, with_weights: bool = True) -
             where=where,
             remedy="give a folder in Hugging Face form",
         ) from error
-
-
-def copy_tokenizer_files(source_folder: Path, target_folder: Path) -> None:
-    """Copy tokenizer, chat template and generation configuration to another model folder."""
-    for name in (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "special_tokens_map.json",
-        "generation_config.json",
-    ):
-        if (source_folder / name).is_file():
-            shutil.copyfile(source_folder / name, target_folder / name)
 
 
 def _refuse_remote_code(folder: Path, where: str) -> None:

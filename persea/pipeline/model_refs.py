@@ -174,10 +174,16 @@ class ModelRefs:
             name: {
                 "family": renderer.family.name,
                 "detected": not source.family,
-                "note": model_warnings(source, renderer, name),
+                "note": model_warnings(source, renderer, name) + self._text_note(renderer),
             }
             for name, source, renderer in models
         }
+
+    def _text_note(self, renderer: ChatRenderer) -> str:
+        """Return what a model's tokenizer lacks for plain texts; "" if the corpus has none."""
+        has_texts = any(part.texts is not None for part in self.recipe.corpus)
+        note = renderer.document_tokens.note if has_texts else ""
+        return f" {note[0].upper()}{note[1:]}." if note else ""
 
     # --- identities: digests of everything that a model's answers depend on ---
 

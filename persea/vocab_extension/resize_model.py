@@ -18,10 +18,10 @@ from tokenizers import Tokenizer
 
 from persea.chat.families import CONTROL_MARKERS
 from persea.errors import DataError, RefusedError, StorageError
+from persea.models.chat_templates import copy_tokenizer_files
 from persea.models.identity import fingerprint
 from persea.models.loading import (
     ModelSource,
-    copy_tokenizer_files,
     download_model,
     load_tokenizer,
     read_weights,

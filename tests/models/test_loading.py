@@ -29,10 +29,10 @@ from persea.chat.renderer import ChatRenderer
 from persea.distributions import SparseDistributions
 from persea.errors import DataError
 from persea.losses import event_kl_loss
+from persea.models.chat_templates import copy_tokenizer_files
 from persea.models.identity import model_warnings
 from persea.models.loading import (
     ModelSource,
-    copy_tokenizer_files,
     download_model,
     eos_token_ids,
     load_model,
