@@ -108,7 +108,7 @@ def test_a_run_without_questions_has_a_page(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     path = run / "evaluate" / "evaluation.json"
     evaluation = json.loads(path.read_text())
-    empty = {"scores": [], "compared": [], "regressions": [], "bits_per_byte": {}}
+    empty: dict[str, Any] = {"scores": [], "compared": [], "regressions": [], "bits_per_byte": {}}
     path.write_text(json.dumps(evaluation | empty))
     (run / "evaluate" / "examples.jsonl").write_text("")
     write_texts(run)
