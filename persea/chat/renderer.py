@@ -19,6 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from persea.chat.byte_offsets import part_offsets, token_table
+from persea.chat.documents import (
+    TEXT_FAMILY_NAME,
+    DocumentTokens,
+    find_document_tokens,
+    render_document,
+)
 from persea.chat.family import DecodedPieces, Family
 from persea.chat.messages import (
     PINNED_DATE,
@@ -36,7 +42,12 @@ from persea.chat.messages import (
     replace_text,
 )
 from persea.chat.template import ChatTemplate
-from persea.chat.text_runs import TextRun, refuse_tokens_without_row, split_runs
+from persea.chat.text_runs import (
+    TextRun,
+    insert_prompt_only_suffix,
+    refuse_tokens_without_row,
+    split_runs,
+)
 from persea.errors import DataError
 from persea.tokenization.name_pattern import compile_names
 from persea.tokenization.tokens import RenderedTokens
@@ -88,6 +99,17 @@ class ChatRenderer:
             if self.vocabulary.control_token_ids.get(s, len(self.vocabulary)) < len(self.vocabulary)
         )
 
+    @property
+    def is_text(self) -> bool:
+        """Whether the model has no chat template: it scores and learns text, and is not asked."""
+        return self.family.name == TEXT_FAMILY_NAME
+
+    @cached_property
+    def document_tokens(self) -> DocumentTokens:
+        """Tokens around a plain text without roles."""
+        turn_ends = () if self.is_text else self.family.stop_tokens[:1]
+        return find_document_tokens(self.vocabulary, self.special_tokens, turn_ends)
+
     @cached_property
     def digest(self) -> str:
         """sha256 that changes whenever a rendering could change.
@@ -113,20 +135,30 @@ class ChatRenderer:
 
         Raises:
             DataError: The template changes the bytes of the content, or the family has no form for
-                it.
+                it; or the conversation is a document.
         """
+        if conversation.is_document:
+            raise DataError(
+                "a document is no prompt: there is nothing to answer",
+                where=self.family.name,
+                remedy="use render(); documents are scored and learned, never answered",
+            )
         return self._render_tokens(conversation, add_generation_prompt=True)
 
     def render(self, conversation: Conversation) -> RenderedTokens:
         """Render a conversation that ends with the assistant's answer and its stop token.
 
+        A document is rendered by the model's rules for plain text, without its chat template.
+
         Returns:
-            Token ids, byte offsets and the loss mask over the last answer.
+            Token ids, byte offsets and the loss mask over the last answer, or over the document.
 
         Raises:
             DataError: The last message is not the assistant's, the template changes the bytes of
                 the content, or the family has no form for it.
         """
+        if conversation.is_document:
+            return render_document(self.vocabulary, self.document_tokens, conversation.messages[0])
         if not conversation.messages or conversation.messages[-1].role is not Role.ASSISTANT:
             raise DataError(
                 "the conversation does not end with an answer",
@@ -360,7 +392,7 @@ class ChatRenderer:
             )
             bare_prompt = prompt.removesuffix(self.family.prompt_only_suffix)
             if not full.startswith(prompt) and full.startswith(bare_prompt):
-                segments = _insert_prompt_only_suffix(
+                segments = insert_prompt_only_suffix(
                     segments, len(bare_prompt), self.family.prompt_only_suffix
                 )
                 full = "".join(t for t, _ in segments)
@@ -390,7 +422,7 @@ class ChatRenderer:
             stopped = stopped or (in_answer and run.control_id in self.stop_ids)
             offset = turn_end if in_answer and stopped else -1
             columns.append(np.array([[run.control_id, offset, offset, in_answer]]))
-        if not add_generation_prompt and not stopped:
+        if not add_generation_prompt and not stopped and self.family.stop_tokens:
             raise DataError(
                 "the chat template does not end the assistant's turn with a stop token",
                 where=self.family.name,
@@ -447,21 +479,6 @@ class ChatRenderer:
     @cached_property
     def _control_pattern(self) -> re.Pattern[str]:
         return compile_names(self.vocabulary.control_token_ids)
-
-
-def _insert_prompt_only_suffix(
-    segments: Sequence[tuple[str, int | None]], position: int, suffix: str
-) -> list[tuple[str, int | None]]:
-    """Insert the family's `prompt_only_suffix` at this character, which lies in template text."""
-    result: list[tuple[str, int | None]] = []
-    char = 0
-    for text, part in segments:
-        if part is None and char < position <= char + len(text):
-            result += [(text[: position - char] + suffix + text[position - char :], None)]
-        else:
-            result.append((text, part))
-        char += len(text)
-    return result
 
 
 def _is_well_formed(message: Message) -> bool:

@@ -100,3 +100,18 @@ def refuse_tokens_without_row(vocabulary: Vocabulary, runs: Sequence[TextRun]) -
                 where=vocabulary.name,
                 remedy="take tokenizer and template from the folder that the weights came with",
             )
+
+
+def insert_prompt_only_suffix(
+    segments: Sequence[tuple[str, int | None]], position: int, suffix: str
+) -> list[tuple[str, int | None]]:
+    """Insert the family's `prompt_only_suffix` at this character, which lies in template text."""
+    result: list[tuple[str, int | None]] = []
+    char = 0
+    for text, part in segments:
+        if part is None and char < position <= char + len(text):
+            result += [(text[: position - char] + suffix + text[position - char :], None)]
+        else:
+            result.append((text, part))
+        char += len(text)
+    return result

@@ -359,6 +359,7 @@ def _evaluated_model(
         load,
         {"batch": batch_size, "threads": torch.get_num_threads()},
         isinstance(model, Teacher) and model.is_text_only,
+        not renderer.is_text,
     )
 
 

@@ -15,19 +15,24 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from persea.chat.documents import TEXT_FAMILY_NAME
 from persea.chat.families import detect_family, get_family
 from persea.chat.families.generic import GENERIC_FAMILY_NAME, infer_family
 from persea.chat.families.hybrid import (
     add_thinking_switch,
-    can_use_hybrid_template,
     has_thinking_switch,
     make_hybrid_family,
 )
-from persea.chat.family import Family
+from persea.chat.families.text import make_text_family
 from persea.chat.messages import PINNED_DATE, Conversation, Text
 from persea.chat.renderer import ChatRenderer
 from persea.chat.template import compile_template
 from persea.errors import DataError
+from persea.models.chat_templates import (
+    is_text_model,
+    read_template,
+    refuse_thinking_option,
+)
 from persea.models.config_files import read_json_config, refuse_remote_code
 from persea.models.gguf_header import find_gguf
 from persea.models.gguf_model import gguf_header, model_folder, tokenizer_folder
@@ -56,6 +61,7 @@ class ModelSource:
         thinking: Give a model whose chat template has no thinking switch the hybrid template.
         quantize: "8bit", "4bit" or "mxfp4" for fewer bits a weight on a GPU; "none" = as stored.
         offload: Keep in main memory the weights that do not fit on the GPU.
+        chat_template: A file with a chat template, instead of the model's own; "" = its own.
     """
 
     model: str
@@ -66,6 +72,7 @@ class ModelSource:
     thinking: bool = False
     quantize: str = "none"
     offload: bool = False
+    chat_template: str = ""
 
     @property
     def is_random(self) -> bool:
@@ -226,7 +233,8 @@ def load_renderer(
     """Load tokenizer, chat template and family of a model, without its weights.
 
     A model of a family that persea does not know gets the family that `infer_family` finds out by
-    rendering its template.
+    rendering its template. A model without a chat template is a text model
+    (`persea.chat.families.text`).
 
     Args:
         source: A folder in Hugging Face form, a GGUF file, a hub id, or a `ModelSource`.
@@ -237,8 +245,9 @@ def load_renderer(
         The renderer, which turns conversations into token ids and parses answers.
 
     Raises:
-        DataError: The folder is missing, the model has no chat template, the tokenizer does not
-            reproduce its input, or neither a family nor `infer_family` can follow the template.
+        DataError: The folder is missing, the tokenizer does not reproduce its input, a family is
+            named and there is no chat template, or neither a family nor `infer_family` can follow
+            the template.
 
     Example:
         >>> from persea.chat.messages import Conversation, Text
@@ -255,8 +264,8 @@ def load_renderer(
         source = ModelSource(source)
     where = where or source.tokenizer_name_or_path
     tokenizer = _open_tokenizer(source, where)
-    template_text = tokenizer.chat_template or ""
-    if not isinstance(template_text, str):
+    template_text = read_template(source, where) or tokenizer.chat_template or ""
+    if not isinstance(template_text, str) and source.family != TEXT_FAMILY_NAME:
         raise DataError(
             f"{source.tokenizer_name_or_path!r} has several chat templates",
             where=where,
@@ -265,14 +274,10 @@ def load_renderer(
     vocabulary = tokenizer.vocabulary
     if num_rows := num_logits_in_config(source, where):
         vocabulary = limit_to_rows(vocabulary, num_rows, where)
-    if not template_text and not (source.thinking and can_use_hybrid_template(vocabulary)):
-        raise DataError(
-            f"{source.tokenizer_name_or_path!r} has no chat template",
-            where=where,
-            remedy="add chat_template.jinja to the folder; a base model without one cannot be a "
-            "teacher or be evaluated",
-        )
-    special = dict(tokenizer.special_tokens_map)
+    special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+    if is_text_model(source, template_text, vocabulary, where):
+        text_family, rendering = make_text_family(vocabulary, special)
+        return ChatRenderer(text_family, vocabulary, rendering, "", template_date, special)
     template = compile_template(template_text, special, template_date, where)
     if source.thinking and not has_thinking_switch(template):
         template_text = add_thinking_switch(template_text, vocabulary)
@@ -291,30 +296,13 @@ def load_renderer(
         )
     has_switch = has_thinking_switch(template)
     if source.thinking and (len(family.efforts) > 1 or not has_switch):
-        _refuse_thinking_option(family, where)
+        refuse_thinking_option(family, where)
     if len(family.efforts) == 1 and has_switch:
         family = make_hybrid_family(family, vocabulary)
     renderer = ChatRenderer(family, vocabulary, template, template_text, template_date, special)
     if tokens_without_row(vocabulary):
         renderer.refuse_tokens_without_row(Conversation.from_question("Hi").with_answer(Text("Hi")))
     return renderer
-
-
-def _refuse_thinking_option(family: Family, where: str) -> None:
-    if len(family.efforts) > 1:
-        raise DataError(
-            f"`thinking: true`, but {family.name} has its own thinking switch: "
-            f"{', '.join(family.efforts)}",
-            where=where,
-            remedy="delete `thinking:`",
-        )
-    raise DataError(
-        f"`thinking: true`, but the template of {family.name} does not keep the effort before the "
-        "system text and the thought "
-        "before the answer",
-        where=where,
-        remedy="choose a student whose template takes a system text and writes answers unchanged",
-    )
 
 
 def eos_token_ids(source: ModelSource, where: str) -> tuple[int, ...]:
@@ -328,21 +316,35 @@ def eos_token_ids(source: ModelSource, where: str) -> tuple[int, ...]:
     gguf = find_gguf(source.model, where)
     if gguf is not None:
         return stop_token_ids(gguf_header(gguf, where))
-    folder = local_folder(source.model, where)
     for name in ("generation_config.json", "config.json"):
-        path = download_hub_file(source, name) if folder is None else folder / name
-        if path is None or not path.is_file():
-            continue
-        config = read_json_config(path, where)
-        text_config = config.get("text_config")
-        eos = config.get(
-            "eos_token_id",
-            text_config.get("eos_token_id") if isinstance(text_config, dict) else None,
-        )
+        eos = config_value(source, name, "eos_token_id", where)
         ids = tuple(i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int))
         if ids:
             return ids
     return ()
+
+
+def config_value(source: ModelSource, file_name: str, key: str, where: str) -> Any:
+    """Return a value of a model's configuration file, or of its `text_config`; None without one."""
+    if source.is_random:
+        return None
+    folder = local_folder(source.model, where)
+    path = download_hub_file(source, file_name) if folder is None else folder / file_name
+    if path is None or not path.is_file():
+        return None
+    config = read_json_config(path, where)
+    text_config = config.get("text_config")
+    return config.get(key, text_config.get(key) if isinstance(text_config, dict) else None)
+
+
+def max_positions(source: ModelSource, where: str) -> int:
+    """Return the number of positions in the model's configuration; 0 if it has none."""
+    if source.is_random:
+        from persea.models.random_init import MAX_POSITIONS
+
+        return MAX_POSITIONS
+    positions = config_value(source, "config.json", "max_position_embeddings", where)
+    return positions if isinstance(positions, int) else 0
 
 
 def num_logits_in_config(source: ModelSource, where: str) -> int:
@@ -352,15 +354,7 @@ def num_logits_in_config(source: ModelSource, where: str) -> int:
     gguf = find_gguf(source.model, where)
     if gguf is not None:
         return gguf_header(gguf, where).num_embedding_rows
-    folder = local_folder(source.model, where)
-    path = download_hub_file(source, "config.json") if folder is None else folder / "config.json"
-    if path is None or not path.is_file():
-        return 0
-    config = read_json_config(path, where)
-    text_config = config.get("text_config")
-    stated = config.get(
-        "vocab_size", text_config.get("vocab_size") if isinstance(text_config, dict) else None
-    )
+    stated = config_value(source, "config.json", "vocab_size", where)
     return stated if isinstance(stated, int) else 0
 
 

@@ -35,7 +35,7 @@ from persea.models.identity import (
     model_warnings,
     weight_bytes,
 )
-from persea.models.loading import ModelSource, load_renderer
+from persea.models.loading import ModelSource, load_renderer, max_positions
 from persea.pipeline.remote_teachers import (
     endpoint_identity,
     generation_identity,
@@ -65,6 +65,7 @@ def model_source(ref: ModelRef) -> ModelSource:
         ref.family,
         sizes,
         isinstance(ref, StudentSection) and ref.thinking,
+        chat_template=ref.chat_template,
     )
     if isinstance(ref, TeacherSection):
         return replace(source, quantize=ref.quantize, offload=ref.offload)
@@ -157,6 +158,10 @@ class ModelRefs:
             for k, t in enumerate(self.recipe.teachers)
         }
 
+    def renderer(self, name: str) -> ChatRenderer:
+        """Return the chat renderer of STUDENT, BASE or a teacher."""
+        return self.renderers.get(name, self.student_renderer)
+
     @cached_property
     def event_maps(self) -> dict[str, EventMap]:
         """Teacher name -> event map to the student's vocabulary, without the reference models."""
@@ -182,10 +187,16 @@ class ModelRefs:
             name: {
                 "family": renderer.family.name,
                 "detected": not source.family,
-                "note": model_warnings(source, renderer, name),
+                "note": model_warnings(source, renderer, name) + self._text_note(renderer),
             }
             for name, source, renderer in models
         }
+
+    def _text_note(self, renderer: ChatRenderer) -> str:
+        """Return what a model's tokenizer lacks for plain texts; "" if the corpus has none."""
+        has_texts = any(part.texts is not None for part in self.recipe.corpus)
+        note = renderer.document_tokens.note if has_texts else ""
+        return f" {note[0].upper()}{note[1:]}." if note else ""
 
     # --- identities: digests of everything that a model's answers depend on ---
 
@@ -395,7 +406,15 @@ class ModelRefs:
             partial(load, name),
             {"batch": batch, "threads": self.recipe.threads},
             endpoint is not None and endpoint.protocol == "chat",
+            not renderer.is_text,
         )
+
+    def max_positions(self, name: str) -> int:
+        """Return the positions of a model that is evaluated; 0 if they are not known."""
+        if name not in self.renderers:
+            return max_positions(model_source(self.recipe.student), STUDENT)
+        ref = self.teacher_ref(name)
+        return 0 if ref.endpoint else max_positions(model_source(ref), name)
 
     def lineage_parent(self, name: str) -> ParentModel:
         """Describe a teacher, or the base, for the lineage record."""

@@ -8,17 +8,24 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from persea.cache.accounting import left_out_lines
 from persea.config.schema import StudentSection
 from persea.errors import RefusedError
 from persea.models.gguf_header import find_gguf
 from persea.models.gguf_model import gguf_header
+from persea.pipeline.audition_stage import contestants, is_contested_on_texts
+from persea.pipeline.base_contest import asks_base, measures_base
 from persea.pipeline.model_refs import BASE, STUDENT
-from persea.pipeline.preflight import refuse_missing_logprobs, refuse_unsupported_efforts
+from persea.pipeline.preflight import (
+    refuse_asking_text_models,
+    refuse_missing_logprobs,
+    refuse_unsupported_efforts,
+)
 from persea.pipeline.run_context import RunContext
 from persea.pipeline.stage_keys import stage_key
 from persea.pipeline.stages import STAGES, Stage
@@ -66,24 +73,31 @@ class RunPlan:
         answers: Questions that models answer, at most.
         disk_bytes: Bytes that the run adds to the disk, at most.
         disk_free: Free bytes on the disk of the run folder.
+        left_out: Reason -> number of prompts, texts and lines that are not captured.
     """
 
     stages: tuple[StagePlan, ...]
     answers: int
     disk_bytes: int
     disk_free: int
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON."""
         return asdict(self)
 
     def table_rows(self) -> list[tuple[str, str, str]]:
-        """Return (stage, state, work) of each stage, and a row of totals."""
+        """Return (stage, state, work) of each stage, why prompts are left out, and totals."""
         disk = (
             f"at most {self.disk_bytes / 1e9:.2f} GB of disk ({self.disk_free / 1e9:.0f} GB free)"
         )
+        rows = [(s.stage, s.state, s.work) for s in self.stages]
+        after_capture = 1 + [s.stage for s in self.stages].index("capture") if self.stages else 0
+        rows[after_capture:after_capture] = [
+            ("", "", line) for line in left_out_lines(self.left_out)
+        ]
         return [
-            *((s.stage, s.state, s.work) for s in self.stages),
+            *rows,
             ("total", "", f"{self.answers:,} answers, {disk}"),
         ]
 
@@ -98,27 +112,27 @@ def plan_run(context: RunContext) -> RunPlan:
     """
     context.lm_eval_digests()
     refuse_unsupported_efforts(context)
+    refuse_asking_text_models(context)
     refuse_missing_logprobs(context)
     recipe, num_prompts = context.recipe, len(context.corpus.prompts)
     num_audition, num_test = _count_audition_answers(context), _count_test_answers(context)
-    captured_bytes = (
-        num_prompts
-        * recipe.capture.max_new_tokens
-        * (
-            SAMPLED_BYTES_PER_TOKEN
-            if recipe.capture.distributions == "sampled"
-            else TOPK_BYTES_PER_TOKEN
-        )
+    num_scored = sum(
+        context.are_answers_given or p.conversation.is_document for p in context.corpus.prompts
+    )
+    captured_bytes = _count_captured_tokens(context) * (
+        SAMPLED_BYTES_PER_TOKEN
+        if recipe.capture.distributions == "sampled"
+        else TOPK_BYTES_PER_TOKEN
     )
     num_teachers = len(context.models.teacher_names)
-    num_skipped = context.corpus.num_inputs - num_prompts
+    captured = [f"{num_prompts - num_scored:,} answers"] if num_scored < num_prompts else []
+    captured += [f"{num_scored:,} given texts"] if num_scored else []
     work = {
         "check": f"{num_teachers} tokenizer pairs",
-        "audition": f"at most {num_audition:,} answers by {num_teachers} teachers",
-        "capture": f"{num_prompts:,} answers, at most {captured_bytes / 1e9:.2f} GB "
-        f"({num_skipped:,} prompts left out)",
+        "audition": _audition_work(context, num_audition),
+        "capture": f"{' and '.join(captured) or 'nothing'}, at most {captured_bytes / 1e9:.2f} GB",
         "train": f"{recipe.training.steps:,} steps of {recipe.training.batch_size} conversations",
-        "evaluate": f"{num_test:,} answers by {len(context.models.renderers) + 2} models",
+        "evaluate": _evaluation_work(context, num_test),
         "lineage": "one record",
         "report": "one page",
     }
@@ -135,22 +149,65 @@ def plan_run(context: RunContext) -> RunPlan:
         states[stage.name] = _stage_state(context, stage, states)
     return RunPlan(
         tuple(StagePlan(s.name, states[s.name], work[s.name]) for s in STAGES),
-        num_audition + num_prompts + num_test,
+        num_audition + num_prompts - num_scored + num_test,
         disk_bytes,
         disk_free,
+        context.corpus.count_removed(),
     )
 
 
+def _audition_work(context: RunContext, num_answers: int) -> str:
+    names = f"{len(context.models.teacher_names)} teachers"
+    names += " and the student's base" * measures_base(context)
+    num_texts = sum(
+        len(one.conversations)
+        for skill in context.scored_skills
+        if is_contested_on_texts(context, skill)
+        for one in context.audition_texts(skill)
+    )
+    work = [f"at most {num_answers:,} answers"] * (num_answers > 0)
+    work += [f"{num_texts:,} texts read"] * (num_texts > 0)
+    if not work:
+        return "no question: each skill has one possible teacher"
+    return f"{' and '.join(work)} by {names}"
+
+
+def _evaluation_work(context: RunContext, num_answers: int) -> str:
+    texts = f"{len(context.held_out_texts):,} texts" if context.held_out_texts else ""
+    answers = f"{num_answers:,} answers" if num_answers or not texts else ""
+    work = " and ".join(filter(None, (answers, texts)))
+    return f"{work} by {len(context.models.renderers) + 2} models"
+
+
+def _count_captured_tokens(context: RunContext) -> int:
+    """Return the most tokens that teachers write or score: a text has at most one a byte."""
+    max_new_tokens = context.recipe.capture.max_new_tokens
+    total = 0
+    for prompt in context.corpus.prompts:
+        if prompt.conversation.is_document:
+            total += len(prompt.conversation.messages[0].text.encode(errors="replace"))
+        elif context.are_answers_given:
+            total += len(prompt.answer.encode(errors="replace"))
+        else:
+            total += max_new_tokens
+    return total
+
+
 def _count_audition_answers(context: RunContext) -> int:
-    num_items = sum(len(items) for _, items in context.held_out_items(Split.AUDITION))
     efforts, models = context.recipe.audition.efforts, context.models
-    return num_items * sum(len(models.measured_efforts(n, efforts)) for n in models.teacher_names)
+    count = 0
+    for task, items in context.held_out_items(Split.AUDITION):
+        names = contestants(context, task.name) if task.name in context.asked_skills else ()
+        if names:
+            asked = sum(len(models.measured_efforts(n, efforts)) for n in names)
+            count += len(items) * (asked + asks_base(context))
+    return count
 
 
 def _count_test_answers(context: RunContext) -> int:
     tasks = context.held_out_items(Split.TEST)
     efforts, models = context.recipe.evaluation.efforts, context.models
-    names = (STUDENT, BASE, *models.renderers)
+    names = [n for n in (STUDENT, BASE, *models.renderers) if not models.renderer(n).is_text]
     num_answers = sum(len(items) for _, items in tasks) * sum(
         len(models.measured_efforts(name, efforts)) for name in names
     )
@@ -163,7 +220,9 @@ def _count_test_answers(context: RunContext) -> int:
 
 def _stage_state(context: RunContext, stage: Stage, earlier_states: Mapping[str, str]) -> str:
     needed = {
-        "capture": ("audition",),
+        "capture": ("audition",)
+        if context.needs_audition or context.recipe.audition.without_gain != "warn"
+        else (),
         "train": ("capture",),
         "evaluate": ("train",),
         "lineage": ("train",),

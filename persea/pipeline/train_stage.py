@@ -135,6 +135,7 @@ def train_rank(
         seed=context.recipe.seed,
         max_length=t.max_length,
         partial_tokens=t.partial_tokens,
+        teach_end=context.recipe.capture.teach_end,
     )
     trained, held_out = (
         dataset.train_test_split(t.validation_share) if t.validation_share else (dataset, None)
@@ -163,6 +164,7 @@ def train_rank(
         batch_source=rollouts,
         resume=context.launch_options.resume,
         evaluate=partial(held_out_loss, student, held_out, world, loss_fn) if held_out else None,
+        watch=rollouts.observe if rollouts else None,
     )
     if not world.rank:
         counts = dataset.stats.to_json() | {"held_out": len(held_out) if held_out else 0}
@@ -194,8 +196,8 @@ def _load_rollouts(
     held_out = frozenset(held_out_dataset.prompt_ids()) if held_out_dataset else frozenset()
     assignments = (
         (prompt, name)
-        for prompt, name in assign_prompts(context.corpus.prompts, context.cast)
-        if prompt.id not in held_out
+        for prompt, name in assign_prompts(context.captured_corpus.prompts, context.cast)
+        if prompt.id not in held_out and not prompt.conversation.is_document
     )
     return build_rollouts(
         assignments,

@@ -26,11 +26,10 @@ FILES = {
     "lineage": {"lineage.json"},
     "audition": {
         "cast.json",
-        *(
-            f"{t}.{s}.jsonl"
-            for t in ("qwen-sapling", "gemma-sapling", "gpt-oss-sapling")
-            for s in ("languages", "code", "reasoning")
-        ),
+        "table.md",
+        # each pinned teacher, and the base on the same questions
+        *(f"{teacher}.{skill}.jsonl" for skill, teacher in TINY["audition"]["pinned"].items()),
+        *(f"base.{skill}.jsonl" for skill in TINY["audition"]["pinned"]),
     },
     "train": {
         "metrics.jsonl",
