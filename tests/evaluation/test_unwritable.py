@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import cast
+
+import numpy as np
 import pytest
+import torch
 
 from persea.alignment.event_map import build_event_map
+from persea.alignment.spans import align_batch
 from persea.chat.messages import Conversation, Text
+from persea.chat.renderer import ChatRenderer
 from persea.errors import RefusedError
-from persea.evaluation.compatibility import ConversationSample
+from persea.evaluation.compatibility import ConversationSample, make_retained_mass
 from persea.evaluation.unwritable import (
     UnwritableTexts,
     UnwritableTokens,
@@ -16,6 +23,8 @@ from persea.evaluation.unwritable import (
     refuse_unwritable_texts,
     tokens_without_event,
 )
+from persea.teachers.teacher import Teacher
+from persea.tokenization.tokens import RenderedTokens
 from tests.alignment.test_event_map import SAID, byte_level, renderer_of
 
 RICH = renderer_of(byte_level(SAID, 300), "rich")
@@ -74,3 +83,24 @@ def test_tokens_without_an_event_are_counted(poor_teaches: bool):
     event_X = emap.student_event_V if poor_teaches else emap.teacher_event_W
     ids = tokens_without_event(RICH.vocabulary, event_X).tolist()
     assert sorted(RICH.vocabulary.bytes_W[i] or b"" for i in ids) == [b"\x04", b"\xc0", b"\xf1"]
+
+
+def test_the_mass_of_tokens_that_the_student_cannot_write_is_not_retained():
+    def tokens(renderer: ChatRenderer) -> RenderedTokens:
+        ids_T = np.array(renderer.vocabulary.encode("hello hello"), np.int32)
+        ends_T = np.cumsum(renderer.vocabulary.lengths_W[ids_T]).astype(np.int32)
+        starts_T = (ends_T - renderer.vocabulary.lengths_W[ids_T]).astype(np.int32)
+        return RenderedTokens(ids_T, starts_T, ends_T, np.ones(len(ids_T), bool))
+
+    own, theirs = tokens(POOR), tokens(RICH)
+    unwritable = RICH.vocabulary.bytes_W.index(b"\x04")
+    probs_NW = torch.zeros((len(theirs), len(RICH.vocabulary)))
+    probs_NW[torch.arange(len(theirs)), torch.from_numpy(theirs.ids_T).long()] = 0.75
+    probs_NW[:, unwritable] = 0.25
+    engine = SimpleNamespace(compute_logprobs=lambda ids, masks: [probs_NW.log()])
+    retained_mass = make_retained_mass(
+        cast(Teacher, SimpleNamespace(engine=engine)), build_event_map(RICH, POOR)
+    )
+    mass_C = retained_mass([own], [theirs], align_batch([own], [theirs]).boundaries)
+    assert len(mass_C) >= 2
+    assert mass_C == pytest.approx(0.75)

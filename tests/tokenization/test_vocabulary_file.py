@@ -25,6 +25,10 @@ MADE: dict[str, Callable[[], Vocabulary]] = {
     "sentencepiece": lambda: load_vocabulary(sentencepiece(SAID, 300), "v"),
     "lacks bytes": lambda: load_vocabulary(byte_level(SAID, 300, missing=b"\x04\xc0"), "v"),
     "placeholder": with_placeholder,
+    "unigram": lambda: load_vocabulary(traits.unigram(), "v"),
+    "flags": lambda: load_vocabulary(
+        traits.byte_level_bpe(rstrip=["<s>"], ignore_merges=True), "v"
+    ),
 }
 
 
@@ -42,6 +46,7 @@ def test_nothing_is_lost(case: str):
         "prefix_space",
         "control_flags",
         "missing_bytes",
+        "is_unigram",
     ):
         assert getattr(after, name) == getattr(before, name), name
     assert (after.original is None) == (before.original is None)
