@@ -102,7 +102,17 @@ def local_folder(name_or_path: str, where: str) -> Path | None:
     return None
 
 
-def _tokenizer_folder(source: ModelSource, where: str) -> Path | None:
+def loadable_name(name_or_path: str, where: str) -> str:
+    """Return what another library can load: the converted folder of a GGUF file, or the reference.
+
+    Raises:
+        DataError: The GGUF file cannot be converted.
+    """
+    gguf = find_gguf(name_or_path, where)
+    return name_or_path if gguf is None else str(model_folder(gguf, where))
+
+
+def local_tokenizer_folder(source: ModelSource, where: str) -> Path | None:
     """Return the local folder of a model's tokenizer; None for a hub id.
 
     A tokenizer.json beside a GGUF file is preferred to the tokenizer in the file.
@@ -174,7 +184,7 @@ def load_tokenizer(source: ModelSource, where: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    folder = _tokenizer_folder(source, where)
+    folder = local_tokenizer_folder(source, where)
     if folder is not None:
         opened = open_tokenizer_file(folder, where)
         if opened is not None:
@@ -200,7 +210,7 @@ def load_tokenizer(source: ModelSource, where: str) -> Any:
 
 def _open_tokenizer(source: ModelSource, where: str) -> OpenedTokenizer:
     """Open a model's tokenizer; from the second time on without transformers."""
-    folder = _tokenizer_folder(source, where)
+    folder = local_tokenizer_folder(source, where)
     if folder is None:
         path = download_hub_file(
             ModelSource(source.tokenizer_name_or_path, source.revision), "tokenizer_config.json"
