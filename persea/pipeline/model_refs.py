@@ -27,6 +27,7 @@ from persea.errors import RefusedError
 from persea.evaluation.answering import EvaluatedModel
 from persea.models.identity import file_stats, fingerprint, model_warnings
 from persea.models.loading import ModelSource, load_renderer, local_folder
+from persea.models.sizes import ModelSize, read_model_size
 from persea.pipeline.remote_teachers import (
     endpoint_identity,
     generation_identity,
@@ -38,6 +39,7 @@ from persea.pipeline.remote_teachers import (
 )
 from persea.report.lineage import ParentModel
 from persea.storage import digest_json
+from persea.training.learning_rate import default_learning_rate
 
 if TYPE_CHECKING:
     from persea.teachers.teacher import Teacher
@@ -224,6 +226,31 @@ class ModelRefs:
                 self.recipe.student.model_dump(include={"adapt", "lora"}),
             ]
         )
+
+    # --- sizes ---
+
+    @cached_property
+    def student_size(self) -> ModelSize | None:
+        """Size of the student; None if it cannot be told without its weights."""
+        return read_model_size(
+            model_source(self.recipe.student), len(self.student_renderer.vocabulary)
+        )
+
+    def teacher_size(self, name: str) -> ModelSize | None:
+        """Return the size of a teacher; None behind a server, or if it cannot be told."""
+        ref = self.teacher_ref(name)
+        if is_remote(ref):
+            return None
+        return read_model_size(model_source(ref), len(self.renderers[name].vocabulary))
+
+    @cached_property
+    def learning_rate(self) -> float:
+        """The recipe's learning rate, or the default of the student's size."""
+        given = self.recipe.training.learning_rate
+        if given is not None:
+            return given
+        size, is_lora = self.student_size, self.recipe.student.lora is not None
+        return default_learning_rate(size.num_parameters if size else 0, is_lora)
 
     # --- thinking efforts ---
 

@@ -81,7 +81,8 @@ def train_inputs(context: RunContext) -> dict[str, Any]:
     Answers that `capture.drop_wrong_answers` rejected are part of it.
     """
     return {
-        "training": context.recipe.training.model_dump(mode="json", exclude=OBSERVATION_KEYS),
+        "training": context.recipe.training.model_dump(mode="json", exclude=OBSERVATION_KEYS)
+        | {"learning_rate": context.models.learning_rate},
         "seed": context.recipe.seed,
         "threads": context.recipe.threads,
         "max_mask_search_tokens": context.recipe.check.max_mask_search_tokens,

@@ -29,6 +29,7 @@ from persea.training.distributed.heartbeat import join_process_group
 
 if TYPE_CHECKING:
     from persea.config.schema import TeacherSection
+    from persea.evaluation.check_sampling import MeasuredSample
     from persea.evaluation.compatibility import PairCompatibility, TemplateLikelihood
     from persea.tokenization.tokens import RenderedTokens
     from persea.vocab_extension.resize_model import ProgressCallback
@@ -63,14 +64,21 @@ def run_check(context: RunContext, folder: Path, progress: ProgressCallback) -> 
 
     settings = context.recipe.check
     teachers = [t for t in context.recipe.teachers if not t.reference]
+    progress("check", 0.0, "opening the tokenizers")
     student_tokens = [s.render(context.models.student_renderer) for s in context.check_samples]
     pairs: list[PairCompatibility] = []
     likelihoods: list[TemplateLikelihood] = []
+    measured: list[MeasuredSample] = []
     for k, teacher in enumerate(teachers):
+
+        def teacher_progress(share: float, words: str, k: int = k) -> None:
+            progress("check", (k + share) / len(teachers), words)
+
         # the weights live in this call only: one teacher in memory at a time
-        teacher_pairs, teacher_likelihoods = _check_teacher(context, teacher, student_tokens)
-        pairs += teacher_pairs
-        likelihoods += teacher_likelihoods
+        found = _check_teacher(context, teacher, student_tokens, teacher_progress)
+        pairs += found[0]
+        likelihoods += found[1]
+        measured += found[2]
         info = context.models.family_info.get(teacher.name, {"family": "text only", "note": ""})
         note = ", see its note in check.json" if info["note"] else ""
         progress("check", (k + 1) / len(teachers), f"{teacher.name} ({info['family']}{note})")
@@ -79,6 +87,7 @@ def run_check(context: RunContext, folder: Path, progress: ProgressCallback) -> 
         {
             "pairs": [p.to_json() for p in pairs],
             "likelihoods": [likelihood.to_json() for likelihood in likelihoods],
+            "measured": [one.to_json() for one in measured],
             "families": context.models.family_info,
         },
     )
@@ -92,45 +101,53 @@ def run_check(context: RunContext, folder: Path, progress: ProgressCallback) -> 
 
 
 def _check_teacher(
-    context: RunContext, teacher: TeacherSection, student_tokens: Sequence[list[RenderedTokens]]
-) -> tuple[list[PairCompatibility], list[TemplateLikelihood]]:
+    context: RunContext,
+    teacher: TeacherSection,
+    student_tokens: Sequence[list[RenderedTokens]],
+    progress: Callable[[float, str], None],
+) -> tuple[list[PairCompatibility], list[TemplateLikelihood], list[MeasuredSample]]:
     """Compare one teacher with the student; loads its weights if they are small and local."""
-    from persea.evaluation.compatibility import (
-        TEXT_FILES_SKILL,
-        check_pair,
-        make_retained_mass,
-        measure_template_likelihood,
-    )
+    from persea.evaluation.check_sampling import measure_weights
+    from persea.evaluation.compatibility import TEXT_FILES_SKILL, check_pair
 
-    settings, models = context.recipe.check, context.models
-    renderer, event_map = models.renderers[teacher.name], models.event_maps[teacher.name]
+    settings, models, name = context.recipe.check, context.models, teacher.name
+    renderer = models.renderers[name]
+    progress(0.0, f"{name}: opening the event map")
+    event_map = models.event_maps[name]
     load_weights = settings.measure_likelihood and not is_remote(teacher)
     if settings.measure_likelihood is None and not is_remote(teacher):
         load_weights = is_small_local_model(model_source(teacher), settings.max_likelihood_bytes)
-    retained_mass, likelihoods = None, []
+    samples = [
+        (sample, tokens)
+        for sample, tokens in zip(context.check_samples, student_tokens, strict=True)
+        if sample.is_supported_by(renderer)
+    ]
+    weights = None
     if load_weights:
-        loaded = models.load_teacher(teacher.name, context.recipe.audition.batch_size)
-        samples = [
-            s
-            for s in context.check_samples
-            if s.skill != TEXT_FILES_SKILL and s.is_supported_by(renderer)
-        ]
-        likelihoods = measure_template_likelihood(loaded, samples)
-        retained_mass = make_retained_mass(loaded, event_map, settings.min_counted_probability)
+        progress(0.0, f"{name}: loading the weights")
+        weights = measure_weights(
+            models.load_teacher(name, context.recipe.audition.batch_size),
+            event_map,
+            [sample for sample, _ in samples if sample.skill != TEXT_FILES_SKILL],
+            settings.max_measured_logits,
+            context.recipe.seed,
+            settings.min_counted_probability,
+            progress,
+        )
     pairs = [
         check_pair(
-            teacher.name,
+            name,
             renderer,
             models.student_renderer,
             event_map,
             sample,
             tokens,
-            retained_mass if sample.skill != TEXT_FILES_SKILL else None,
+            weights.retained_mass if weights and sample.skill != TEXT_FILES_SKILL else None,
+            weights.chosen_of(sample) if weights else None,
         )
-        for sample, tokens in zip(context.check_samples, student_tokens, strict=True)
-        if sample.is_supported_by(renderer)
+        for sample, tokens in samples
     ]
-    return pairs, likelihoods
+    return (pairs, weights.likelihoods, [weights.measured]) if weights else (pairs, [], [])
 
 
 def run_audition(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
@@ -325,6 +342,7 @@ def run_lineage(context: RunContext, folder: Path, progress: ProgressCallback) -
         {"units": digest_json([u.name for u in context.capture_units])},
         context.cast,
     )
+    record["training"] = {"learning_rate": models.learning_rate}
     storage.write_json(folder / "lineage.json", record)
 
 
@@ -368,6 +386,7 @@ def run_pipeline(context: RunContext, progress: ProgressCallback, only_stage: st
             allow it. Raised when all output is written.
     """
     set_threads(context.recipe.threads)
+    progress(only_stage or STAGES[0].name, 0.0, "opening tokenizers and chat templates")
     preflight.refuse_unsupported_efforts(context)
     context.lm_eval_digests()
     preflight.refuse_missing_logprobs(context)
