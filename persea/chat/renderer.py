@@ -82,7 +82,7 @@ class ChatRenderer:
         return tuple(
             self.vocabulary.control_token_ids[s]
             for s in self.family.stop_tokens
-            if s in self.vocabulary.control_token_ids
+            if self.vocabulary.control_token_ids.get(s, len(self.vocabulary)) < len(self.vocabulary)
         )
 
     @cached_property
@@ -325,6 +325,7 @@ class ChatRenderer:
                 )
             answer_start = len(prompt)
         runs = list(self._split_runs(segments))
+        self._refuse_tokens_without_row(runs)
         encoded = iter(self.vocabulary.encode_batch([r.text for r in runs if r.control_id is None]))
         columns: list[npt.NDArray[np.int64]] = []
         turn_end = max(
@@ -350,6 +351,23 @@ class ChatRenderer:
         table = np.concatenate(columns)
         ids, starts, ends = (table[:, k].astype(np.int32) for k in range(3))
         return RenderedTokens(ids, starts, ends, table[:, 3].astype(bool))
+
+    def _refuse_tokens_without_row(self, runs: Sequence[TextRun]) -> None:
+        size = len(self.vocabulary)
+        name = next(
+            (
+                self.vocabulary.control_names[r.control_id]
+                for r in runs
+                if r.control_id is not None and r.control_id >= size
+            ),
+            None,
+        )
+        if name is not None:
+            raise DataError(
+                f"the chat template writes {name}, which has no row of logits",
+                where=self.vocabulary.name,
+                remedy="take tokenizer and template from the folder that the weights came with",
+            )
 
     @cached_property
     def _control_pattern(self) -> re.Pattern[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from persea.chat.messages import Conversation, Text
 from persea.chat.renderer import ChatRenderer
 from persea.models.loading import ModelSource, download_hub_file, eos_token_ids, local_folder
+from persea.tokenization.logit_rows import tokens_without_row
 
 
 def fingerprint(source: ModelSource, where: str) -> str:
@@ -80,7 +81,8 @@ def model_warnings(source: ModelSource, renderer: ChatRenderer, where: str) -> s
     Nothing here stops a run. Reported are: a family that persea does not know; a base model with a
     chat template (its configuration ends a text with another token than the template ends a turn,
     so the model has never learned to end a turn); a BOS token that the tokenizer adds and the
-    template does not, or that the template writes twice.
+    template does not, or that the template writes twice; control tokens without a row of logits;
+    bytes without a token.
     """
     vocabulary = renderer.vocabulary
     warnings = [renderer.family.limitations] if renderer.family.limitations else []
@@ -117,5 +119,15 @@ def model_warnings(source: ModelSource, renderer: ChatRenderer, where: str) -> s
     if len(first) == 2 and first[0] == first[1] and first[0] in vocabulary.control_names:
         warnings.append(
             f"its chat template begins with {name(first[:1])} twice; persea follows the template."
+        )
+    if without_row := tokens_without_row(vocabulary):
+        warnings.append(
+            f"its tokenizer has {len(without_row)} control tokens more than the model has logits; "
+            f"they are left out: {', '.join(without_row[:5])}."
+        )
+    if vocabulary.missing_bytes:
+        warnings.append(
+            f"its vocabulary lacks {len(vocabulary.missing_bytes)} single bytes "
+            f"({vocabulary.missing_bytes[:32].hex(' ')}); texts that need one are left out."
         )
     return " ".join(warnings)

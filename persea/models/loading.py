@@ -25,12 +25,13 @@ from persea.chat.families.hybrid import (
     make_hybrid_family,
 )
 from persea.chat.family import Family
-from persea.chat.messages import PINNED_DATE
+from persea.chat.messages import PINNED_DATE, Conversation, Text
 from persea.chat.renderer import ChatRenderer
 from persea.chat.template import compile_template
 from persea.errors import DataError
 from persea.models.placement import placement_kwargs
 from persea.models.random_init import random_init
+from persea.tokenization.logit_rows import limit_to_rows, tokens_without_row
 from persea.tokenization.vocabulary import load_vocabulary
 
 if TYPE_CHECKING:
@@ -201,6 +202,8 @@ def load_renderer(
             remedy="keep one, as chat_template.jinja",
         )
     vocabulary = load_vocabulary(tokenizer, source.tokenizer_name_or_path, CONTROL_MARKERS)
+    if num_rows := num_logits_in_config(source, where):
+        vocabulary = limit_to_rows(vocabulary, num_rows, where)
     if not template_text and not (source.thinking and can_use_hybrid_template(vocabulary)):
         raise DataError(
             f"{source.tokenizer_name_or_path!r} has no chat template",
@@ -230,7 +233,18 @@ def load_renderer(
         _refuse_thinking_option(family, where)
     if len(family.efforts) == 1 and has_switch:
         family = make_hybrid_family(family, vocabulary)
-    return ChatRenderer(family, vocabulary, template, template_text, template_date, special)
+    renderer = ChatRenderer(family, vocabulary, template, template_text, template_date, special)
+    if tokens_without_row(vocabulary):
+        _refuse_needed_tokens_without_row(renderer, where)
+    return renderer
+
+
+def _refuse_needed_tokens_without_row(renderer: ChatRenderer, where: str) -> None:
+    """Raise if a control token that every conversation needs has no row of logits."""
+    try:
+        renderer.render(Conversation.from_question("Hi").with_answer(Text("Hi")))
+    except DataError as error:
+        raise DataError(error.message, where=where, remedy=error.remedy) from error
 
 
 def _refuse_thinking_option(family: Family, where: str) -> None:
@@ -272,6 +286,25 @@ def eos_token_ids(source: ModelSource, where: str) -> tuple[int, ...]:
         if ids:
             return ids
     return ()
+
+
+def num_logits_in_config(source: ModelSource, where: str) -> int:
+    """Return the rows of logits that config.json states; 0 if it states none.
+
+    A random model has a row for each token.
+    """
+    if source.is_random:
+        return 0
+    folder = local_folder(source.model, where)
+    path = download_hub_file(source, "config.json") if folder is None else folder / "config.json"
+    if path is None or not path.is_file():
+        return 0
+    config = _read_json_config(path, where)
+    text_config = config.get("text_config")
+    stated = config.get(
+        "vocab_size", text_config.get("vocab_size") if isinstance(text_config, dict) else None
+    )
+    return stated if isinstance(stated, int) else 0
 
 
 def load_model(source: ModelSource, renderer: ChatRenderer, where: str) -> PreTrainedModel:

@@ -103,6 +103,40 @@ class Vocabulary:
         """Id -> control token."""
         return {i: name for name, i in self.control_token_ids.items()}
 
+    @cached_property
+    def missing_bytes(self) -> bytes:
+        """The bytes without a token of their own, sorted; empty for most tokenizers.
+
+        A trainer that does not begin with the whole byte alphabet leaves out the bytes that its
+        texts lack: SmolLM2 has no token for 04, c0 and 19 others.
+        """
+        single = {raw for raw in self.bytes_W if raw is not None and len(raw) == 1}
+        return bytes(b for b in range(256) if bytes([b]) not in single)
+
+    @cached_property
+    def _single_characters(self) -> frozenset[str]:
+        """Characters with a token of their own, which need no byte tokens; none if byte-level."""
+        if self.byte_level:
+            return frozenset()
+        short = (raw for raw in self.bytes_W if raw is not None and len(raw) <= 4)
+        texts = (raw.decode(errors="ignore") for raw in short)
+        return frozenset(text for text in texts if len(text) == 1)
+
+    def can_write(self, raw: bytes) -> bool:
+        """Return whether tokens can spell these bytes, which need not be whole characters."""
+        if raw == raw.translate(None, delete=self.missing_bytes):
+            return True
+        return not self._unwritable_characters(raw.decode(errors="surrogateescape"))
+
+    def _unwritable_characters(self, text: str) -> set[str]:
+        """Return the characters of a text that tokens cannot spell."""
+        missing = self.missing_bytes
+        return {
+            c
+            for c in set(text) - self._single_characters
+            if missing and any(b in missing for b in c.encode(errors="surrogateescape"))
+        }
+
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a plain text: no template, no BOS, never a control token.
 
@@ -181,6 +215,13 @@ class Vocabulary:
             got = b"".join(self.bytes_W[i] or b"" for i in ids)
         if expected == got:
             return
+        if unwritable := self._unwritable_characters(text):
+            at, c = next((k, c) for k, c in enumerate(text) if c in unwritable)
+            raise DataError(
+                f"no token for the bytes {c.encode().hex(' ')} at character {at} of {text[:40]!r}",
+                where=self.name,
+                remedy="the vocabulary lacks single bytes; leave the text out",
+            )
         at = next(
             (k for k, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b),
             min(len(expected), len(got)),
@@ -253,7 +294,11 @@ def load_vocabulary(
         hashlib.sha256(definition.encode()).hexdigest(),
         byte_level,
     )
-    vocabulary.encode_batch([unicodedata.normalize("NFC", p) for p in ROUND_TRIP_PROBES])
+    probes = [unicodedata.normalize("NFC", p) for p in ROUND_TRIP_PROBES]
+    if vocabulary.missing_bytes:
+        unwritable = vocabulary._unwritable_characters("".join(probes))
+        probes = ["".join(c for c in p if c not in unwritable) for p in probes]
+    vocabulary.encode_batch(probes)
     return vocabulary
 
 
