@@ -234,6 +234,7 @@ def capture_teacher(
         tau: Store an unbiased sample, or None.
         max_kl: Store the likeliest tokens up to this loss in nats, or None.
         use_given_answers: Score the answers that come with the prompts, and generate none.
+            Documents are scored in any case.
         refuse_if_changed: Raises if the teacher is no longer the model of the units' names. Called
             before each commit.
         on_unit: Called after each unit.
@@ -248,11 +249,7 @@ def capture_teacher(
         is_new = not is_committed(folder, unit.name)
         if is_new:
             renderable, quarantine = _split_renderable(unit.prompts, teacher)
-            answers = (
-                [_given_answer(p, teacher) for p in renderable]
-                if use_given_answers
-                else teacher.answer(renderable, max_new_tokens)
-            )
+            answers = _answer_or_score(renderable, teacher, max_new_tokens, use_given_answers)
             quarantine += [
                 (a.prompt_id, a.failure_reason or CONTENT_FILTER_REASON)
                 for a in answers
@@ -301,7 +298,7 @@ def _split_renderable(
             num_bytes = sum(len(part.text.encode()) for part in prompt.conversation.parts())
             if num_bytes > MAX_LINE_BYTES:
                 raise DataError(f"{num_bytes:,} bytes, at most {MAX_LINE_BYTES:,}")
-            num_tokens = len(teacher.renderer.render_prompt(teacher.build_conversation(prompt)))
+            num_tokens = _count_prompt_tokens(prompt, teacher)
             if 0 < teacher.max_context_tokens <= num_tokens:
                 raise DataError(
                     f"{num_tokens:,} tokens, and {teacher.name} has positions for "
@@ -314,15 +311,32 @@ def _split_renderable(
     return renderable, quarantine
 
 
+def _count_prompt_tokens(prompt: Prompt, teacher: Teacher) -> int:
+    """Return the tokens of a prompt, or of a document but its last: nothing follows that one."""
+    if prompt.conversation.is_document:
+        return len(teacher.renderer.render(prompt.conversation)) - 1
+    return len(teacher.renderer.render_prompt(teacher.build_conversation(prompt)))
+
+
+def _answer_or_score(
+    prompts: Sequence[Prompt], teacher: Teacher, max_new_tokens: int, use_given_answers: bool
+) -> list[Answer]:
+    """Return one answer a prompt, in order: given ones and documents, or the teacher's own."""
+    is_asked = [not use_given_answers and not p.conversation.is_document for p in prompts]
+    asked = [p for p, ask in zip(prompts, is_asked, strict=True) if ask]
+    written = iter(teacher.answer(asked, max_new_tokens) if asked else [])
+    return [
+        next(written) if ask else _given_answer(p, teacher)
+        for p, ask in zip(prompts, is_asked, strict=True)
+    ]
+
+
 def _given_answer(prompt: Prompt, teacher: Teacher) -> Answer:
-    if not prompt.answer:
-        raise DataError(
-            f"prompt {prompt.id} has no answer of its own",
-            where="capture.answers: given",
-            remedy='add an assistant turn or an "answer" to the prompt, or let the teachers '
-            "answer: capture.answers: ask",
-        )
-    conversation = teacher.build_conversation(prompt).with_answer(Text(prompt.answer))
+    conversation = prompt.conversation
+    if not conversation.is_document:
+        if not prompt.answer:
+            raise missing_answer_error(prompt.id)
+        conversation = teacher.build_conversation(prompt).with_answer(Text(prompt.answer))
     return Answer(
         prompt.id,
         teacher.name,
@@ -331,6 +345,17 @@ def _given_answer(prompt: Prompt, teacher: Teacher) -> Answer:
         conversation,
         FinishReason.STOP,
         prompt.effort,
+        given=not conversation.is_document,
+    )
+
+
+def missing_answer_error(prompt_id: str) -> DataError:
+    """Return the error for a prompt without the answer that should be scored."""
+    return DataError(
+        f"prompt {prompt_id} has no answer of its own",
+        where="capture.answers: given",
+        remedy='add an assistant turn or an "answer" to the prompt, or let the teachers '
+        "answer: capture.answers: ask",
     )
 
 

@@ -19,6 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from persea.chat.byte_offsets import TextRun, part_offsets, token_table
+from persea.chat.documents import (
+    TEXT_FAMILY_NAME,
+    DocumentTokens,
+    find_document_end,
+    make_document_tokens,
+    render_document,
+)
 from persea.chat.family import Family
 from persea.chat.messages import (
     PINNED_DATE,
@@ -85,6 +92,18 @@ class ChatRenderer:
             if self.vocabulary.control_token_ids.get(s, len(self.vocabulary)) < len(self.vocabulary)
         )
 
+    @property
+    def is_text(self) -> bool:
+        """Whether the model has no chat template: it scores and learns text, and is not asked."""
+        return self.family.name == TEXT_FAMILY_NAME
+
+    @cached_property
+    def document_tokens(self) -> DocumentTokens:
+        """Tokens around a plain text without roles."""
+        turn_ends = () if self.is_text else self.family.stop_tokens[:1]
+        end = find_document_end(self.vocabulary, self.special_tokens, turn_ends)
+        return make_document_tokens(self.vocabulary, end)
+
     @cached_property
     def digest(self) -> str:
         """sha256 that changes whenever a rendering could change.
@@ -109,20 +128,32 @@ class ChatRenderer:
 
         Raises:
             DataError: The template changes the bytes of the content, or the family has no form for
-                it.
+                it; or the conversation is a document.
         """
+        if conversation.is_document:
+            raise DataError(
+                "a document is no prompt: there is nothing to answer",
+                where=self.family.name,
+                remedy="use render(); documents are scored and learned, never answered",
+            )
         return self._render_tokens(conversation, add_generation_prompt=True)
 
     def render(self, conversation: Conversation) -> RenderedTokens:
         """Render a conversation that ends with the assistant's answer and its stop token.
 
+        A document is rendered by the model's rules for plain text, without its chat template.
+
         Returns:
-            Token ids, byte offsets and the loss mask over the last answer.
+            Token ids, byte offsets and the loss mask over the last answer, or over the document.
 
         Raises:
             DataError: The last message is not the assistant's, the template changes the bytes of
                 the content, or the family has no form for it.
         """
+        if conversation.is_document:
+            message = conversation.messages[0]
+            ends = message.role is Role.DOCUMENT
+            return render_document(self.vocabulary, self.document_tokens, message.text, ends)
         if not conversation.messages or conversation.messages[-1].role is not Role.ASSISTANT:
             raise DataError(
                 "the conversation does not end with an answer",
@@ -342,7 +373,7 @@ class ChatRenderer:
             stopped = stopped or (in_answer and run.control_id in self.stop_ids)
             offset = turn_end if in_answer and stopped else -1
             columns.append(np.array([[run.control_id, offset, offset, in_answer]]))
-        if not add_generation_prompt and not stopped:
+        if not add_generation_prompt and not stopped and self.family.stop_tokens:
             raise DataError(
                 "the chat template does not end the assistant's turn with a stop token",
                 where=self.family.name,

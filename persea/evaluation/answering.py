@@ -171,7 +171,7 @@ def _generate_answers(
             dict(model.settings),
             [_item_key(i) for i in batch],
         ]
-        records, was_cached = _load_or_compute(key, generate)
+        records, was_cached = load_or_compute(key, generate)
         num_reused += len(batch) * was_cached
         for item, (message, finish) in zip(batch, records, strict=True):
             conversation = Conversation.from_json(message)
@@ -199,7 +199,7 @@ def _choose_answers(
             dict(model.settings),
             [[_item_key(i), i.choices] for i in batch],
         ]
-        nll, was_cached = _load_or_compute(key, score)
+        nll, was_cached = load_or_compute(key, score)
         num_reused += len(batch) * was_cached
         remaining = iter(nll)
         for item in batch:
@@ -248,7 +248,7 @@ def reference_bits(model: EvaluatedModel, items: Sequence[TaskItem]) -> tuple[fl
             return list(_nll_or_none(model.load(), conversations))
 
         key = ["bits", model.identity, dict(model.settings), [c.to_json() for c in conversations]]
-        nll, _ = _load_or_compute(key, score)
+        nll, _ = load_or_compute(key, score)
         bits += sum(n for n in nll if n is not None) / math.log(2)
         num_bytes += sum(
             len(p.text.encode())
@@ -285,7 +285,7 @@ def _item_batches(items: Sequence[TaskItem]) -> Iterator[Sequence[TaskItem]]:
         yield items[begin : begin + ITEMS_PER_ANSWER_FILE]
 
 
-def _load_or_compute(key: object, compute: Callable[[], list[Any]]) -> tuple[list[Any], bool]:
+def load_or_compute(key: object, compute: Callable[[], list[Any]]) -> tuple[list[Any], bool]:
     """Return the values kept under a key, or compute and keep them; and whether they were kept.
 
     A damaged file is computed again.

@@ -154,6 +154,8 @@ def measure_weights(
     seed: int,
     min_counted_probability: float = MIN_COUNTED_PROBABILITY,
     progress: Callable[[float, str], None] = lambda share, words: None,
+    *,
+    with_template: bool = True,
 ) -> MeasuredWeights:
     """Measure a teacher's likelihoods, and prepare the measurement of its retained mass.
 
@@ -165,6 +167,8 @@ def measure_weights(
         seed: See `choose_measured`.
         min_counted_probability: See `make_retained_mass`.
         progress: Called with the fraction done, and words, after each answer.
+        with_template: Whether the teacher has a chat template, whose cost is measured. Documents
+            have none in any case.
     """
     measured = choose_measured(teacher.name, samples, teacher.renderer, max_logits, seed)
     n, passes = measured.num_conversations, 0
@@ -177,8 +181,9 @@ def measure_weights(
         progress(min(1.0, passes / max(1, PASSES * n)), words)
 
     count(0, "likelihood")
+    answered = [s for s in chosen_conversations(samples, measured) if not s.is_documents]
     likelihoods = measure_template_likelihood(
-        teacher, chosen_conversations(samples, measured), partial(count, PASSES - 1, "likelihood")
+        teacher, answered if with_template else [], partial(count, PASSES - 1, "likelihood")
     )
     mass = make_retained_mass(
         teacher, event_map, min_counted_probability, partial(count, 1, "retained mass")

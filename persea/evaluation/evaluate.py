@@ -48,6 +48,7 @@ class EvaluationResult:
         reference_models: Models measured for comparison only.
         comparisons: Student minus each other model, at each effort of the student.
         regressions: Comparisons with the base in which the student is worse with confidence.
+        unasked_models: Models without a chat template, which answer no question.
     """
 
     student: str
@@ -59,10 +60,12 @@ class EvaluationResult:
     reference_models: tuple[str, ...] = ()
     comparisons: tuple[PairedComparison, ...] = ()
     regressions: tuple[PairedComparison, ...] = ()
+    unasked_models: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON; keys are the field names."""
-        return {
+        """Return plain JSON; keys are the field names. `unasked_models` only if there are some."""
+        unasked = {"unasked_models": list(self.unasked_models)} if self.unasked_models else {}
+        return unasked | {
             "student": self.student,
             "base": self.base,
             "teachers": list(self.teachers),
@@ -122,6 +125,7 @@ def evaluate_model(
     tasks: Sequence[tuple[Task, Sequence[TaskItem]]],
     max_new_tokens: int,
     progress: Callable[[float, str], None] = lambda share, text: None,
+    ask: bool = True,
 ) -> None:
     """Measure one model on every task at each of its efforts, and add the results to `answers`.
 
@@ -131,22 +135,25 @@ def evaluate_model(
         tasks: Tasks with their items.
         max_new_tokens: Longest answer, in the model's tokens.
         progress: Called with (share done, text) after each task.
+        ask: False = measure the bits of the reference answers alone: the model has no chat
+            template and answers nothing.
     """
     bits_and_bytes: list[tuple[float, int]] = []
     answers.bits_per_byte[model.name] = {}
     for k, (task, items) in enumerate(tasks):
-        for effort in model.efforts:
+        note = ""
+        for effort in model.efforts if ask else ():
             results, reused = answer_items(model, effort, task, items, max_new_tokens)
             answers.results[model.name, effort, task.name] = results
             answers.num_answers += len(results)
             answers.num_reused += reused
+            note = f" {score_results(model.name, task.name, results, effort).value:.2f}"
+            note += ", from disk" if reused == len(results) else ""
         bits, num_bytes = reference_bits(model, items)
         bits_and_bytes.append((bits, num_bytes))
         if num_bytes:
             answers.bits_per_byte[model.name][task.name] = bits / num_bytes
-        score = score_results(model.name, task.name, results, effort).value
-        note = ", from disk" if reused == len(results) else ""
-        progress((k + 1) / len(tasks), f"{model.name} {task.name} {score:.2f}{note}")
+        progress((k + 1) / len(tasks), f"{model.name} {task.name}{note}")
     num_bytes = sum(n for _, n in bits_and_bytes)
     # A model that cannot render all references spends its bits on other texts than the others.
     if 0 < num_bytes == _count_reference_bytes(tasks):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from persea.chat.documents import TEXT_FAMILY_NAME
 from persea.chat.families import CONTROL_MARKERS, detect_family, get_family
 from persea.chat.families.generic import GENERIC_FAMILY_NAME, infer_family
 from persea.chat.families.hybrid import (
@@ -24,6 +25,7 @@ from persea.chat.families.hybrid import (
     has_thinking_switch,
     make_hybrid_family,
 )
+from persea.chat.families.text import make_text_family
 from persea.chat.family import Family
 from persea.chat.messages import PINNED_DATE, Conversation, Text
 from persea.chat.renderer import ChatRenderer
@@ -32,7 +34,7 @@ from persea.errors import DataError
 from persea.models.placement import placement_kwargs
 from persea.models.random_init import random_init
 from persea.tokenization.logit_rows import limit_to_rows, tokens_without_row
-from persea.tokenization.vocabulary import load_vocabulary
+from persea.tokenization.vocabulary import Vocabulary, load_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,6 +54,7 @@ class ModelSource:
         thinking: Give a model whose chat template has no thinking switch the hybrid template.
         quantize: "8bit", "4bit" or "mxfp4" for fewer bits a weight on a GPU; "none" = as stored.
         offload: Keep in main memory the weights that do not fit on the GPU.
+        chat_template: A file with a chat template, instead of the model's own; "" = its own.
     """
 
     model: str
@@ -62,6 +65,7 @@ class ModelSource:
     thinking: bool = False
     quantize: str = "none"
     offload: bool = False
+    chat_template: str = ""
 
     @property
     def is_random(self) -> bool:
@@ -165,7 +169,8 @@ def load_renderer(
     """Load tokenizer, chat template and family of a model, without its weights.
 
     A model of a family that persea does not know gets the family that `infer_family` finds out by
-    rendering its template.
+    rendering its template. A model without a chat template is a text model
+    (`persea.chat.families.text`).
 
     Args:
         source: A folder in Hugging Face form, a hub id, or a `ModelSource`.
@@ -176,8 +181,9 @@ def load_renderer(
         The renderer, which turns conversations into token ids and parses answers.
 
     Raises:
-        DataError: The folder is missing, the model has no chat template, the tokenizer does not
-            reproduce its input, or neither a family nor `infer_family` can follow the template.
+        DataError: The folder is missing, the tokenizer does not reproduce its input, a family is
+            named and there is no chat template, or neither a family nor `infer_family` can follow
+            the template.
 
     Example:
         >>> from persea.chat.messages import Conversation, Text
@@ -194,8 +200,8 @@ def load_renderer(
         source = ModelSource(source)
     where = where or source.tokenizer_name_or_path
     tokenizer = load_tokenizer(source, where)
-    template_text = tokenizer.chat_template or ""
-    if not isinstance(template_text, str):
+    template_text = _read_template(source, where) or tokenizer.chat_template or ""
+    if not isinstance(template_text, str) and source.family != TEXT_FAMILY_NAME:
         raise DataError(
             f"{source.tokenizer_name_or_path!r} has several chat templates",
             where=where,
@@ -204,14 +210,10 @@ def load_renderer(
     vocabulary = load_vocabulary(tokenizer, source.tokenizer_name_or_path, CONTROL_MARKERS)
     if num_rows := num_logits_in_config(source, where):
         vocabulary = limit_to_rows(vocabulary, num_rows, where)
-    if not template_text and not (source.thinking and can_use_hybrid_template(vocabulary)):
-        raise DataError(
-            f"{source.tokenizer_name_or_path!r} has no chat template",
-            where=where,
-            remedy="add chat_template.jinja to the folder; a base model without one cannot be a "
-            "teacher or be evaluated",
-        )
     special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+    if _is_text_model(source, template_text, vocabulary, where):
+        text_family, rendering = make_text_family(vocabulary, special)
+        return ChatRenderer(text_family, vocabulary, rendering, "", template_date, special)
     template = compile_template(template_text, special, template_date, where)
     if source.thinking and not has_thinking_switch(template):
         template_text = add_thinking_switch(template_text, vocabulary)
@@ -247,6 +249,45 @@ def _refuse_needed_tokens_without_row(renderer: ChatRenderer, where: str) -> Non
         raise DataError(error.message, where=where, remedy=error.remedy) from error
 
 
+def _is_text_model(
+    source: ModelSource, template_text: str, vocabulary: Vocabulary, where: str
+) -> bool:
+    """Return whether a model is rendered as plain text: it has no template, or the recipe says so.
+
+    Raises:
+        DataError: The recipe names a family, or `thinking: true`, that needs a chat template.
+    """
+    if source.family == TEXT_FAMILY_NAME:
+        needs_template = "`thinking: true`" if source.thinking else ""
+    elif template_text or (source.thinking and can_use_hybrid_template(vocabulary)):
+        return False
+    else:
+        needs_template = f"`family: {source.family}`" if source.family else ""
+        needs_template = "`thinking: true`" if source.thinking else needs_template
+    if needs_template:
+        raise DataError(
+            f"{source.tokenizer_name_or_path!r} has no chat template, which {needs_template} needs",
+            where=where,
+            remedy="name one with `chat_template: FILE.jinja`, or delete that key to score and "
+            "learn plain text",
+        )
+    return True
+
+
+def _read_template(source: ModelSource, where: str) -> str:
+    """Return the chat template that the recipe names; "" if it names none."""
+    if not source.chat_template:
+        return ""
+    try:
+        return Path(source.chat_template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"cannot read the chat template {source.chat_template!r}: {_first_line(error)}",
+            where=where,
+            remedy="name a .jinja file with `chat_template:`",
+        ) from error
+
+
 def _refuse_thinking_option(family: Family, where: str) -> None:
     if len(family.efforts) > 1:
         raise DataError(
@@ -269,23 +310,35 @@ def eos_token_ids(source: ModelSource, where: str) -> tuple[int, ...]:
 
     They are read from generation_config.json, or else config.json. A random model has none.
     """
-    if source.is_random:
-        return ()
-    folder = local_folder(source.model, where)
     for name in ("generation_config.json", "config.json"):
-        path = download_hub_file(source, name) if folder is None else folder / name
-        if path is None or not path.is_file():
-            continue
-        config = _read_json_config(path, where)
-        text_config = config.get("text_config")
-        eos = config.get(
-            "eos_token_id",
-            text_config.get("eos_token_id") if isinstance(text_config, dict) else None,
-        )
+        eos = config_value(source, name, "eos_token_id", where)
         ids = tuple(i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int))
         if ids:
             return ids
     return ()
+
+
+def config_value(source: ModelSource, file_name: str, key: str, where: str) -> Any:
+    """Return a value of a model's configuration file, or of its `text_config`; None without one."""
+    if source.is_random:
+        return None
+    folder = local_folder(source.model, where)
+    path = download_hub_file(source, file_name) if folder is None else folder / file_name
+    if path is None or not path.is_file():
+        return None
+    config = _read_json_config(path, where)
+    text_config = config.get("text_config")
+    return config.get(key, text_config.get(key) if isinstance(text_config, dict) else None)
+
+
+def max_positions(source: ModelSource, where: str) -> int:
+    """Return the number of positions in the model's configuration; 0 if it has none."""
+    if source.is_random:
+        from persea.models.random_init import MAX_POSITIONS
+
+        return MAX_POSITIONS
+    positions = config_value(source, "config.json", "max_position_embeddings", where)
+    return positions if isinstance(positions, int) else 0
 
 
 def num_logits_in_config(source: ModelSource, where: str) -> int:
@@ -293,17 +346,7 @@ def num_logits_in_config(source: ModelSource, where: str) -> int:
 
     A random model has a row for each token.
     """
-    if source.is_random:
-        return 0
-    folder = local_folder(source.model, where)
-    path = download_hub_file(source, "config.json") if folder is None else folder / "config.json"
-    if path is None or not path.is_file():
-        return 0
-    config = _read_json_config(path, where)
-    text_config = config.get("text_config")
-    stated = config.get(
-        "vocab_size", text_config.get("vocab_size") if isinstance(text_config, dict) else None
-    )
+    stated = config_value(source, "config.json", "vocab_size", where)
     return stated if isinstance(stated, int) else 0
 
 

@@ -133,24 +133,34 @@ def mean_tokens(
         max_new_tokens: Length of an answer that is not there yet: the most that it can have.
         given: Whether the prompts bring their answers.
     """
-    step = max(1, len(prompts) // SAMPLED_PROMPTS)
-    sample = [p for p in prompts[::step][:SAMPLED_PROMPTS] if p.answer or not given]
-    if not sample:
-        return 0.0, 0.0
+    sample = prompts[:: max(1, len(prompts) // SAMPLED_PROMPTS)][:SAMPLED_PROMPTS]
     whole = answered = 0
     for prompt in sample:
         text = " ".join(part.text for part in prompt.conversation.parts())
         num_prompt = len(renderer.vocabulary.encode(text))
-        num_answer = len(renderer.vocabulary.encode(prompt.answer)) if given else max_new_tokens
+        if prompt.conversation.is_document:
+            num_prompt, num_answer = 0, num_prompt
+        elif given:
+            num_answer = len(renderer.vocabulary.encode(prompt.answer))
+        else:
+            num_answer = max_new_tokens
         whole, answered = whole + num_prompt + num_answer, answered + num_answer
-    return whole / len(sample), answered / len(sample)
+    n = max(1, len(sample))
+    return whole / n, answered / n
+
+
+def has_given_texts(context: RunContext) -> bool:
+    """Return whether no teacher writes an answer: all are given, or plain texts."""
+    return context.are_answers_given or all(
+        p.conversation.is_document for p in context.corpus.prompts
+    )
 
 
 def capture_cost(context: RunContext, speed: float) -> StageCost:
     """Estimate the cost of a capture that asks every teacher for an equal part of the corpus."""
     models, capture = context.models, context.recipe.capture
     prompts, names = context.corpus.prompts, context.models.teacher_names
-    given = capture.answers == "given"
+    given = has_given_texts(context)
     tokens, seconds, memory, is_known = 0.0, 0.0, 0, True
     for name in names:
         limit = models.teacher_ref(name).generation.max_new_tokens or capture.max_new_tokens
@@ -173,7 +183,7 @@ def capture_cost(context: RunContext, speed: float) -> StageCost:
 def training_cost(context: RunContext, speed: float) -> StageCost:
     """Estimate the cost of the training."""
     recipe, size = context.recipe, context.models.student_size
-    training, given = recipe.training, recipe.capture.answers == "given"
+    training, given = recipe.training, has_given_texts(context)
     whole, _ = mean_tokens(
         context.corpus.prompts,
         context.models.student_renderer,

@@ -26,7 +26,7 @@ from persea.config.schema import (
 from persea.errors import RefusedError
 from persea.evaluation.answering import EvaluatedModel
 from persea.models.identity import file_stats, fingerprint, model_warnings
-from persea.models.loading import ModelSource, load_renderer, local_folder
+from persea.models.loading import ModelSource, load_renderer, local_folder, max_positions
 from persea.models.sizes import ModelSize, read_model_size
 from persea.pipeline.remote_teachers import (
     endpoint_identity,
@@ -58,6 +58,7 @@ def model_source(ref: ModelRef) -> ModelSource:
         ref.family,
         sizes,
         isinstance(ref, StudentSection) and ref.thinking,
+        chat_template=ref.chat_template,
     )
     if isinstance(ref, TeacherSection):
         return replace(source, quantize=ref.quantize, offload=ref.offload)
@@ -406,6 +407,13 @@ class ModelRefs:
             {"batch": batch, "threads": self.recipe.threads},
             endpoint is not None and endpoint.protocol == "chat",
         )
+
+    def max_positions(self, name: str) -> int:
+        """Return the positions of a model that is evaluated; 0 if they are not known."""
+        if name not in self.renderers:
+            return max_positions(model_source(self.recipe.student), STUDENT)
+        ref = self.teacher_ref(name)
+        return 0 if ref.endpoint else max_positions(model_source(ref), name)
 
     def lineage_parent(self, name: str) -> ParentModel:
         """Describe a teacher, or the base, for the lineage record."""

@@ -13,8 +13,13 @@ from typing import Any
 from persea.errors import RefusedError
 from persea.models.loading import set_threads
 from persea.pipeline import cost
+from persea.pipeline.base_contest import asks_base
 from persea.pipeline.model_refs import BASE, STUDENT
-from persea.pipeline.preflight import refuse_missing_logprobs, refuse_unsupported_efforts
+from persea.pipeline.preflight import (
+    refuse_asking_text_models,
+    refuse_missing_logprobs,
+    refuse_unsupported_efforts,
+)
 from persea.pipeline.run_context import RunContext
 from persea.pipeline.stage_keys import stage_key
 from persea.pipeline.stages import STAGES, Stage
@@ -88,6 +93,7 @@ def plan_run(context: RunContext) -> RunPlan:
     """
     context.lm_eval_digests()
     refuse_unsupported_efforts(context)
+    refuse_asking_text_models(context)
     refuse_missing_logprobs(context)
     recipe, num_prompts = context.recipe, len(context.corpus.prompts)
     num_audition, num_test = _count_audition_answers(context), _count_test_answers(context)
@@ -99,12 +105,13 @@ def plan_run(context: RunContext) -> RunPlan:
     num_skipped = context.corpus.num_inputs - num_prompts
     work = {
         "check": f"{num_teachers} tokenizer pairs",
-        "audition": f"at most {num_audition:,} answers by {num_teachers} teachers",
+        "audition": f"at most {num_audition:,} answers by {num_teachers} teachers"
+        + " and the student's base" * asks_base(recipe),
         "capture": f"{num_prompts:,} answers, at most {captured_bytes / 1e9:.2f} GB "
         f"({num_skipped:,} prompts left out), {capture.describe()}",
         "train": f"{recipe.training.steps:,} steps of {recipe.training.batch_size} conversations, "
         f"learning rate {context.models.learning_rate:g}, {training.describe()}",
-        "evaluate": f"{num_test:,} answers by {len(context.models.renderers) + 2} models",
+        "evaluate": _evaluation_work(context, num_test),
         "lineage": "one record",
         "report": "one page",
     }
@@ -135,7 +142,7 @@ def _captured_bytes(context: RunContext) -> int:
     """Return the bytes of the captured distributions: of given answers, or at most."""
     capture, prompts = context.recipe.capture, context.corpus.prompts
     tokens = float(capture.max_new_tokens)
-    if capture.answers == "given":
+    if cost.has_given_texts(context):
         renderer = context.models.student_renderer
         tokens = cost.mean_tokens(prompts, renderer, capture.max_new_tokens, given=True)[1]
     is_sampled = capture.distributions == "sampled"
@@ -167,10 +174,18 @@ def _notes(
     return tuple(notes)
 
 
+def _evaluation_work(context: RunContext, num_answers: int) -> str:
+    texts = f"{len(context.held_out_texts):,} texts" if context.held_out_texts else ""
+    answers = f"{num_answers:,} answers" if num_answers or not texts else ""
+    work = " and ".join(filter(None, (answers, texts)))
+    return f"{work} by {len(context.models.renderers) + 2} models"
+
+
 def _count_audition_answers(context: RunContext) -> int:
     num_items = sum(len(items) for _, items in context.held_out_items(Split.AUDITION))
     efforts, models = context.recipe.audition.efforts, context.models
-    return num_items * sum(len(models.measured_efforts(n, efforts)) for n in models.teacher_names)
+    num_asked = sum(len(models.measured_efforts(n, efforts)) for n in models.teacher_names)
+    return num_items * (num_asked + asks_base(context.recipe))
 
 
 def _count_test_answers(context: RunContext) -> int:

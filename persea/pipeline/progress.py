@@ -18,7 +18,10 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
+from persea.report.text_section import TEXT_TABLE_NOTE, text_columns, text_rows, text_verdict
+
 if TYPE_CHECKING:
+    from persea.evaluation.text_report import TextReport
     from persea.vocab_extension.resize_model import ProgressCallback
 
 # column title -> key of a pair in check.json: these four shares add up to 100 % of the tokens
@@ -28,6 +31,9 @@ TOKEN_SHARES = {
     "span": "span_share",
     "text\nonly": "cross_entropy_only_share",
 }
+
+
+WARNING_PREFIX = "warning: "  # of a message of progress that stays on the screen
 
 
 @contextmanager
@@ -52,6 +58,9 @@ def progress_bars(quiet: bool = False) -> Iterator[ProgressCallback]:
         tasks: dict[str, TaskID] = {}
 
         def draw(stage: str, fraction: float, message: str) -> None:
+            if message.startswith(WARNING_PREFIX):  # stays on the screen, above the bars
+                bars.console.print(f"{stage:>9} {message}", highlight=False, soft_wrap=True)
+                return
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=1.0, message="")
             bars.update(tasks[stage], completed=fraction, message=message)
@@ -69,6 +78,9 @@ def _line_progress(
     printed: dict[str, tuple[int, bool, float]] = {}  # stage -> (tenth, with words, clock)
 
     def print_line(stage: str, fraction: float, message: str) -> None:
+        if message.startswith(WARNING_PREFIX):
+            console.print(f"{stage:>9} {message}", highlight=False, soft_wrap=True)
+            return
         tenth, now = int(fraction * 10), clock()
         before = printed.get(stage)
         if (
@@ -172,6 +184,8 @@ def _check_table(teacher: str, pairs: Sequence[dict[str, Any]]) -> Table:
 
 def print_report(report: dict[str, Any]) -> None:
     """Print report.json: student, base and teachers on every skill, with 95 % intervals."""
+    if not report["skills"]:  # held-out texts alone were measured
+        return
     first = next(iter(report["skills"].values()))
     teachers = list(first["teachers"])
     table = Table(
@@ -183,7 +197,10 @@ def print_report(report: dict[str, Any]) -> None:
     )
     for name, skill in report["skills"].items():
         cells = [_score_cell(skill["student"]), _score_cell(skill["base"])]
-        cells += [_score_cell(skill["teachers"][t], t == skill["best_teacher"]) for t in teachers]
+        cells += [
+            _score_cell(score, t == skill["best_teacher"] and score["value"] > 0)
+            for t, score in skill["teachers"].items()
+        ]
         retained = skill["retained"]
         table.add_row(name, *cells, "-" if retained is None else f"{retained:.0%}")
     bits = report["bits_per_byte"]
@@ -202,6 +219,14 @@ def print_report(report: dict[str, Any]) -> None:
         "* best teacher; retained = student / best teacher",
         style="dim",
     )
+
+
+def print_texts(report: TextReport) -> None:
+    """Print bits per byte on held-out texts: a row a language, and the verdict in one line."""
+    print_table(text_columns(report, best_only=True), text_rows(report, best_only=True))
+    console = Console()
+    console.print(TEXT_TABLE_NOTE, style="dim")
+    console.print(text_verdict(report), highlight=False, soft_wrap=True)
 
 
 def _score_cell(score: dict[str, float], is_best: bool = False) -> str:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # of each stage's output at its number. Records without a number are version 0.
 STAGE_VERSIONS = {
     "check": 1,
-    "audition": 1,
+    "audition": 2,
     "capture": 1,
     "train": 1,
     "evaluate": 1,
@@ -51,6 +51,8 @@ def check_inputs(context: RunContext) -> object:
 
 def audition_inputs(context: RunContext) -> object:
     """Return the inputs of `audition`, as JSON: everything that its output depends on."""
+    if not context.needs_audition:  # no question is asked
+        return ["without questions", context.cast_without_audition.to_json()]
     return [
         context.models.teacher_identities,
         context.items_digest(Split.AUDITION),
@@ -58,6 +60,12 @@ def audition_inputs(context: RunContext) -> object:
         context.recipe.audition.model_dump(),
         context.recipe.evaluation.grading.model_dump(),
         context.recipe.capture.max_new_tokens,
+        *([context.models.student_identity] if context.recipe.audition.compare_with_base else []),
+        *(
+            [one.skill, one.language, [c.to_json() for c in one.conversations]]
+            for skill in context.scored_skills
+            for one in context.audition_texts(skill)
+        ),
     ]
 
 
@@ -66,6 +74,7 @@ def capture_inputs(context: RunContext) -> object:
     return [
         *(u.name for u in context.capture_units),
         *([b.location, b.reason] for b in context.corpus.malformed),
+        *(["skipped", *context.cast.skipped] if context.cast.skipped else []),
         *(
             ["verify", context.recipe.evaluation.grading.model_dump()]
             if context.recipe.capture.drop_wrong_answers
@@ -80,6 +89,7 @@ def train_inputs(context: RunContext) -> dict[str, Any]:
     Checkpoints hold the same value: a training resumes only from a checkpoint with equal inputs.
     Answers that `capture.drop_wrong_answers` rejected are part of it.
     """
+    teach_end = context.recipe.capture.teach_end
     return {
         "training": context.recipe.training.model_dump(mode="json", exclude=OBSERVATION_KEYS)
         | {"learning_rate": context.models.learning_rate},
@@ -89,6 +99,7 @@ def train_inputs(context: RunContext) -> dict[str, Any]:
         "student": context.models.student_identity,
         "capture": digest_json([u.name for u in context.capture_units]),
         "version": STAGE_VERSIONS["train"],
+        **({} if teach_end == "auto" else {"teach_end": teach_end}),
     } | (
         {"verified": [context.stages.read_record("capture")["outputs"]["rejected.json"]]}
         if context.recipe.capture.drop_wrong_answers
@@ -103,6 +114,7 @@ def evaluate_inputs(context: RunContext) -> object:
         context.models.teacher_identities,
         context.items_digest(Split.TEST),
         context.recipe.evaluation.model_dump(exclude=POST_EVALUATION_KEYS),
+        *([context.held_out_texts_digest] if context.recipe.evaluation.texts else []),
     ]
 
 

@@ -133,6 +133,8 @@ def _check_teacher(
             context.recipe.seed,
             settings.min_counted_probability,
             progress,
+            # plain text has no template to compare with none
+            with_template=not renderer.is_text,
         )
     pairs = [
         check_pair(
@@ -151,55 +153,15 @@ def _check_teacher(
 
 
 def run_audition(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
-    """Measure every teacher on every skill, and cast the best teacher for each.
+    """Measure every teacher and the student's base, and cast the best teacher for each skill.
 
-    Teachers answer in rounds until the ranking of a skill is settled.
+    Raises:
+        RefusedError: A skill has no teacher, or none that is better than the student's base and
+            the recipe refuses that.
     """
-    from persea.evaluation.answering import answer_items, single_model_loader
-    from persea.evaluation.audition import build_cast, cast_markdown
-    from persea.evaluation.racing import RaceSettings, compare_efforts, race_teachers
+    from persea.pipeline.audition_stage import audition_teachers
 
-    settings, max_new_tokens = context.recipe.audition, context.recipe.capture.max_new_tokens
-    load = single_model_loader(lambda name: context.models.load_teacher(name, settings.batch_size))
-    models = {
-        name: context.models.evaluated_model(name, settings.batch_size, settings.efforts, load)
-        for name in context.models.teacher_names
-    }
-    own_efforts = {name: model.efforts[0] for name, model in models.items()}
-    tasks = context.held_out_items(Split.AUDITION)
-    races = race_teachers(
-        list(models),
-        tasks,
-        context.recipe.seed,
-        lambda name, task, items: answer_items(
-            models[name], own_efforts[name], task, items, max_new_tokens
-        )[0],
-        lambda fraction, message: progress("audition", fraction, message),
-        RaceSettings(settings.first_round, settings.min_items_per_language, settings.round_growth),
-    )
-    effort_comparisons, results_by_effort = compare_efforts(
-        races,
-        [task for task, _ in tasks],
-        {name: model.efforts for name, model in models.items()},
-        lambda name, effort, task, items: answer_items(
-            models[name], effort, task, items, max_new_tokens
-        )[0],
-    )
-    for (name, skill, effort), results in results_by_effort.items():
-        suffix = "" if effort is own_efforts[name] else f".{effort}"
-        storage.write_json_lines(
-            folder / f"{name}.{skill}{suffix}.jsonl", (r.to_json() for r in results)
-        )
-    cast = build_cast(
-        races,
-        own_efforts,
-        settings.pinned,
-        settings.min_score,
-        effort_comparisons,
-        context.recipe.skills,
-    )
-    storage.write_json(folder / "cast.json", cast.to_json())
-    storage.write_atomic(folder / "table.md", cast_markdown(cast).encode())
+    audition_teachers(context, folder, progress)
 
 
 def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
@@ -218,7 +180,11 @@ def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -
     from persea.cache.answer_filter import verify_answers
     from persea.cache.capture import capture_teacher, open_teacher_caches
 
-    settings, units, corpus = context.recipe.capture, context.capture_units, context.corpus
+    settings, units, corpus = (
+        context.recipe.capture,
+        context.capture_units,
+        context.captured_corpus,
+    )
     budget = CaptureBudget(
         len(corpus.prompts), settings.max_total_tokens or 0, settings.max_hours or 0
     )
@@ -231,7 +197,7 @@ def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -
             max_kl=settings.max_kl,
             max_new_tokens=settings.max_new_tokens,
             seed=context.recipe.seed,
-            use_given_answers=settings.answers == "given",
+            use_given_answers=context.are_answers_given,
             refuse_if_changed=partial(context.models.refuse_changed_teacher, name),
             on_unit=lambda unit: progress("capture", *budget.record_unit(unit)),
         )
@@ -277,17 +243,21 @@ def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) 
         lambda name: context.models.load_participant(name, settings.batch_size)
     )
     answers = EvaluationAnswers()
+    unasked = tuple(name for name, renderer in renderers.items() if renderer.is_text)
+    # the texts' part of the stage, in models' worth of work
+    num_parts = len(names) * ((len(tasks) > 0) + (len(context.held_out_texts) > 0))
 
     def model_progress(k: int, fraction: float, message: str) -> None:
-        progress("evaluate", (k + fraction) / len(names), message)
+        progress("evaluate", (k + fraction) / num_parts, message)
 
-    for k, name in enumerate(names):
+    for k, name in enumerate(names if tasks else ()):
         evaluate_model(
             answers,
             context.models.evaluated_model(name, settings.batch_size, settings.efforts, load),
             tasks,
             settings.max_new_tokens,
             partial(model_progress, k),
+            ask=name not in unasked,
         )
     result = EvaluationResult(
         STUDENT,
@@ -299,12 +269,18 @@ def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) 
         tuple(name for name in renderers if name not in teacher_names),
         compare_student(answers, STUDENT),
         find_regressions(answers, STUDENT, BASE),
+        unasked if tasks else (),
     )
     records = list(answers.iter_answer_records())
     storage.write_json_lines(folder / "examples.jsonl", records)
     storage.write_json(folder / "evaluation.json", result.to_json())
     storage.write_json(folder / "sets.json", [b.to_json() for b in context.benchmarks])
-    if context.taught_efforts:
+    if context.held_out_texts:
+        from persea.pipeline.evaluate_texts import evaluate_texts
+
+        done = num_parts - len(names)
+        evaluate_texts(context, folder, load, lambda f, m: model_progress(done, f * len(names), m))
+    if context.taught_efforts and tasks:
         _write_thinking_modes(context, folder, load(STUDENT), records, progress)
 
 
@@ -388,8 +364,12 @@ def run_pipeline(context: RunContext, progress: ProgressCallback, only_stage: st
     set_threads(context.recipe.threads)
     progress(only_stage or STAGES[0].name, 0.0, "opening tokenizers and chat templates")
     preflight.refuse_unsupported_efforts(context)
+    if only_stage in ("", "check", "audition", "capture", "train"):
+        preflight.refuse_asking_text_models(context)
     context.lm_eval_digests()
     preflight.refuse_missing_logprobs(context)
+    if only_stage in ("", "evaluate"):
+        preflight.refuse_unmeasured_student(context)
     with join_process_group(context.world):
         if only_stage in ("", "train"):
             preflight.refuse_impossible_training(context)

@@ -141,6 +141,7 @@ def train_rank(
         seed=context.recipe.seed,
         max_length=t.max_length,
         partial_tokens=t.partial_tokens,
+        teach_end=context.recipe.capture.teach_end,
         on_answer=lambda read, answers: progress(
             done, f"reading the captured answers, {read:,} of {answers:,}"
         ),
@@ -207,8 +208,8 @@ def _load_rollouts(
     held_out = frozenset(held_out_dataset.prompt_ids()) if held_out_dataset else frozenset()
     assignments = (
         (prompt, name)
-        for prompt, name in assign_prompts(context.corpus.prompts, context.cast)
-        if prompt.id not in held_out
+        for prompt, name in assign_prompts(context.captured_corpus.prompts, context.cast)
+        if prompt.id not in held_out and not prompt.conversation.is_document
     )
     return build_rollouts(
         assignments,

@@ -49,11 +49,17 @@ class EvaluationRecord:
     bits_per_byte: dict[str, dict[str, float]]
     compared: tuple[PairedComparison, ...]
     regressions: tuple[PairedComparison, ...]
+    unasked_models: tuple[str, ...] = ()
 
     @property
     def model_names(self) -> tuple[str, ...]:
         """Student, base, teachers, reference models."""
         return (self.student, self.base, *self.teachers, *self.reference_models)
+
+    @property
+    def asked_model_names(self) -> tuple[str, ...]:
+        """The models that answered questions; one without a chat template answers none."""
+        return tuple(name for name in self.model_names if name not in self.unasked_models)
 
     @property
     def student_efforts(self) -> tuple[ThinkingEffort, ...]:

@@ -89,12 +89,15 @@ def _best_score(teachers: Sequence[Score]) -> Score:
     return max(teachers, key=lambda s: s.value)
 
 
-def compare_skills(evaluation: EvaluationRecord, where: str) -> tuple[SkillComparison, ...]:
+def compare_skills(
+    evaluation: EvaluationRecord, where: str, has_texts: bool = False
+) -> tuple[SkillComparison, ...]:
     """Compare all models on every skill, in the order in which skills were measured.
 
     Args:
         evaluation: The evaluation of a run.
         where: Its file, for the message.
+        has_texts: Whether held-out texts were measured, so that no skill has to be.
 
     Returns:
         One comparison for each skill.
@@ -102,14 +105,11 @@ def compare_skills(evaluation: EvaluationRecord, where: str) -> tuple[SkillCompa
     Raises:
         DataError: If a score or a comparison is missing, or a score has no items.
     """
-    comparisons = []
+    comparisons: list[SkillComparison] = []
+    asked = evaluation.asked_model_names
     for skill in dict.fromkeys(s.skill for s in evaluation.scores):
-        scores = [_pick_score(evaluation, name, skill, "") for name in evaluation.model_names]
-        missing = [
-            name
-            for name, s in zip(evaluation.model_names, scores, strict=True)
-            if s is None or s.n == 0
-        ]
+        scores = [_pick_score(evaluation, name, skill, "") for name in asked]
+        missing = [name for name, s in zip(asked, scores, strict=True) if s is None or s.n == 0]
         if missing:
             raise DataError(
                 f"{', '.join(missing)} has no score on {skill}",
@@ -117,7 +117,7 @@ def compare_skills(evaluation: EvaluationRecord, where: str) -> tuple[SkillCompa
                 remedy="evaluate every model on every skill: run evaluate again",
             )
         student, base, *others = (s for s in scores if s is not None)
-        num_teachers = len(evaluation.teachers)
+        num_teachers = sum(name in evaluation.teachers for name in asked)
         teachers, reference_models = tuple(others[:num_teachers]), tuple(others[num_teachers:])
         versus_best, versus_base = (
             evaluation.find_pair(other, skill, "", evaluation.effort)
@@ -134,7 +134,7 @@ def compare_skills(evaluation: EvaluationRecord, where: str) -> tuple[SkillCompa
                 skill, student, base, teachers, reference_models, versus_best, versus_base
             )
         )
-    if not comparisons:
+    if not comparisons and not has_texts:
         raise DataError(
             "no skill was measured",
             where=where,
@@ -162,7 +162,8 @@ def scores_by_language(evaluation: EvaluationRecord) -> dict[str, dict[str, dict
     table: dict[str, dict[str, dict[str, Score]]] = {}
     for skill, language in sorted({(s.skill, s.language) for s in evaluation.scores if s.language}):
         scores = {
-            name: _pick_score(evaluation, name, skill, language) for name in evaluation.model_names
+            name: _pick_score(evaluation, name, skill, language)
+            for name in evaluation.asked_model_names
         }
         table.setdefault(skill, {})[language] = {
             name: s for name, s in scores.items() if s is not None
