@@ -168,7 +168,7 @@ def capture_cost(context: RunContext, speed: float) -> StageCost:
         # an answer that is generated is computed once more to be scored
         own = (whole + (0 if given else answer)) * len(prompts) / len(names)
         tokens += own
-        size = models.teacher_size(name)
+        size = models.teacher_sizes[name]
         if size is None:
             is_known = is_known and is_remote(models.teacher_ref(name))
             continue

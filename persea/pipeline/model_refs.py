@@ -237,12 +237,15 @@ class ModelRefs:
             model_source(self.recipe.student), len(self.student_renderer.vocabulary)
         )
 
-    def teacher_size(self, name: str) -> ModelSize | None:
-        """Return the size of a teacher; None behind a server, or if it cannot be told."""
-        ref = self.teacher_ref(name)
-        if is_remote(ref):
-            return None
-        return read_model_size(model_source(ref), len(self.renderers[name].vocabulary))
+    @cached_property
+    def teacher_sizes(self) -> dict[str, ModelSize | None]:
+        """Teacher name -> size; None behind a server, or if it cannot be told."""
+        return {
+            ref.name: None
+            if is_remote(ref)
+            else read_model_size(model_source(ref), len(self.renderers[ref.name].vocabulary))
+            for ref in self.recipe.teachers
+        }
 
     @cached_property
     def learning_rate(self) -> float:

@@ -28,9 +28,11 @@ from persea.tasks.task import Split
 from persea.training.distributed.heartbeat import join_process_group
 
 if TYPE_CHECKING:
+    from persea.cache.accounting import UnitProgress
     from persea.config.schema import TeacherSection
     from persea.evaluation.check_sampling import MeasuredSample
     from persea.evaluation.compatibility import PairCompatibility, TemplateLikelihood
+    from persea.teachers.teacher import Teacher
     from persea.tokenization.tokens import RenderedTokens
     from persea.vocab_extension.resize_model import ProgressCallback
 
@@ -179,6 +181,7 @@ def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -
     )
     from persea.cache.answer_filter import verify_answers
     from persea.cache.capture import capture_teacher, open_teacher_caches
+    from persea.pipeline.work import capture_work
 
     settings, units, corpus = (
         context.recipe.capture,
@@ -186,9 +189,20 @@ def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -
         context.captured_corpus,
     )
     budget = CaptureBudget(
-        len(corpus.prompts), settings.max_total_tokens or 0, settings.max_hours or 0
+        len(corpus.prompts),
+        settings.max_total_tokens or 0,
+        settings.max_hours or 0,
+        work_by_unit=capture_work(context),
     )
+
+    def on_unit(unit: UnitProgress) -> None:
+        fraction, message = budget.record_unit(unit)
+        if not unit.is_new:
+            progress("capture", fraction, "")  # of an earlier run: no part of this one's pace
+        progress("capture", fraction, message)
+
     for name in dict.fromkeys(u.teacher for u in units):
+        progress("capture", budget.fraction_done, f"loading {name}")
         capture_teacher(
             units,
             context.models.load_teacher(name, settings.batch_size),
@@ -199,7 +213,8 @@ def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -
             seed=context.recipe.seed,
             use_given_answers=context.are_answers_given,
             refuse_if_changed=partial(context.models.refuse_changed_teacher, name),
-            on_unit=lambda unit: progress("capture", *budget.record_unit(unit)),
+            on_unit=on_unit,
+            on_part=lambda unit, share: progress("capture", *budget.record_part(unit.name, share)),
         )
     storage.write_json_lines(folder / "removed.jsonl", (r.to_json() for r in corpus.removed))
     summary = capture_summary(units, folder)
@@ -235,28 +250,32 @@ def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) 
         evaluate_model,
         find_regressions,
     )
+    from persea.pipeline.work import EvaluationWork, model_work
 
     tasks, settings = context.held_out_items(Split.TEST), context.recipe.evaluation
     teacher_names, renderers = context.models.teacher_names, context.models.renderers
     names = [STUDENT, BASE, *renderers]
-    load = single_model_loader(
-        lambda name: context.models.load_participant(name, settings.batch_size)
-    )
+
+    def load_reporting(name: str) -> Teacher:
+        work.report_words(f"loading {name}")
+        teacher = context.models.load_participant(name, settings.batch_size)
+        return teacher.reporting(partial(work.report_answers, name))
+
+    load = single_model_loader(load_reporting)
     answers = EvaluationAnswers()
     unasked = tuple(name for name, renderer in renderers.items() if renderer.is_text)
-    # the texts' part of the stage, in models' worth of work
-    num_parts = len(names) * ((len(tasks) > 0) + (len(context.held_out_texts) > 0))
-
-    def model_progress(k: int, fraction: float, message: str) -> None:
-        progress("evaluate", (k + fraction) / num_parts, message)
-
+    work = EvaluationWork(
+        [model_work(context, name) for name in names],
+        bool(tasks) + bool(context.held_out_texts),
+        partial(progress, "evaluate"),
+    )
     for k, name in enumerate(names if tasks else ()):
         evaluate_model(
             answers,
             context.models.evaluated_model(name, settings.batch_size, settings.efforts, load),
             tasks,
             settings.max_new_tokens,
-            partial(model_progress, k),
+            partial(work.report_model, k),
             ask=name not in unasked,
         )
     result = EvaluationResult(
@@ -278,8 +297,7 @@ def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) 
     if context.held_out_texts:
         from persea.pipeline.evaluate_texts import evaluate_texts
 
-        done = num_parts - len(names)
-        evaluate_texts(context, folder, load, lambda f, m: model_progress(done, f * len(names), m))
+        evaluate_texts(context, folder, load, work.report_texts)
     if context.taught_efforts and tasks:
         _write_thinking_modes(context, folder, load(STUDENT), records, progress)
 
