@@ -86,18 +86,18 @@ def test_a_damaged_output_is_to_do(tmp_path: Path) -> None:
 
 def test_answers_are_counted_and_the_disk_is_enough(tmp_path: Path) -> None:
     told = plan_run(river(flowed_copy(tmp_path, *STAGES)))
-    assert told.answers == 3 * 8 * 3 + 72 + 3 * 8 * 5
+    assert told.answers == 3 * 8 * 4 + 72 + 3 * 8 * 5
     units = sum(p.stat().st_size for p in (tmp_path / "run" / "capture" / "units").iterdir())
     used = sum(p.stat().st_size for p in (tmp_path / "run").rglob("*") if p.is_file())
     assert 0 < units < 72 * 48 * SAMPLED_BYTES_PER_TOKEN
     assert units < used < told.disk_bytes < told.disk_free
     work = {c.stage: c.work for c in told.stages}
-    assert work["audition"] == "at most 72 answers by 3 teachers"
+    assert work["audition"] == "at most 96 answers by 3 teachers and the student's base"
     assert work["capture"].startswith("72 answers, at most 0.00 GB (0 prompts left out)")
     assert work["train"].startswith("8 steps of 4 conversations, learning rate 0.003, at most ")
     assert work["evaluate"] == "120 answers by 5 models"
     assert [r[0] for r in told.table_rows()] == [*STAGES, "total"]
-    assert told.table_rows()[-1][2].startswith("264 answers, about 0.0")
+    assert told.table_rows()[-1][2].startswith("288 answers, about 0.0")
     assert told.to_json()["stages"][0] == {
         "stage": "check",
         "state": "up to date",
