@@ -134,7 +134,7 @@ def plan_run(context: RunContext) -> RunPlan:
         disk_bytes,
         disk_free,
         {"capture": capture, "train": training},
-        _notes(context, speed, device, trained_bytes),
+        (*_notes(context, speed, device, trained_bytes), *_pilot_note(context, capture, training)),
     )
 
 
@@ -172,6 +172,25 @@ def _notes(
         warning = describe_unusual_rate(given, size.num_parameters, is_lora)
         notes += [f"warning: {warning}"] if warning else []
     return tuple(notes)
+
+
+def _pilot_note(
+    context: RunContext, capture: cost.StageCost, training: cost.StageCost
+) -> tuple[str, ...]:
+    """Return the cost of a pilot; nothing for a single teacher."""
+    from persea.pipeline.pilot import DEFAULT_SHARE, pilot_steps
+
+    recipe, n = context.recipe, len(context.models.teacher_names)
+    if n < 2:
+        return ()
+    steps = pilot_steps(recipe, DEFAULT_SHARE)
+    seconds = None
+    if capture.seconds is not None and training.seconds is not None:
+        num_prompts = max(1, len(context.corpus.prompts))
+        asked = min(1.0, steps * recipe.training.batch_size / num_prompts)
+        seconds = n * (capture.seconds * asked + training.seconds * steps / recipe.training.steps)
+    about = "" if seconds is None else f", about {cost.format_duration(seconds)}"
+    return (f"persea pilot would try {n} teachers with {steps:,} steps each{about}",)
 
 
 def _evaluation_work(context: RunContext, num_answers: int) -> str:

@@ -226,6 +226,7 @@ def test_help_names_every_verb() -> None:
         "plan",
         "validate",
         "schema",
+        "pilot",
         "extend",
         "recipes",
         *STAGES,

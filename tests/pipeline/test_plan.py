@@ -255,5 +255,6 @@ def test_cost_is_told_with_how_it_was_got(tmp_path: Path) -> None:
         assert told.costs[stage].tokens > 1000
     assert "matrix product measured just now" in told.notes[0]
     assert not any("warning" in note for note in told.notes)
-    (warned,) = plan_run(river(tmp_path, "training.learning_rate=0.1")).notes[1:]
+    assert told.notes[-1].startswith("persea pilot would try 3 teachers with 8 steps each, about ")
+    (warned, _) = plan_run(river(tmp_path, "training.learning_rate=0.1")).notes[1:]
     assert warned.startswith("warning: training.learning_rate 0.1 is high for a student of 0.8 M")
