@@ -171,19 +171,21 @@ def measure_weights(
             have none in any case.
     """
     measured = choose_measured(teacher.name, samples, teacher.renderer, max_logits, seed)
-    n, passes = measured.num_conversations, 0
+    answered = [s for s in chosen_conversations(samples, measured) if not s.is_documents]
+    answered = answered if with_template else []
+    total = measured.num_conversations + sum((PASSES - 1) * len(s.conversations) for s in answered)
+    passes = 0
 
     def count(num_passes: int, what: str) -> None:
         nonlocal passes
         passes += num_passes
         words = f"{teacher.name}: {what}, {measured.positions:,} of"
         words += f" {measured.positions_available:,} positions"
-        progress(min(1.0, passes / max(1, PASSES * n)), words)
+        progress(min(1.0, passes / max(1, total)), words)
 
     count(0, "likelihood")
-    answered = [s for s in chosen_conversations(samples, measured) if not s.is_documents]
     likelihoods = measure_template_likelihood(
-        teacher, answered if with_template else [], partial(count, PASSES - 1, "likelihood")
+        teacher, answered, partial(count, PASSES - 1, "likelihood")
     )
     mass = make_retained_mass(
         teacher, event_map, min_counted_probability, partial(count, 1, "retained mass")

@@ -40,7 +40,9 @@ class StepWatch:
 
     def __enter__(self) -> Self:
         """Register the hooks."""
-        self._handles = [p.register_hook(self._gradient_ready) for p in self._parameters]
+        for parameter in self._parameters:
+            handle = parameter.register_hook(self._gradient_ready)  # type: ignore[no-untyped-call]
+            self._handles.append(handle)
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -84,16 +84,16 @@ def collect_stop_signals() -> Iterator[StopSignals]:
     signals = StopSignals()
     handlers: dict[int, Any] = {}
     try:
-        for number, handler in (
+        for one, handler in (
             (signal.SIGTERM, signals._record),
             (signal.SIGINT, signals._record),
             (signal.SIGALRM, signals._abandon),
         ):
-            handlers[number] = signal.signal(number, handler)
+            handlers[one] = signal.signal(one, handler)
     except ValueError:  # not the main thread (a notebook's worker), which may set no handlers
         handlers = {}
     try:
         yield signals
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for number, before in handlers.items():
+            signal.signal(number, before)
