@@ -1,7 +1,8 @@
-"""Load tokenizers, chat renderers and weights from a folder, a hub id, or a random initialisation.
+"""Load tokenizers, chat renderers and weights: a folder, a GGUF file, a hub id, or random weights.
 
-Only safetensors and configurations are read: no pickles and no remote code. A folder whose
-configuration has `auto_map` is refused before any library reads it; hub ids are loaded with
+A GGUF file is converted once to a folder, which is kept (persea.models.gguf_model). Only
+safetensors and configurations are read: no pickles and no remote code. A folder whose configuration
+has `auto_map` is refused before any library reads it; hub ids are loaded with
 `trust_remote_code=False`.
 """
 
@@ -31,6 +32,9 @@ from persea.chat.messages import PINNED_DATE, Conversation, Text
 from persea.chat.renderer import ChatRenderer
 from persea.chat.template import compile_template
 from persea.errors import DataError
+from persea.models.gguf_header import find_gguf
+from persea.models.gguf_model import gguf_header, model_folder, tokenizer_folder
+from persea.models.gguf_tokenizer import refuse_other_tokens, stop_token_ids
 from persea.models.placement import placement_kwargs
 from persea.models.random_init import random_init
 from persea.tokenization.logit_rows import limit_to_rows, tokens_without_row
@@ -45,8 +49,8 @@ class ModelSource:
     """Where a model comes from and how it is loaded.
 
     Attributes:
-        model: A folder in Hugging Face form, a hub id, or "random" (then `tokenizer` and `sizes`
-            are needed).
+        model: A folder in Hugging Face form, a GGUF file or a folder that holds one, a hub id, or
+            "random" (then `tokenizer` and `sizes` are needed).
         revision: Hub revision; unused for a folder.
         tokenizer: Folder or hub id of the tokenizer, if it is not the model's.
         family: Name of the family, or "generic"; "" = detected by control tokens and chat template.
@@ -81,9 +85,14 @@ class ModelSource:
 def local_folder(name_or_path: str, where: str) -> Path | None:
     """Return the folder that a reference names; None for a hub id.
 
+    For a GGUF file this is the folder of its dequantised weights, which the first call writes.
+
     Raises:
         DataError: A path does not exist; it is refused here instead of being looked up on the hub.
     """
+    gguf = find_gguf(name_or_path, where)
+    if gguf is not None:
+        return model_folder(gguf, where)
     path = Path(name_or_path).expanduser()
     if name_or_path and path.is_dir():
         return path
@@ -91,16 +100,51 @@ def local_folder(name_or_path: str, where: str) -> Path | None:
         raise DataError(
             f"no model folder {name_or_path!r}",
             where=where,
-            remedy="give a folder in Hugging Face form or a hub id such as Qwen/Qwen3-8B",
+            remedy="give a folder in Hugging Face form, a GGUF file, or a hub id such as "
+            "Qwen/Qwen3-8B",
         )
     return None
+
+
+def loadable_name(name_or_path: str, where: str) -> str:
+    """Return what another library can load: the converted folder of a GGUF file, or the reference.
+
+    Raises:
+        DataError: The GGUF file cannot be converted.
+    """
+    gguf = find_gguf(name_or_path, where)
+    return name_or_path if gguf is None else str(model_folder(gguf, where))
+
+
+def local_tokenizer_folder(source: ModelSource, where: str) -> Path | None:
+    """Return the local folder of a model's tokenizer; None for a hub id.
+
+    A tokenizer.json beside a GGUF file is preferred to the tokenizer in the file.
+    """
+    name_or_path = source.tokenizer_name_or_path
+    path = Path(name_or_path).expanduser()
+    if name_or_path and (path / "tokenizer.json").is_file():
+        return path
+    gguf = find_gguf(name_or_path, where)
+    if gguf is not None:
+        return tokenizer_folder(gguf, where)
+    return local_folder(name_or_path, where)
+
+
+def _refuse_other_tokenizer(
+    source: ModelSource, folder: Path | None, tokenizer: Any, where: str
+) -> None:
+    """Raise if a GGUF file is given a tokenizer that is not its own."""
+    gguf = None if source.is_random else find_gguf(source.model, where)
+    if gguf is not None and (source.tokenizer or folder == Path(source.model).expanduser()):
+        refuse_other_tokens(gguf_header(gguf, where), tokenizer.backend_tokenizer, where)
 
 
 def resolve_model_source(name_or_path: str, where: str) -> tuple[ModelSource, date]:
     """Return the model that a person names, and the date for its chat template.
 
     Args:
-        name_or_path: A run folder (its student), a model folder, or a hub id.
+        name_or_path: A run folder (its student), a model folder, a GGUF file, or a hub id.
         where: The place for error messages.
 
     Raises:
@@ -111,7 +155,7 @@ def resolve_model_source(name_or_path: str, where: str) -> tuple[ModelSource, da
         raise DataError(
             f"no model folder and no run {name_or_path!r}",
             where=where,
-            remedy="give a run folder, a model folder or a hub id",
+            remedy="give a run folder, a model folder, a GGUF file or a hub id",
         )
     student, recipe = folder / "train" / "student", folder / "recipe.yaml"
     if not student.is_dir() and not recipe.is_file():
@@ -144,12 +188,12 @@ def load_tokenizer(source: ModelSource, where: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    folder = local_folder(source.tokenizer_name_or_path, where)
+    folder = local_tokenizer_folder(source, where)
     if folder is not None:
         _refuse_remote_code(folder, where)
     revision = {"revision": source.revision} if source.revision and folder is None else {}
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             folder or source.tokenizer_name_or_path, trust_remote_code=False, **revision
         )
     except Exception as error:  # transformers raises a dozen kinds here
@@ -161,6 +205,8 @@ def load_tokenizer(source: ModelSource, where: str) -> Any:
             else "fetch it first where there is network (`hf download`), accept its licence there, "
             "or give a folder",
         ) from error
+    _refuse_other_tokenizer(source, folder, tokenizer, where)
+    return tokenizer
 
 
 def load_renderer(
@@ -173,7 +219,7 @@ def load_renderer(
     (`persea.chat.families.text`).
 
     Args:
-        source: A folder in Hugging Face form, a hub id, or a `ModelSource`.
+        source: A folder in Hugging Face form, a GGUF file, a hub id, or a `ModelSource`.
         where: The place for error messages; by default the folder or hub id.
         template_date: The date that the chat template writes.
 
@@ -308,8 +354,14 @@ def _refuse_thinking_option(family: Family, where: str) -> None:
 def eos_token_ids(source: ModelSource, where: str) -> tuple[int, ...]:
     """Return the end-of-text ids in the model's own configuration.
 
-    They are read from generation_config.json, or else config.json. A random model has none.
+    They are read from generation_config.json, or else config.json, or the metadata of a GGUF file.
+    A random model has none.
     """
+    if source.is_random:
+        return ()
+    gguf = find_gguf(source.model, where)
+    if gguf is not None:
+        return stop_token_ids(gguf_header(gguf, where))
     for name in ("generation_config.json", "config.json"):
         eos = config_value(source, name, "eos_token_id", where)
         ids = tuple(i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int))

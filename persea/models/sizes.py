@@ -8,8 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from persea.errors import DataError
+from persea.models.gguf_header import find_gguf
+from persea.models.gguf_model import gguf_header
 from persea.models.loading import ModelSource, local_folder
 from persea.models.weight_shapes import read_text_config, read_weight_shapes
+
+# name of a matrix in a GGUF file -> its name in transformers, which `lora.targets` uses
+GGUF_MATRICES = {
+    **{f"attn_{x}": f"{x}_proj" for x in ("q", "k", "v")},
+    "attn_output": "o_proj",
+    **{f"ffn_{x}": f"{x}_proj" for x in ("gate", "up", "down")},
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,9 @@ def read_model_size(source: ModelSource, vocabulary_size: int = 0) -> ModelSize 
         vocabulary_size: Tokens of its tokenizer, for random weights.
     """
     try:
+        gguf = None if source.is_random else find_gguf(source.model, "")
+        if gguf is not None:
+            return _size_of_gguf(gguf)
         folder = None if source.is_random else local_folder(source.model, "")
     except DataError:
         return None
@@ -60,6 +72,19 @@ def read_model_size(source: ModelSource, vocabulary_size: int = 0) -> ModelSize 
             shapes, _int_of(config, "hidden_size"), _int_of(config, "num_hidden_layers")
         )
     return _size_of_config(source, folder, vocabulary_size)
+
+
+def _size_of_gguf(path: Path) -> ModelSize:
+    """Return the size that the header of a GGUF file states, its matrices named as in a folder."""
+    shapes, layers, hidden = [], 0, 0
+    for tensor in gguf_header(path, "").tensors:
+        if tensor.name == "token_embd.weight":
+            hidden = min(tensor.shape)
+        if tensor.name.startswith("blk."):
+            layers = max(layers, int(tensor.name.split(".")[1]) + 1)
+        *block, name, kind = ("." + tensor.name).rsplit(".", 2)
+        shapes.append((".".join([*block, GGUF_MATRICES.get(name, name), kind]), tensor.shape))
+    return ModelSize(tuple(shapes), hidden, layers)
 
 
 def _size_of_config(

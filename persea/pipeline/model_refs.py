@@ -25,8 +25,15 @@ from persea.config.schema import (
 )
 from persea.errors import RefusedError
 from persea.evaluation.answering import EvaluatedModel
-from persea.models.identity import file_stats, fingerprint, model_warnings
-from persea.models.loading import ModelSource, load_renderer, local_folder, max_positions
+from persea.models.identity import (
+    file_stats,
+    fingerprint,
+    gguf_origin,
+    model_name,
+    model_warnings,
+    weight_bytes,
+)
+from persea.models.loading import ModelSource, load_renderer, max_positions
 from persea.models.sizes import ModelSize, read_model_size
 from persea.pipeline.remote_teachers import (
     endpoint_identity,
@@ -71,11 +78,8 @@ def is_small_local_model(source: ModelSource, max_bytes: int) -> bool:
     A hub model may have to be downloaded first, and random weights cannot be measured: both
     return False.
     """
-    folder = None if source.is_random else local_folder(source.model, "check.measure_likelihood")
-    return (
-        folder is not None
-        and sum(p.stat().st_size for p in folder.glob("*.safetensors")) <= max_bytes
-    )
+    num_bytes = weight_bytes(source, "check.measure_likelihood")
+    return num_bytes is not None and num_bytes <= max_bytes
 
 
 def has_effort(renderer: ChatRenderer, effort: ThinkingEffort) -> bool:
@@ -424,12 +428,16 @@ class ModelRefs:
         renderer = self.student_renderer if name == BASE else self.renderers[name]
         if isinstance(ref, TeacherSection) and ref.endpoint:
             return remote_parent(ref, renderer, self.folder / "endpoints" / f"{name}.json")
-        licence = getattr(ref, "licence", "") or renderer.family.licence
+        gguf = gguf_origin(model_source(ref), name)
+        licence = getattr(ref, "licence", "") or (
+            gguf["licence"] if gguf else renderer.family.licence
+        )
         return ParentModel(
             name,
-            Path(ref.model).name if Path(ref.model).is_dir() else ref.model,
+            model_name(ref.model),
             ref.revision,
             renderer.family.name,
             licence,
             fingerprint(model_source(ref), name),
+            gguf,
         )

@@ -258,3 +258,29 @@ def test_cost_is_told_with_how_it_was_got(tmp_path: Path) -> None:
     assert told.notes[-1].startswith("persea pilot would try 3 teachers with 8 steps each, about ")
     (warned, _) = plan_run(river(tmp_path, "training.learning_rate=0.1")).notes[1:]
     assert warned.startswith("warning: training.learning_rate 0.1 is high for a student of 0.8 M")
+
+
+def test_a_gguf_file_is_counted_like_the_folder_it_was_written_from(tmp_path: Path) -> None:
+    """Its matrices have other names, which `lora.targets` does not use."""
+    from transformers import AutoModelForCausalLM
+
+    from persea.config.schema import LoraSection, StudentSection, TrainingSection
+    from tests.gguf_files import write_gguf
+
+    folder = SAPLINGS / "llama-sapling"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    path = write_gguf(tmp_path / "x.gguf", model, folder, "llama-bpe")
+    lora = LoraSection(rank=4, alpha=2, targets=("q_proj", "o_proj", "down_proj"))
+    for more in ({}, {"adapt": "lora", "lora": lora}):
+        sizes = {
+            training_bytes(
+                read_model_size(ModelSource(str(m))),
+                StudentSection(model=str(m), **more),
+                TrainingSection(),
+            )
+            for m in (folder, path)
+        }
+        assert len(sizes) == 1 and sizes != {0}
+    whole, gguf = (read_model_size(ModelSource(str(m))) for m in (folder, path))
+    assert whole is not None and gguf is not None
+    assert (gguf.hidden, gguf.layers) == (whole.hidden, whole.layers)
