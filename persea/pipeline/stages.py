@@ -8,8 +8,10 @@ inputs and its output files are unchanged (`stage_store`, `stage_keys`).
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -364,6 +366,22 @@ STAGES: tuple[Stage, ...] = (
 )
 
 
+SLOW_START_S = 8.0  # a large tokenizer takes longer to open; nothing is said of shorter starts
+
+
+@contextmanager
+def _say_if_slow(progress: ProgressCallback, stage: str) -> Iterator[None]:
+    """Report what takes so long before the first stage begins, after SLOW_START_S."""
+    words = "opening tokenizers and chat templates"
+    timer = threading.Timer(SLOW_START_S, progress, (stage, 0.0, words))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def run_pipeline(context: RunContext, progress: ProgressCallback, only_stage: str = "") -> None:
     """Run every stage in order, or one stage; skip each that is up to date.
 
@@ -380,14 +398,14 @@ def run_pipeline(context: RunContext, progress: ProgressCallback, only_stage: st
             allow it. Raised when all output is written.
     """
     set_threads(context.recipe.threads)
-    progress(only_stage or STAGES[0].name, 0.0, "opening tokenizers and chat templates")
-    preflight.refuse_unsupported_efforts(context)
-    if only_stage in ("", "check", "audition", "capture", "train"):
-        preflight.refuse_asking_text_models(context)
-    context.lm_eval_digests()
-    preflight.refuse_missing_logprobs(context)
-    if only_stage in ("", "evaluate"):
-        preflight.refuse_unmeasured_student(context)
+    with _say_if_slow(progress, only_stage or STAGES[0].name):
+        preflight.refuse_unsupported_efforts(context)
+        if only_stage in ("", "check", "audition", "capture", "train"):
+            preflight.refuse_asking_text_models(context)
+        context.lm_eval_digests()
+        preflight.refuse_missing_logprobs(context)
+        if only_stage in ("", "evaluate"):
+            preflight.refuse_unmeasured_student(context)
     with join_process_group(context.world):
         if only_stage in ("", "train"):
             preflight.refuse_impossible_training(context)

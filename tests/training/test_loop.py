@@ -677,10 +677,10 @@ def test_a_recipes_defaults_are_those_of_the_functions() -> None:
     needs it.
     """
     section = TrainingSection()
-    settings = TrainingSettings.from_section(section, 7)
+    settings = TrainingSettings.from_section(section, 7, 3e-3)
     bare = TrainingSettings(
         steps=section.steps,
-        learning_rate=section.learning_rate,
+        learning_rate=3e-3,
         warmup_steps=settings.warmup_steps,
         weight_decay=section.weight_decay,
         max_grad_norm=settings.max_grad_norm,
