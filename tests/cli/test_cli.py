@@ -315,7 +315,7 @@ def test_plan_and_dry_run_tell_the_same_and_write_nothing(tmp_path: Path) -> Non
     )
     assert (plan.code, dry.code, plan.err, dry.err) == (0, 0, "", "")
     # others use this disk and this processor; a time may be wrapped after "about"
-    figures = re.compile(r"\d+ GB free|about\s+[\d.]+ (s|min|h)\b|[\d,]+ billion|\s+")
+    figures = re.compile(r"\d+ GB free|about\s+[\d.]+\s+(s|min|h)\b|[\d,]+ billion|\s+")
     assert figures.sub("", plan.out) == figures.sub("", dry.out)
     value = json.loads(persea("plan", path, "--json", folder=tmp_path).out)
     assert [(s["stage"], s["state"]) for s in value["stages"]] == [
