@@ -33,17 +33,21 @@ def make_retained_mass(
     min_probability: float = MIN_COUNTED_PROBABILITY,
     on_answer: Callable[[], None] = lambda: None,
 ) -> RetainedMassFunction:
-    """Return a function that measures how much of a teacher's distributions the masks retain.
+    """Return a function that measures how much of a teacher's distributions has an event.
 
-    Costs one forward pass over every answer.
+    Subtracted are the tokens that the masks remove and those that the student cannot write. Costs
+    one forward pass over every answer.
 
     Args:
         teacher: The teacher; its engine must have full distributions.
         event_map: Event map to the student.
-        min_probability: Only impossible tokens of at least this probability are subtracted.
+        min_probability: Only tokens of at least this probability are subtracted.
         on_answer: Called after each answer.
     """
     mask = event_map.teacher_mask
+    # what the student's vocabulary cannot write: its mass goes to the cross-entropy
+    num_bytes_W = np.zeros(1) if mask is None else mask.own.vocabulary.lengths_W
+    unwritable_W = (event_map.teacher_event_W < 0) & (num_bytes_W > 0)
 
     def retained_mass(
         student_tokens: Sequence[RenderedTokens],
@@ -66,8 +70,10 @@ def make_retained_mass(
             rows = row_of_token_T[boundaries.teacher_C[at:end] - teacher_begin]
             for c, (context, row) in enumerate(zip(contexts.tolist(), rows.tolist(), strict=True)):
                 counted = np.flatnonzero(logprobs_NW[row].numpy() >= log(min_probability))
-                impossible = mask.impossible_tokens(context, counted)
-                mass_C[at + c] = 1 - float(logprobs_NW[row, impossible].exp().sum())
+                lost = np.union1d(
+                    mask.impossible_tokens(context, counted), counted[unwritable_W[counted]]
+                )
+                mass_C[at + c] = 1 - float(logprobs_NW[row, lost].exp().sum())
             student_begin, teacher_begin, at = student_begin + len(s), teacher_begin + len(t), end
             on_answer()
         return mass_C
