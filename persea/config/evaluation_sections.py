@@ -199,6 +199,10 @@ class EvaluationSection(RecipeSection):
         )
 
 
+# About 20 s on two CPU cores for a model of 270 M parameters and 262,144 tokens.
+MAX_MEASURED_LOGITS = 400_000_000
+
+
 class CheckSection(RecipeSection):
     """When a pair of tokenizers is refused, and on which texts it is measured."""
 
@@ -246,6 +250,13 @@ class CheckSection(RecipeSection):
         ge=0,
         description="size of a model's folder up to which its weights are loaded, if "
         "`measure_likelihood` is not given",
+    )
+    max_measured_logits: int = Field(
+        default=MAX_MEASURED_LOGITS,
+        ge=1,
+        le=1 << 60,
+        description="logits (tokens x vocabulary) that the measurements with the weights of a "
+        "teacher compute, on a sample of the reference answers; all answers if they need fewer",
     )
     max_template_excess: float = Field(
         default=0.25,

@@ -36,6 +36,7 @@ from persea.models.identity import (
     weight_bytes,
 )
 from persea.models.loading import ModelSource, load_renderer, max_positions
+from persea.models.sizes import ModelSize, read_model_size
 from persea.pipeline.remote_teachers import (
     endpoint_identity,
     generation_identity,
@@ -47,6 +48,7 @@ from persea.pipeline.remote_teachers import (
 )
 from persea.report.lineage import ParentModel
 from persea.storage import digest_json
+from persea.training.learning_rate import default_learning_rate
 
 if TYPE_CHECKING:
     from persea.teachers.teacher import Teacher
@@ -252,6 +254,34 @@ class ModelRefs:
                 self.recipe.student.model_dump(include={"adapt", "lora"}),
             ]
         )
+
+    # --- sizes ---
+
+    @cached_property
+    def student_size(self) -> ModelSize | None:
+        """Size of the student; None if it cannot be told without its weights."""
+        return read_model_size(
+            model_source(self.recipe.student), len(self.student_renderer.vocabulary)
+        )
+
+    @cached_property
+    def teacher_sizes(self) -> dict[str, ModelSize | None]:
+        """Teacher name -> size; None behind a server, or if it cannot be told."""
+        return {
+            ref.name: None
+            if is_remote(ref)
+            else read_model_size(model_source(ref), len(self.renderers[ref.name].vocabulary))
+            for ref in self.recipe.teachers
+        }
+
+    @cached_property
+    def learning_rate(self) -> float:
+        """The recipe's learning rate, or the default of the student's size."""
+        given = self.recipe.training.learning_rate
+        if given is not None:
+            return given
+        size, is_lora = self.student_size, self.recipe.student.lora is not None
+        return default_learning_rate(size.num_parameters if size else 0, is_lora)
 
     # --- thinking efforts ---
 

@@ -23,7 +23,7 @@ STAGE_VERSIONS = {
     "capture": 1,
     "train": 2,
     "evaluate": 1,
-    "lineage": 1,
+    "lineage": 2,
     "report": 1,
 }
 STAGE_NAMES = tuple(STAGE_VERSIONS)
@@ -103,7 +103,8 @@ def train_inputs(context: RunContext) -> dict[str, Any]:
         "training": context.recipe.training.model_dump(
             mode="json",
             exclude={**dict.fromkeys(OBSERVATION_KEYS, True), "on_policy": TRIPWIRE_KEYS},
-        ),
+        )
+        | {"learning_rate": context.models.learning_rate},
         "seed": context.recipe.seed,
         "threads": context.recipe.threads,
         "max_mask_search_tokens": context.recipe.check.max_mask_search_tokens,

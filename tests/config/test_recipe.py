@@ -84,7 +84,7 @@ def test_a_short_recipe_gets_every_default(write: Any) -> None:
     assert (recipe.student.adapt, recipe.student.lora, recipe.student.sizes) == ("full", None, None)
     assert (recipe.training.steps, recipe.training.learning_rate, recipe.training.event_weight) == (
         30,
-        3e-3,
+        None,
         0.7,
     )
     assert (
