@@ -97,13 +97,21 @@ def tilted(after: str, to: int, eps: float) -> Steps:
     return {**STEPS, after: tuple((row / row.sum()).tolist())}
 
 
-def toy(merges: Merges, in_words: bool, name: str) -> ChatRenderer:
-    """Build a real byte-level BPE with 256 bytes, these merges, and one stop token."""
+def toy(merges: Merges, in_words: bool, name: str, missing: bytes = b"") -> ChatRenderer:
+    """Build a real byte-level BPE with 256 bytes, these merges, and one stop token.
+
+    Args:
+        merges: The merges, in order of rank.
+        in_words: Split into words first.
+        name: Name in messages.
+        missing: Bytes without a token, as real vocabularies lack some.
+    """
 
     def spell(piece: str) -> str:
         return "".join(BYTE_TO_CHAR[b] for b in piece.encode())
 
-    pieces = [*(BYTE_TO_CHAR[b] for b in range(256)), *(spell(a + b) for a, b in merges)]
+    single = [BYTE_TO_CHAR[b] for b in range(256) if b not in missing]
+    pieces = [*single, *(spell(a + b) for a, b in merges)]
     tokenizer = Tokenizer(
         models.BPE(
             vocab={p: i for i, p in enumerate(pieces)},
@@ -390,6 +398,25 @@ def world(name: str, law: Law | None = None) -> World:
     merges_t, merges_s, in_words = WORLDS[name]
     law = markov() if law is None else law
     teacher, student = toy(merges_t, in_words, "teacher"), toy(merges_s, in_words, "student")
+    return of_renderers(name, law, teacher, student)
+
+
+def lacking_bytes(name: str, law: Law) -> World:
+    """Return one of WORLDS whose teacher and student each lack bytes that the other has.
+
+    No string has them, but both vocabularies hold tokens with the other's bytes.
+    """
+    merges_t, merges_s, in_words = WORLDS[name]
+    return of_renderers(
+        name,
+        law,
+        toy((*merges_t, ("y", "a"), ("b", "y")), in_words, "teacher", b"\x04x\xc0\xff"),
+        toy((("x", "a"), *merges_s, ("a", "x")), in_words, "student", b"\x06y\xc0\xf1"),
+    )
+
+
+def of_renderers(name: str, law: Law, teacher: ChatRenderer, student: ChatRenderer) -> World:
+    """Return the world of two tokenizers that can both write every string of a distribution."""
     return World(
         name,
         law,

@@ -50,7 +50,7 @@ class BoundaryMask:
         other: The tokenizer whose boundary is given.
         own: The tokenizer whose tokens are candidates. W = its vocabulary.
         first_token_W: First token of each candidate's bytes encoded by `other`
-            (`event_map.first_tokens`); -1 = control token.
+            (`event_map.first_tokens`); -1 = control token, or bytes that `other` cannot write.
         max_search_tokens: Tokens tried for one candidate before it is kept undecided.
     """
 
@@ -80,7 +80,8 @@ class BoundaryMask:
         """Return the candidates that are impossible at a boundary of `other`.
 
         A candidate is impossible if no continuation lets `other` start a token here. Control tokens
-        are always possible: the turn may end anywhere.
+        are always possible: the turn may end anywhere. Tokens that `other` cannot write have no
+        event and are not tested.
 
         Args:
             context: Context in `other` (`TokenOrder.context_ids`).

@@ -28,6 +28,7 @@ from persea.alignment.token_order import TokenOrder, get_token_order
 from persea.chat.renderer import ChatRenderer
 from persea.errors import DataError
 from persea.tokenization.bpe import BpeDerivations, expand_groups
+from persea.tokenization.logit_rows import tokens_without_row
 from persea.tokenization.pretokenizer import decode_whole_characters
 from persea.tokenization.vocabulary import BYTE_TO_CHAR, Vocabulary
 
@@ -43,7 +44,8 @@ class EventMap:
     """The event of every token of a teacher and of a student. W, V = their vocabularies.
 
     Attributes:
-        teacher_event_W: int32, event of each teacher token; -1 = control token without counterpart.
+        teacher_event_W: int32, event of each teacher token; -1 = control token without counterpart,
+            or a token that the student's vocabulary cannot write because it lacks a byte.
         student_event_V: int32, the same for the student.
         num_events: Number of events E. Event 0 is the end of the turn, event 1 any run of spaces
             and tabs.
@@ -125,9 +127,6 @@ def event_map(*, teacher: ChatRenderer, student: ChatRenderer) -> EventMap:
         The event map. It is built once (seconds with real vocabularies) and then read from
         PERSEA_HOME (default ~/.cache/persea).
 
-    Raises:
-        DataError: One tokenizer cannot encode a byte of the other's tokens.
-
     Example:
         >>> import persea
         >>> teacher = persea.load_renderer("saplings/qwen-sapling")
@@ -148,6 +147,8 @@ def event_map_digest(teacher: ChatRenderer, student: ChatRenderer) -> str:
         student.vocabulary.digest,
         student.stop_ids,
     ]
+    if any(tokens_without_row(side.vocabulary) for side in (teacher, student)):
+        parts += [len(teacher.vocabulary), len(student.vocabulary)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -244,21 +245,21 @@ def build_event_map(
 ) -> EventMap:
     """Build the event map of two renderers, without reading or writing PERSEA_HOME.
 
-    Two renderers with the same tokenizer and the same stop tokens get the identity.
+    Two renderers with the same tokenizer and the same stop tokens get the identity; a control token
+    that has a row of logits on one side only has no event.
 
     Args:
         teacher: Renderer of the teacher.
         student: Renderer of the student.
         max_search_tokens: As in `BoundaryMask`.
-
-    Raises:
-        DataError: One tokenizer cannot encode a byte of the other's tokens.
     """
     t, s = teacher.vocabulary, student.vocabulary
     digest = event_map_digest(teacher, student)
     if t.digest == s.digest and teacher.stop_ids == student.stop_ids:
-        same = np.arange(len(t), dtype=np.int32)
-        return EventMap(same, same.copy(), len(t), digest)
+        shared = min(len(t), len(s))  # one side may lack rows for its last control tokens
+        same_W, same_V = (np.arange(len(side), dtype=np.int32) for side in (t, s))
+        same_W[shared:] = same_V[shared:] = -1
+        return EventMap(same_W, same_V, shared, digest)
     student_of_W, teacher_of_V = first_tokens(t, s), first_tokens(s, t)
     fixpoints_W = canonical_fixpoints(t, s, student_of_W, teacher_of_V)
     fixpoints_V = canonical_fixpoints(s, t, teacher_of_V, student_of_W)
@@ -303,10 +304,11 @@ def canonical_fixpoints(
     other_of_own: npt.NDArray[np.int64],
     own_of_other: npt.NDArray[np.int64],
 ) -> list[bytes | None]:
-    """Return the bytes of each own token's canonical fixpoint; None for control tokens.
+    """Return the bytes of each own token's canonical fixpoint; None where there is none.
 
-    Each round trip gives a prefix of the bytes. It is repeated as long as the prefix gets shorter,
-    so at most as often as the token has bytes.
+    A control token has none, nor a token that the other vocabulary cannot write. Each round trip
+    gives a prefix of the bytes. It is repeated as long as the prefix gets shorter, so at most as
+    often as the token has bytes.
 
     Args:
         own: Vocabulary of the tokens.
@@ -322,8 +324,10 @@ def canonical_fixpoints(
         there = other_of_own[current[at]]
         back = own_of_other[there]
         for i, u, v in zip(at.tolist(), there.tolist(), back.tolist(), strict=True):
+            if v < 0 or other_of_own[v] < 0:  # one of the two cannot write the prefix
+                active[i] = False
             # a token that its own tokenizer would split is not a fixpoint
-            if own.bytes_W[v] == other.bytes_W[u] and other_of_own[v] == u:
+            elif own.bytes_W[v] == other.bytes_W[u] and other_of_own[v] == u:
                 fixpoints[i] = other.bytes_W[u]
                 active[i] = False
             else:
@@ -338,20 +342,18 @@ def first_tokens(source: Vocabulary, target: Vocabulary) -> npt.NDArray[np.int64
     change, is encoded byte by byte, below the normaliser.
 
     Returns:
-        int64 by source token; -1 for control tokens.
-
-    Raises:
-        DataError: The target has no token for a byte.
+        int64 by source token; -1 for control tokens and for tokens with bytes that the target
+        cannot write.
     """
     out = np.full(len(source), -1, np.int64)
     texts: list[tuple[int, str]] = []
     for i, raw in enumerate(source.bytes_W):
-        if raw is None:
+        if raw is None or not target.can_write(raw):
             continue
         try:
             texts.append((i, raw.decode()))
         except UnicodeDecodeError:
-            out[i] = _first_token_below_normalizer(raw, source, target)
+            out[i] = _first_token_below_normalizer(raw, target)
     encodings = target.backend.encode_batch_fast([t for _, t in texts], add_special_tokens=False)
     for (i, text), encoding in zip(texts, encodings, strict=True):
         first = encoding.ids[0] if encoding.ids else -1
@@ -359,35 +361,29 @@ def first_tokens(source: Vocabulary, target: Vocabulary) -> npt.NDArray[np.int64
         out[i] = (
             first
             if piece and text.encode().startswith(piece)
-            else _first_token_below_normalizer(text.encode(), source, target)
+            else _first_token_below_normalizer(text.encode(), target)
         )
     return out
 
 
-def first_token_of_bytes(raw: bytes, source: Vocabulary, target: Vocabulary) -> int:
-    """Return the first token of some bytes in the target's encoding.
+def first_token_of_bytes(raw: bytes, target: Vocabulary) -> int:
+    """Return the first token of some bytes in the target's encoding; -1 if it cannot write them.
 
     Args:
         raw: Bytes, not necessarily valid UTF-8.
-        source: Vocabulary that the bytes come from, for the error message.
         target: Vocabulary that encodes them.
-
-    Raises:
-        DataError: The target has no token for a byte.
     """
+    if not target.can_write(raw):
+        return -1
     try:
         ids = target.backend.encode(raw.decode(), add_special_tokens=False).ids
     except UnicodeDecodeError:
         ids = []
     piece = target.bytes_W[ids[0]] if ids else None
-    return (
-        ids[0]
-        if piece and raw.startswith(piece)
-        else _first_token_below_normalizer(raw, source, target)
-    )
+    return ids[0] if piece and raw.startswith(piece) else _first_token_below_normalizer(raw, target)
 
 
-def _first_token_below_normalizer(raw: bytes, source: Vocabulary, target: Vocabulary) -> int:
+def _first_token_below_normalizer(raw: bytes, target: Vocabulary) -> int:
     if target.byte_level:
         tokens = target.backend.model.tokenize("".join(BYTE_TO_CHAR[b] for b in raw))
         candidates: list[int | None] = [tokens[0].id] if tokens else []
@@ -402,8 +398,4 @@ def _first_token_below_normalizer(raw: bytes, source: Vocabulary, target: Vocabu
         piece = target.bytes_W[first] if first is not None else None
         if first is not None and piece and raw.startswith(piece):
             return first
-    raise DataError(
-        f"{target.name} has no tokens for the bytes {raw[:8].hex(' ')} of a token of {source.name}",
-        where=f"{source.name} -> {target.name}",
-        remedy="the target's vocabulary lacks single bytes; use another student or teacher",
-    )
+    return -1

@@ -127,11 +127,11 @@ class PartialTokenProjector:
         """
         if rest not in self._first_tokens_cache:
             covering, starts = self.student_order.covering_tokens(rest)
-            first = first_token_of_bytes(
-                rest, self.teacher_order.vocabulary, self.student_order.vocabulary
-            )
+            first = first_token_of_bytes(rest, self.student_order.vocabulary)
             self._first_tokens_cache[rest] = first, np.union1d(covering, np.array(starts, np.int64))
         first, firsts = self._first_tokens_cache[rest]
+        if first < 0:  # the student's vocabulary lacks a byte of the rest
+            return -1
         events = self.event_map.student_event_V
         at = int(np.searchsorted(impossible_tokens, first))
         if at == len(impossible_tokens) or impossible_tokens[at] != first:

@@ -188,10 +188,12 @@ def learn_merges(
     ranks: dict[Merge, int] = {
         (a, b): rank for rank, (a, b) in reversed(list(enumerate(spec["model"]["merges"])))
     }
-    parts, times = (
-        [[t.value for t in backend.model.tokenize(word)] for word in word_counts],
-        list(word_counts.values()),
-    )
+    parts, times = list[list[str]](), list[tuple[int, int]]()
+    for word, word_times in word_counts.items():
+        pieces = [t.value for t in backend.model.tokenize(word)]
+        if "".join(pieces) == word:  # a byte that the vocabulary lacks is dropped without a word
+            parts.append(pieces)
+            times.append(word_times)
     seen, counts, where = Counter[Merge](), Counter[Merge](), defaultdict[Merge, set[int]](set)
 
     def count(k: int, sign: int) -> None:

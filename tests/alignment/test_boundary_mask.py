@@ -97,11 +97,16 @@ def deleted(pair: tuple[BoundaryMask, BoundaryMask], texts: Sequence[str]) -> tu
 
 
 def byte_level(
-    chosen: list[tuple[int, int]], pattern: str, added: bool, alphabet: str = "ab "
+    chosen: list[tuple[int, int]],
+    pattern: str,
+    added: bool,
+    alphabet: str = "ab ",
+    missing: bytes = b"",
 ) -> Vocabulary:
-    pieces, merges = [BYTE_TO_CHAR[b] for b in range(256)], list[tuple[str, str]]()
+    single = [BYTE_TO_CHAR[b] for b in range(256) if b not in missing]
+    pieces, merges = list(single), list[tuple[str, str]]()
     for a, b in chosen:
-        known = [*(BYTE_TO_CHAR[ord(c)] for c in alphabet), *pieces[256:]]
+        known = [*(BYTE_TO_CHAR[ord(c)] for c in alphabet), *pieces[len(single) :]]
         pair = known[a % len(known)], known[b % len(known)]
         if "".join(pair) not in pieces and len("".join(pair)) <= 4:
             merges.append(pair)
@@ -119,13 +124,13 @@ def byte_level(
     return load_vocabulary(tokenizer, "toy")
 
 
-def sentencepiece(chosen: list[tuple[int, int]]) -> Vocabulary:
-    pieces, merges = (
-        ["<unk>", *(f"<0x{b:02X}>" for b in range(256)), "a", "b", "▁"],
-        list[tuple[str, str]](),
-    )
+def sentencepiece(
+    chosen: list[tuple[int, int]], alphabet: str = "ab▁", missing: bytes = b""
+) -> Vocabulary:
+    single = ["<unk>", *(f"<0x{b:02X}>" for b in range(256) if b not in missing)]
+    pieces, merges = [*single, *alphabet], list[tuple[str, str]]()
     for a, b in chosen:
-        known = pieces[257:]
+        known = pieces[len(single) :]
         pair = known[a % len(known)], known[b % len(known)]
         if "".join(pair) not in pieces and len("".join(pair)) <= 4:
             merges.append(pair)
@@ -163,6 +168,33 @@ def test_no_possible_token_is_masked(one: Vocabulary, two: Vocabulary):
     """Masks are sound for any merges, words, added tokens and byte fallback."""
     lost, seen = deleted(masks(one, two), STRINGS[::3])
     assert seen > 1000
+    assert lost == 0
+
+
+poor_bytes = st.sampled_from([b"", b"\x04\xc0\xff", b"xy", bytes(range(128, 256)) + b"y"])
+
+
+@st.composite
+def poor_toys(draw: st.DrawFn) -> Vocabulary:
+    """A tokenizer that lacks bytes; those that it has are merged with a and b."""
+    missing, merges = draw(poor_bytes), draw(chosen)
+    kept = "".join(c for c in "xy" if ord(c) not in missing)
+    if draw(st.booleans()):
+        return byte_level(merges, draw(st.sampled_from(PATTERNS)), False, "ab " + kept, missing)
+    return sentencepiece(merges, "ab▁" + kept, missing)
+
+
+@settings(max_examples=25)
+@given(one=poor_toys(), two=poor_toys())
+def test_no_possible_token_is_masked_where_vocabularies_lack_bytes(
+    one: Vocabulary, two: Vocabulary
+):
+    """What both can write stays, also beside tokens of a byte that the other side lacks."""
+    both = [c for c in "ab xy" if one.can_write(c.encode()) and two.can_write(c.encode())]
+    rng = np.random.default_rng(len(one) * len(two))
+    some = ["".join(rng.choice(both, int(rng.integers(2, 8)))) for _ in range(300)]
+    lost, seen = deleted(masks(one, two), some)
+    assert seen > 300
     assert lost == 0
 
 

@@ -222,6 +222,26 @@ def test_floors(name: str):
         assert got["events raw"] > 0.014, "this table would not see a bias"
 
 
+@pytest.mark.parametrize("name", [n for n in WORLDS if n != "same"])
+def test_bytes_that_a_side_lacks_cost_nothing_where_no_string_has_them(name: str):
+    """Each side holds tokens that the other cannot write; every floor stays what it was."""
+    world = worlds.lacking_bytes(name, markov(longest=bias.SHORT))
+    emap = world.full_event_map
+    for event_X, renderer, other in (
+        (emap.teacher_event_W, world.teacher, world.student),
+        (emap.student_event_V, world.student, world.teacher),
+    ):
+        missing = set(other.vocabulary.missing_bytes)
+        unwritable = {
+            i for i, raw in enumerate(renderer.vocabulary.bytes_W) if raw and missing & set(raw)
+        }
+        assert len(unwritable) > 3
+        assert set(np.flatnonzero(event_X < 0)) == unwritable
+    expected = bias.floors(short(name), bias.MASKS)
+    assert bias.floors(world, bias.MASKS) == pytest.approx(expected, abs=1e-12)
+    assert expected["events raw"] > 0.01
+
+
 # --- T2: detection ---
 
 

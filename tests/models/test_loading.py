@@ -13,11 +13,18 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedModel
 
-from persea.alignment.event_map import build_event_map
+from persea.alignment.event_map import build_event_map, event_map_digest
 from persea.cache.unit import CachedAnswer
-from persea.chat.messages import PINNED_DATE, Conversation, FinishReason, Text
+from persea.chat.messages import (
+    PINNED_DATE,
+    Conversation,
+    FinishReason,
+    Text,
+    ThinkingEffort,
+)
 from persea.chat.renderer import ChatRenderer
 from persea.distributions import SparseDistributions
 from persea.errors import DataError
@@ -25,6 +32,7 @@ from persea.losses import event_kl_loss
 from persea.models.identity import model_warnings
 from persea.models.loading import (
     ModelSource,
+    copy_tokenizer_files,
     download_model,
     eos_token_ids,
     load_model,
@@ -153,11 +161,35 @@ def test_a_broken_tokenizer_is_refused(copy: Path, content: str):
         load_renderer(ModelSource(str(copy)), "w")
 
 
-def test_no_chat_template_is_refused(copy: Path):
+def test_a_model_without_a_chat_template_is_a_text_model(copy: Path):
+    template = copy / "chat_template.jinja"
+    mine = template.rename(copy / "mine.jinja")
+    renderer = load_renderer(ModelSource(str(copy)), "w")
+    assert renderer.is_text
+    assert renderer.family.efforts == (ThinkingEffort.NONE,)
+    named = load_renderer(ModelSource(str(copy), chat_template=str(mine)), "w")
+    assert named.family.name == "llama"
+    mine.rename(template)
+    assert named.digest == load_renderer(ModelSource(str(copy)), "w").digest
+    asked_for = load_renderer(ModelSource(str(copy), family="text"), "w")
+    assert asked_for.digest == renderer.digest
+
+
+@pytest.mark.parametrize("family", ["llama", "generic"])
+def test_a_family_needs_a_chat_template(copy: Path, family: str):
     (copy / "chat_template.jinja").unlink()
-    with pytest.raises(DataError, match="has no chat template") as caught:
-        load_renderer(ModelSource(str(copy)), "w")
-    assert "chat_template.jinja" in caught.value.remedy
+    with pytest.raises(DataError, match=f"no chat template, which `family: {family}` needs") as e:
+        load_renderer(ModelSource(str(copy), family=family), "w")
+    assert "chat_template: FILE.jinja" in e.value.remedy
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"])
+def test_a_chat_template_that_cannot_be_read_is_refused(copy: Path, content: bytes | None):
+    path = copy / "other.jinja"
+    if content:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match="cannot read the chat template"):
+        load_renderer(ModelSource(str(copy), chat_template=str(path)), "w")
 
 
 def test_several_chat_templates_are_refused(copy: Path):
@@ -209,6 +241,64 @@ def test_too_few_logits_are_refused(copy: Path, llama: tuple[Path, ChatRenderer]
         load_model(ModelSource(str(copy)), renderer, "w").config.vocab_size
         == len(renderer.vocabulary) + 27
     )
+
+
+def add_control_token(folder: Path, content: str) -> int:
+    """Add a control token behind all others; return its id, which is the rows of the weights."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([content])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    token_id: int = tokenizer.token_to_id(content)
+    return token_id
+
+
+def test_a_placeholder_without_a_row_is_dropped_and_named(
+    copy: Path, llama: tuple[Path, ChatRenderer], tmp_path: Path
+):
+    """As in Gemma 3 270M: one token for pictures more than rows."""
+    rows = add_control_token(copy, "<image_soft_token>")
+    assert rows == len(llama[1].vocabulary)
+    source = ModelSource(str(copy))
+    renderer = load_renderer(source, "w")
+    assert len(renderer.vocabulary) == rows
+    assert (
+        "control tokens more than the model has logits; they are left out: <image_soft_token>."
+        in (model_warnings(source, renderer, "w"))
+    )
+    hello = Conversation.from_question("a <image_soft_token> b").with_answer(Text("Hello"))
+    tokens = renderer.render(hello)
+    assert tokens.ids_T.max() < rows
+    assert np.array_equal(tokens.ids_T, llama[1].render(hello).ids_T)
+    model = load_model(source, renderer, "w")
+    engine = TransformersEngine(model, rows)
+    (logprobs_NW,) = engine.compute_logprobs([tokens.ids_T], [tokens.loss_mask_T])
+    assert logprobs_NW.shape[1] == rows
+    model.save_pretrained(tmp_path / "student")  # as a trained student is saved
+    copy_tokenizer_files(copy, tmp_path / "student")
+    again = load_renderer(str(tmp_path / "student"))
+    assert again.digest == renderer.digest
+    assert event_map_digest(again, renderer) == event_map_digest(renderer, renderer)
+
+
+def test_a_control_token_that_the_template_writes_needs_a_row(copy: Path):
+    rows = add_control_token(copy, "<|turn|>")
+    template = copy / "chat_template.jinja"
+    template.write_text("<|turn|>" + template.read_text())
+    with pytest.raises(DataError, match=r"writes <\|turn\|>, which has no row of logits"):
+        load_renderer(ModelSource(str(copy), family="llama"), "w")
+    configure(copy, config={"vocab_size": rows + 1})
+    assert load_renderer(ModelSource(str(copy), family="llama"), "w")
+
+
+def test_a_stop_token_needs_a_row(copy: Path, llama: tuple[Path, ChatRenderer]):
+    rows, stop = len(llama[1].vocabulary), "<|eot_id|>"
+    spec = json.loads((copy / "tokenizer.json").read_text())
+    for token in spec["added_tokens"]:
+        token["id"] = rows if token["content"] == stop else token["id"]
+    spec["model"]["vocab"][stop] = rows
+    (copy / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(DataError, match=r"writes <\|eot_id\|>, which has no row of logits"):
+        load_renderer(ModelSource(str(copy), family="llama"), "w")
 
 
 def test_pickled_weights_are_refused(copy: Path, llama: tuple[Path, ChatRenderer]):

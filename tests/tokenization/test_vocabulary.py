@@ -350,8 +350,6 @@ REFUSED = {
     "sentencepiece without bytes": (lambda: sentencepiece(fallback=False), "neither byte-level"),
     "lower case": (lambda: byte_level(normalizer=normalizers.Lowercase()), "byte 0"),
     "compatibility forms": (lambda: byte_level(normalizer=normalizers.NFKC()), "byte "),
-    "a space in front": (lambda: byte_level(prefix=True), "byte 0"),
-    "bytes missing": (lambda: byte_level(alphabet=False), "byte "),
 }
 
 
@@ -362,6 +360,31 @@ def test_tokenizers_whose_bytes_cannot_be_known_are_refused(case: str):
         load_vocabulary(make(), "odd/model")
     assert caught.value.where == "odd/model"
     assert caught.value.remedy
+
+
+def test_a_vocabulary_that_lacks_bytes_opens_and_refuses_only_the_texts_that_need_them():
+    poor = load_vocabulary(byte_level(alphabet=False), "poor")
+    assert 0x04 in poor.missing_bytes
+    assert poor.decode(poor.encode("the cat sat")) == b"the cat sat"
+    assert poor.can_write(b"the cat")
+    assert not poor.can_write(b"the \x04 cat")
+    with pytest.raises(DataError, match=r"no token for the bytes 04 at character 4 of 'the \\x04"):
+        poor.encode("the \x04 cat")
+
+
+def test_a_character_with_a_token_needs_no_bytes():
+    tokenizer = sentencepiece()
+    spec = json.loads(tokenizer.to_str())
+    known = next(c for c in "世界你好" if c in spec["model"]["vocab"])
+    lost = {f"<0x{b:02X}>" for b in known.encode()}
+    for token in lost:
+        del spec["model"]["vocab"][token]
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in lost]
+    poor = load_vocabulary(Tokenizer.from_str(json.dumps(spec)), "poor")
+    assert poor.missing_bytes == bytes(sorted(set(known.encode())))
+    assert poor.can_write(known.encode())
+    assert poor.decode(poor.encode(known)) == known.encode()
+    assert not poor.can_write(known.encode()[:1])
 
 
 def test_a_slow_tokenizer_is_refused():
