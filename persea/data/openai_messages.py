@@ -66,8 +66,10 @@ def parse_messages(rows: Any, where: str) -> tuple[Message, ...]:
         >>> assistant.thinking, assistant.text
         ('Add.', '4')
     """
-    if not isinstance(rows, Sequence) or isinstance(rows, str) or not rows:
+    if not isinstance(rows, Sequence) or isinstance(rows, str):
         _refuse(f"the messages are {_kind(rows)}, not a list of objects", where)
+    if not rows:
+        _refuse("the list of messages is empty", where)
     messages: list[Message] = []
     names: dict[str, str] = {}
     for k, row in enumerate(rows):

@@ -148,6 +148,12 @@ def _rename_columns(
     row: Mapping[str, Any], columns: Mapping[str, str], where: str
 ) -> dict[str, Any]:
     """Return the values that are not null, under persea's names."""
+    if unknown := sorted(columns.keys() - set(CANONICAL_KEYS)):
+        raise DataError(
+            f"`columns:` maps {unknown[0]!r}, a name that persea does not read",
+            where=where,
+            remedy=f"use {', '.join(CANONICAL_KEYS)}",
+        )
     if missing := [column for column in columns.values() if column not in row]:
         raise DataError(
             f"no column `{missing[0]}`",
@@ -295,6 +301,8 @@ def _turns(value: Any, role: str, where: str) -> tuple[Message, ...]:
     """Return a text as one message of a role, or a list of messages as they are."""
     if isinstance(value, str):
         return parse_messages([{"role": role, "content": value}], where)
+    if not isinstance(value, list) or not all(isinstance(one, Mapping) for one in value):
+        _refuse(f"the {role}'s turn is {type(value).__name__}, not a text or messages", where)
     return parse_messages(value, where)
 
 

@@ -20,6 +20,7 @@ from persea.errors import DataError, MissingRequirementError
 
 TABLE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 MAX_FIELD_BYTES = 16 << 20
+PREFIX_BYTES = 200  # enough to recognise a malformed line; the file has the rest
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,10 @@ def iter_table(path: Path, max_line_bytes: int = MAX_FIELD_BYTES) -> Iterator[Ta
         return
     suffixes = [s for s in path.suffixes[-2:] if s]
     kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] == ".gz" else path.suffix
-    if kind not in TABLE_SUFFIXES:
-        _refuse(f"{path.suffix or 'no suffix'} is no table that persea reads", path)
     if not path.exists():
         _refuse("no such file", path)
+    if kind not in TABLE_SUFFIXES:
+        _refuse(f"{path.suffix or 'no suffix'} is no table that persea reads", path)
     if not path.is_file():
         _refuse("not a regular file", path)
     if kind == ".parquet":
@@ -168,7 +169,7 @@ def _iter_json_lines(data: bytes, path: Path, max_line_bytes: int) -> Iterator[T
             error = f"a line of {len(line):,} bytes"
         else:
             value, error = parse_json_line(line)
-        prefix = line[:200].decode(errors="backslashreplace")
+        prefix = line[:PREFIX_BYTES].decode(errors="backslashreplace")
         yield TableRow(f"{path}:{number}", f"{path.name}:{number}", value, error, len(line), prefix)
 
 

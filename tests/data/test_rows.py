@@ -240,7 +240,7 @@ def test_other_names_are_mapped(
         ({"messages": TWO_TURNS, "answer": "x"}, "`answer` changes what", "columns:"),
         ({"text": "plain"}, "`text` alone", "`texts:`"),
         ({"query": "a", "reply": "b"}, "the row has `query`, `reply`: no known", "columns:"),
-        ({"prompt": 3}, "the messages are int", "a message is"),
+        ({"prompt": 3}, "the user's turn is int", "a line is"),
         ({"prompt": "a", "image": "x.png"}, "`image`: persea teaches text only", "leave rows"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
@@ -249,7 +249,7 @@ def test_other_names_are_mapped(
         ),
         ({"messages": [{"role": "teacher", "content": "x"}]}, "has role 'teacher'", "a message is"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "no user turn", "a line is"),
-        ({"messages": []}, "not a list of objects", "a message is"),
+        ({"messages": []}, "list of messages is empty", "a message is"),
         (
             {"messages": [TWO_TURNS[0], {"role": "assistant", "content": "a <think>b</think>"}]},
             "is not at the beginning",

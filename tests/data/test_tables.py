@@ -13,7 +13,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from persea.data.tables import iter_table
+from persea.data.tables import iter_hub_table, iter_table
 from persea.errors import DataError
 
 ROWS = [
@@ -148,3 +148,15 @@ def test_a_broken_table_is_refused_with_its_place(
     with pytest.raises(DataError, match=why) as caught:
         list(iter_table(path))
     assert str(path) in caught.value.where
+
+
+def test_a_data_set_is_loaded_by_name_split_and_revision(tmp_path: Path) -> None:
+    """A folder stands for a repository of the hub: `datasets` reads both."""
+    columns(tmp_path / "train.parquet")
+    for streaming in (False, True):
+        rows = list(iter_hub_table(str(tmp_path), "train", streaming=streaming))
+        assert [row.value for row in rows] == ROWS
+        assert rows[1].name == f"{tmp_path}/train:1"
+    with pytest.raises(DataError, match="cannot be read") as caught:
+        list(iter_hub_table(str(tmp_path), "nope"))
+    assert caught.value.where == f"{tmp_path}, nope"
