@@ -23,7 +23,7 @@ from persea.cache.sparsifier import DistributionSparsifier
 from persea.cache.unit import CachedAnswer, is_committed, read_record, unit_id, write_unit
 from persea.chat.messages import FinishReason, ThinkingEffort
 from persea.data.formats import MAX_LINE_BYTES
-from persea.data.prompts import Prompt
+from persea.data.prompts import Prompt, parts_to_json
 from persea.distributions import (
     SparseDistributions,
     concat_distributions,
@@ -98,6 +98,7 @@ def plan_units(
                     p.conversation.to_json(),
                     p.answer,
                     *([p.effort.value] if p.effort else []),
+                    *([parts_to_json(p.answer_parts)] if p.answer_parts else []),
                 ]
                 for p in unit_prompts
             ]
@@ -122,7 +123,7 @@ def _split_into_units(
     tokens = 0
     for prompt in prompts:
         answer = (
-            len(prompt.answer.encode(errors="replace"))
+            len(prompt.given_text.encode(errors="replace"))
             if max_new_tokens is None
             else max_new_tokens
         )

@@ -141,7 +141,7 @@ def mean_tokens(
         if prompt.conversation.is_document:
             num_prompt, num_answer = 0, num_prompt
         elif given:
-            num_answer = len(renderer.vocabulary.encode(prompt.answer))
+            num_answer = len(renderer.vocabulary.encode(prompt.given_text))
         else:
             num_answer = max_new_tokens
         whole, answered = whole + num_prompt + num_answer, answered + num_answer

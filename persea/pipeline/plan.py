@@ -239,7 +239,7 @@ def _count_captured_tokens(context: RunContext) -> int:
         if prompt.conversation.is_document:
             total += len(prompt.conversation.messages[0].text.encode(errors="replace"))
         elif context.are_answers_given:
-            total += len(prompt.answer.encode(errors="replace"))
+            total += len(prompt.given_text.encode(errors="replace"))
         else:
             total += max_new_tokens
     return total

@@ -248,6 +248,7 @@ class RunContext:
         # every row of a benchmark, also those that this run does not draw
         held_out += [i.prompt for benchmark in self.benchmarks for i in benchmark.items]
         malformed: list[MalformedLine] = []
+        notes: list[str] = []
         parts = [
             tasks_and_prompts.load_part_prompts(
                 part,
@@ -256,6 +257,7 @@ class RunContext:
                 self.recipe.skills,
                 self.recipe.seed,
                 malformed.append,
+                notes.append,
             )
             for k, part in enumerate(self.recipe.corpus)
         ]
@@ -280,6 +282,7 @@ class RunContext:
             corpus,
             prompts=tuple(self.split_documents(corpus.prompts)),
             malformed=tuple(malformed),
+            notes=tuple(notes),
         )
 
     def split_documents(self, prompts: Iterable[Prompt]) -> list[Prompt]:

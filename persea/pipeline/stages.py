@@ -256,9 +256,12 @@ def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -
         caches = [reader for reader, _ in open_teacher_caches(units, folder)]
         summary["verified"] = verify_answers(caches, items, context.tasks, folder)
     summary |= account_for_prompts(summary, corpus, quarantine)
+    if corpus.notes:
+        summary["notes"] = list(corpus.notes)
     storage.write_json(folder / "summary.json", summary)
     kept = f"{summary['kept']:,} of {summary['in']:,} kept"
-    progress("capture", 1.0, ", ".join([kept, *left_out_lines(count_left_out(summary))]))
+    left_out = left_out_lines(count_left_out(summary))
+    progress("capture", 1.0, ", ".join([kept, *left_out, *corpus.notes]))
 
 
 def run_train(context: RunContext, folder: Path, progress: ProgressCallback) -> None:

@@ -55,7 +55,7 @@ def _prompt_bytes(prompt: Prompt, max_new_tokens: int, *, given: bool) -> int:
     if prompt.conversation.is_document:
         return num_bytes
     if given:
-        return num_bytes + len(prompt.answer.encode(errors="replace"))
+        return num_bytes + len(prompt.given_text.encode(errors="replace"))
     return num_bytes + BYTES_PER_NEW_TOKEN * max_new_tokens
 
 
