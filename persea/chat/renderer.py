@@ -123,7 +123,7 @@ class ChatRenderer:
                 self.vocabulary.digest,
                 self.template_text,
                 sorted(self.special_tokens.items()),
-                self.family.name,
+                " ".join(filter(None, (self.family.name, self.family.template_version))),
                 self.template_date.isoformat(),
                 BYTE_OFFSETS_VERSION,
                 *(["control flags"] if self.vocabulary.control_flags else []),
@@ -365,18 +365,6 @@ class ChatRenderer:
                     remedy="put tool results alone in a tool's turn, and calls after thought and "
                     "text in the assistant's turn",
                 )
-
-    def refuse_tokens_without_row(self, conversation: Conversation) -> None:
-        """Check that the model has logits for each control token that the template writes.
-
-        Nothing is encoded.
-
-        Raises:
-            DataError: The template writes a control token without a row of logits.
-        """
-        segments = self._split_segments(self.family.normalise(conversation), False)
-        runs = split_runs(self.vocabulary, self._control_pattern, segments)
-        refuse_tokens_without_row(self.vocabulary, list(runs))
 
     def _render_tokens(
         self, conversation: Conversation, add_generation_prompt: bool

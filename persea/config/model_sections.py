@@ -326,7 +326,7 @@ class TeacherSection(ModelRef):
         default=ThinkingEffort.NONE, description="how long it thinks before it answers"
     )
     licence: str = Field(
-        default="", description="its licence, if it differs from the usual one of the family"
+        default="", description="its licence, if the model's own card or folder does not state it"
     )
     quantize: Literal["none", "8bit", "4bit", "mxfp4"] = Field(
         default="none",

@@ -8,25 +8,24 @@ has `auto_map` is refused before any library reads it; hub ids are loaded with
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from persea.chat.documents import TEXT_FAMILY_NAME
-from persea.chat.families import detect_family, get_family
-from persea.chat.families.generic import GENERIC_FAMILY_NAME, infer_family
 from persea.chat.families.hybrid import (
     add_thinking_switch,
     has_thinking_switch,
-    make_hybrid_family,
 )
 from persea.chat.families.text import make_text_family
-from persea.chat.messages import PINNED_DATE, Conversation, Text
+from persea.chat.family import UNKNOWN_FAMILY
+from persea.chat.family_selection import choose_family
+from persea.chat.messages import PINNED_DATE
 from persea.chat.renderer import ChatRenderer
-from persea.chat.template import compile_template
+from persea.chat.template import compile_template, default_template
+from persea.chat.template_containment import refuse_endless_template
 from persea.errors import DataError
 from persea.models.chat_templates import (
     is_text_model,
@@ -41,7 +40,7 @@ from persea.models.kept_tokenizer import OpenedTokenizer, open_tokenizer
 from persea.models.placement import placement_kwargs
 from persea.models.random_init import random_init
 from persea.models.tokenizer_files import open_tokenizer_file
-from persea.tokenization.logit_rows import limit_to_rows, tokens_without_row
+from persea.tokenization.logit_rows import limit_to_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -264,13 +263,9 @@ def load_renderer(
         source = ModelSource(source)
     where = where or source.tokenizer_name_or_path
     tokenizer = _open_tokenizer(source, where)
-    template_text = read_template(source, where) or tokenizer.chat_template or ""
-    if not isinstance(template_text, str) and source.family != TEXT_FAMILY_NAME:
-        raise DataError(
-            f"{source.tokenizer_name_or_path!r} has several chat templates",
-            where=where,
-            remedy="keep one, as chat_template.jinja",
-        )
+    template_text, template_note = default_template(
+        read_template(source, where) or tokenizer.chat_template, where
+    )
     vocabulary = tokenizer.vocabulary
     if num_rows := num_logits_in_config(source, where):
         vocabulary = limit_to_rows(vocabulary, num_rows, where)
@@ -278,31 +273,39 @@ def load_renderer(
     if is_text_model(source, template_text, vocabulary, where):
         text_family, rendering = make_text_family(vocabulary, special)
         return ChatRenderer(text_family, vocabulary, rendering, "", template_date, special)
+    refuse_endless_template(template_text, special, where)
     template = compile_template(template_text, special, template_date, where)
     if source.thinking and not has_thinking_switch(template):
         template_text = add_thinking_switch(template_text, vocabulary)
         template = compile_template(template_text, special, template_date, where)
-    family = None
-    if not source.family:
-        family = detect_family(vocabulary, template_text)
-    elif source.family != GENERIC_FAMILY_NAME:
-        family = get_family(source.family)
-    if family is None:
-        eos_tokens = {vocabulary.control_names.get(i, "") for i in eos_token_ids(source, where)} | {
-            special.get("eos_token", "")
-        }
-        family, template = infer_family(
-            vocabulary, template, eos_tokens & vocabulary.control_token_ids.keys(), where
-        )
-    has_switch = has_thinking_switch(template)
-    if source.thinking and (len(family.efforts) > 1 or not has_switch):
-        refuse_thinking_option(family, where)
-    if len(family.efforts) == 1 and has_switch:
-        family = make_hybrid_family(family, vocabulary)
-    renderer = ChatRenderer(family, vocabulary, template, template_text, template_date, special)
-    if tokens_without_row(vocabulary):
-        renderer.refuse_tokens_without_row(Conversation.from_question("Hi").with_answer(Text("Hi")))
+
+    def eos_tokens() -> set[str]:
+        names = {vocabulary.control_names.get(i, "") for i in eos_token_ids(source, where)}
+        return (names | {special.get("eos_token", "")}) & vocabulary.control_token_ids.keys()
+
+    renderer = choose_family(
+        ChatRenderer(UNKNOWN_FAMILY, vocabulary, template, template_text, template_date, special),
+        source.family,
+        lambda text: tokenizer.encode(text, add_special_tokens=False),
+        eos_tokens,
+        where,
+        _response_template(source, where),
+    )
+    if source.thinking and not renderer.family.has_hybrid_format:
+        refuse_thinking_option(renderer.family, where)
+    if template_note:
+        notes = " ".join(filter(None, (renderer.family.limitations, template_note)))
+        renderer = replace(renderer, family=replace(renderer.family, limitations=notes))
     return renderer
+
+
+def _response_template(source: ModelSource, where: str) -> object:
+    """Return transformers' `response_template`, if the tokenizer's configuration has one."""
+    folder = local_tokenizer_folder(source, where)
+    path = None if folder is None else folder / "tokenizer_config.json"
+    if path is None or not path.is_file():
+        return None
+    return read_json_config(path, where).get("response_template")
 
 
 def eos_token_ids(source: ModelSource, where: str) -> tuple[int, ...]:

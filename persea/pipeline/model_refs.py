@@ -35,6 +35,7 @@ from persea.models.identity import (
     model_warnings,
     weight_bytes,
 )
+from persea.models.licence import read_licence
 from persea.models.loading import ModelSource, load_renderer, max_positions
 from persea.models.sizes import ModelSize, read_model_size
 from persea.pipeline.remote_teachers import (
@@ -452,9 +453,10 @@ class ModelRefs:
         renderer = self.student_renderer if name == BASE else self.renderers[name]
         if isinstance(ref, TeacherSection) and ref.endpoint:
             return remote_parent(ref, renderer, self.folder / "endpoints" / f"{name}.json")
-        gguf = gguf_origin(model_source(ref), name)
+        source = model_source(ref)
+        gguf = gguf_origin(source, name)
         licence = getattr(ref, "licence", "") or (
-            gguf["licence"] if gguf else renderer.family.licence
+            str(gguf["licence"]) if gguf else read_licence(source, name)
         )
         return ParentModel(
             name,
@@ -462,6 +464,6 @@ class ModelRefs:
             ref.revision,
             renderer.family.name,
             licence,
-            fingerprint(model_source(ref), name),
+            fingerprint(source, name),
             gguf,
         )

@@ -169,7 +169,9 @@ class PilotContext(RunContext):
 
 def _position(prompt: Prompt) -> float:
     """Return a place in [0, 1) that the content of a prompt decides."""
-    content = "\0".join(part.text for part in prompt.conversation.parts()) + "\0" + prompt.given_text
+    content = (
+        "\0".join(part.text for part in prompt.conversation.parts()) + "\0" + prompt.given_text
+    )
     digest = hashlib.sha256(content.encode(errors="replace")).digest()
     return int.from_bytes(digest[:6], "big") / (1 << 48)
 

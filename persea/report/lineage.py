@@ -28,8 +28,8 @@ class ParentModel:
         model: Hub name, or the last name of a local folder.
         revision: Revision on the hub.
         family: Its family.
-        licence: The licence in the recipe, or else the usual one of the family; of a GGUF file, the
-            one in its metadata, or "unknown".
+        licence: The licence in the recipe, or else the one that the model's own files state (of a
+            GGUF file, its metadata), or "unknown".
         fingerprint: Digest of its files.
         gguf: Of a GGUF file: its name, sha256, quantisation, model name and licence.
     """
