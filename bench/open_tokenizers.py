@@ -169,7 +169,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--mistral", type=Path, help="wheel of mistral-common")
     parser.add_argument("--lines", type=int, default=10, help="lines of each language for pairs")
+    parser.add_argument(
+        "--pairs", nargs="*", help="only these pairs; the rest of the result file stays as it is"
+    )
     options = parser.parse_args()
+    out = Path(__file__).parent / "results" / "tokenizers.json"
     lines, clock = parallel_lines(), time.process_time()
     with tempfile.TemporaryDirectory() as scratch:
         tokenizers = {
@@ -179,14 +183,21 @@ def main() -> None:
         }
         if options.mistral:
             tokenizers |= mistral_tokenizers(options.mistral, Path(scratch))
-        tokenizers["unigram"] = trained_unigram(lines)
+        if options.pairs is None or "unigram" in options.pairs:
+            tokenizers["unigram"] = trained_unigram(lines)
         result: dict[str, Any] = {"tokenizers": {}, "pairs": {}, "lines_of_pairs": options.lines}
+        if options.pairs is not None and out.is_file():
+            result |= json.loads(out.read_text())
+        needed = tokenizers if options.pairs is None else {*options.pairs, STUDENT}
         vocabularies = {}
         for name, tokenizer in tokenizers.items():
+            if name not in needed:
+                continue
             vocabularies[name] = load_vocabulary(tokenizer, name)
-            result["tokenizers"][name] = encode_all(vocabularies[name], lines)
-            print(name, result["tokenizers"][name], flush=True)
-        for name in PAIRS:
+            if options.pairs is None:
+                result["tokenizers"][name] = encode_all(vocabularies[name], lines)
+                print(name, result["tokenizers"][name], flush=True)
+        for name in PAIRS if options.pairs is None else options.pairs:
             if name not in vocabularies:
                 continue
             event_map = build_event_map(
@@ -195,9 +206,7 @@ def main() -> None:
             found = compare(event_map, lines, options.lines)
             result["pairs"][f"{name} -> {STUDENT}"] = found
             print(name, found, f"{time.process_time() - clock:.0f} CPU s", flush=True)
-    result["cpu_seconds"] = round(time.process_time() - clock)
-    out = Path(__file__).parent / "results" / "tokenizers.json"
-    out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+            out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

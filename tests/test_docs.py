@@ -170,8 +170,15 @@ def unknown_keys(text: str) -> set[str]:
     }
 
 
-FREE_KEYS = {"audition.pinned", "check.texts", "corpus.effort_shares", "evaluation.lm_eval_results"}
-FREE_KEYS |= {"licence_decisions"}
+FREE_KEYS = {
+    "audition.pinned",
+    "check.texts",
+    "corpus.columns",
+    "corpus.effort_shares",
+    "evaluation.lm_eval_results",
+    "licence_decisions",
+    "teachers.engine_options",
+}
 
 
 def written_keys(node: Any, before: str = "") -> set[str]:

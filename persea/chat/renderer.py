@@ -19,6 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from persea.chat.byte_offsets import part_offsets, token_table
+from persea.chat.documents import (
+    TEXT_FAMILY_NAME,
+    DocumentTokens,
+    find_document_tokens,
+    render_document,
+)
 from persea.chat.family import DecodedPieces, Family
 from persea.chat.messages import (
     PINNED_DATE,
@@ -36,7 +42,13 @@ from persea.chat.messages import (
     replace_text,
 )
 from persea.chat.template import ChatTemplate
-from persea.chat.text_runs import TextRun, refuse_tokens_without_row, split_runs
+from persea.chat.text_runs import (
+    encode_runs,
+    insert_prompt_only_suffix,
+    refuse_other_encoding,
+    refuse_tokens_without_row,
+    split_runs,
+)
 from persea.errors import DataError
 from persea.tokenization.name_pattern import compile_names
 from persea.tokenization.tokens import RenderedTokens
@@ -88,6 +100,17 @@ class ChatRenderer:
             if self.vocabulary.control_token_ids.get(s, len(self.vocabulary)) < len(self.vocabulary)
         )
 
+    @property
+    def is_text(self) -> bool:
+        """Whether the model has no chat template: it scores and learns text, and is not asked."""
+        return self.family.name == TEXT_FAMILY_NAME
+
+    @cached_property
+    def document_tokens(self) -> DocumentTokens:
+        """Tokens around a plain text without roles."""
+        turn_ends = () if self.is_text else self.family.stop_tokens[:1]
+        return find_document_tokens(self.vocabulary, self.special_tokens, turn_ends)
+
     @cached_property
     def digest(self) -> str:
         """sha256 that changes whenever a rendering could change.
@@ -113,20 +136,30 @@ class ChatRenderer:
 
         Raises:
             DataError: The template changes the bytes of the content, or the family has no form for
-                it.
+                it; or the conversation is a document.
         """
+        if conversation.is_document:
+            raise DataError(
+                "a document is no prompt: there is nothing to answer",
+                where=self.family.name,
+                remedy="use render(); documents are scored and learned, never answered",
+            )
         return self._render_tokens(conversation, add_generation_prompt=True)
 
     def render(self, conversation: Conversation) -> RenderedTokens:
         """Render a conversation that ends with the assistant's answer and its stop token.
 
+        A document is rendered by the model's rules for plain text, without its chat template.
+
         Returns:
-            Token ids, byte offsets and the loss mask over the last answer.
+            Token ids, byte offsets and the loss mask over the last answer, or over the document.
 
         Raises:
             DataError: The last message is not the assistant's, the template changes the bytes of
                 the content, or the family has no form for it.
         """
+        if conversation.is_document:
+            return render_document(self.vocabulary, self.document_tokens, conversation.messages[0])
         if not conversation.messages or conversation.messages[-1].role is not Role.ASSISTANT:
             raise DataError(
                 "the conversation does not end with an answer",
@@ -348,7 +381,7 @@ class ChatRenderer:
             )
             bare_prompt = prompt.removesuffix(self.family.prompt_only_suffix)
             if not full.startswith(prompt) and full.startswith(bare_prompt):
-                segments = _insert_prompt_only_suffix(
+                segments = insert_prompt_only_suffix(
                     segments, len(bare_prompt), self.family.prompt_only_suffix
                 )
                 full = "".join(t for t, _ in segments)
@@ -362,7 +395,7 @@ class ChatRenderer:
             answer_start = len(prompt)
         runs = list(split_runs(self.vocabulary, self._control_pattern, segments))
         refuse_tokens_without_row(self.vocabulary, runs)
-        encoded = iter(self._encode_runs(runs))
+        encoded = iter(encode_runs(self.vocabulary, runs))
         columns: list[npt.NDArray[np.int64]] = []
         turn_end = max(
             (offsets[i] + len(t.encode()) for t, i in segments if i is not None), default=0
@@ -378,78 +411,22 @@ class ChatRenderer:
             stopped = stopped or (in_answer and run.control_id in self.stop_ids)
             offset = turn_end if in_answer and stopped else -1
             columns.append(np.array([[run.control_id, offset, offset, in_answer]]))
-        if not add_generation_prompt and not stopped:
+        if not add_generation_prompt and not stopped and self.family.stop_tokens:
             raise DataError(
                 "the chat template does not end the assistant's turn with a stop token",
                 where=self.family.name,
                 remedy=f"expected one of {', '.join(self.family.stop_tokens)}",
             )
         table = np.concatenate(columns)
-        self._check_original(segments, table[:, 0].tolist())
+        refuse_other_encoding(
+            self.vocabulary, self._control_pattern, segments, table[:, 0].tolist()
+        )
         ids, starts, ends = (table[:, k].astype(np.int32) for k in range(3))
         return RenderedTokens(ids, starts, ends, table[:, 3].astype(bool))
-
-    def _encode_runs(self, runs: Sequence[TextRun]) -> list[list[int]]:
-        """Return the ids of the runs of text, each with the space that the tokenizer puts there."""
-        return self.vocabulary.encode_batch(
-            [r.prefix + r.text for r in runs if r.control_id is None]
-        )
-
-    def _check_original(
-        self, segments: Sequence[tuple[str, int | None]], ids: Sequence[int]
-    ) -> None:
-        """Check the ids against the tokenizer's own encoding of the whole rendering.
-
-        Only tokenizers with prefix spaces or with flags at control tokens are compared. Content
-        that looks like a control token is text here and a control token there; it is replaced on
-        both sides.
-        """
-        original = self.vocabulary.original
-        if original is None:
-            return
-        if any(self._control_pattern.search(t) for t, part in segments if part is not None):
-            segments = [
-                (t if part is None else self._control_pattern.sub("x", t), part)
-                for t, part in segments
-            ]
-            runs = list(split_runs(self.vocabulary, self._control_pattern, segments))
-            encoded = iter(self._encode_runs(runs))
-            ids = [
-                i for r in runs for i in (next(encoded) if r.control_id is None else [r.control_id])
-            ]
-        full = "".join(t for t, _ in segments)
-        expected = original.encode(full, add_special_tokens=False).ids
-        if list(ids) == expected:
-            return
-        at = next((k for k, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), -1)
-        at = at if at >= 0 else min(len(ids), len(expected))
-        near = original.decode(expected[max(0, at - 2) : at + 4], skip_special_tokens=False)
-        raise DataError(
-            f"the tokenizer cuts this conversation otherwise than its control tokens say, near "
-            f"{near!r}",
-            where=self.vocabulary.name,
-            remedy="set `normalized` of its control tokens to false in tokenizer.json, or leave "
-            "the conversation out",
-        )
 
     @cached_property
     def _control_pattern(self) -> re.Pattern[str]:
         return compile_names(self.vocabulary.control_token_ids)
-
-
-def _insert_prompt_only_suffix(
-    segments: Sequence[tuple[str, int | None]], position: int, suffix: str
-) -> list[tuple[str, int | None]]:
-    """Insert the family's `prompt_only_suffix` at this character, which lies in template text."""
-    result: list[tuple[str, int | None]] = []
-    char = 0
-    for text, part in segments:
-        if part is None and char < position <= char + len(text):
-            result += [(text[: position - char] + suffix + text[position - char :], None)]
-        else:
-            result.append((text, part))
-        char += len(text)
-    return result
 
 
 def _is_well_formed(message: Message) -> bool:

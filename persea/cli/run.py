@@ -33,6 +33,7 @@ from persea.errors import RecipeError, RefusedError, SafetyRegressionError
 from persea.training.distributed.world import LaunchOptions, ParallelStrategy, detect_world
 
 if TYPE_CHECKING:
+    from persea.config.recipe import Recipe
     from persea.pipeline.run_context import RunContext
 
 recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that come with persea.")
@@ -171,7 +172,7 @@ _add_stage_command("report", "Write the report page, the model card and report.j
 def plan(
     recipe: RecipePath, set_: Sets = NO_OVERRIDES, out: Out = DEFAULT_OUT, as_json: AsJson = False
 ) -> None:
-    """Show the plan of a run: stages that are up to date, answers, disk space, licences.
+    """Show the plan of a run: stages that are up to date, answers, disk, memory, time, licences.
 
     Loads no weights.
     """
@@ -185,7 +186,9 @@ def plan(
     from persea.pipeline.progress import print_table
 
     print_table(("stage", "state", "work"), run_plan.table_rows())
-    typer.echo("\n".join(verdict_lines(run_plan.licences)))
+    typer.echo("\n".join(run_plan.notes))
+    if run_plan.licences:
+        typer.echo("\n".join(verdict_lines(run_plan.licences)))
 
 
 @app.command(rich_help_panel=BEFORE_PANEL)
@@ -198,6 +201,8 @@ def validate(recipe: RecipePath, set_: Sets = NO_OVERRIDES, as_json: AsJson = Fa
     from persea.pipeline.licence_gate import licence_verdict
 
     loaded = load_checked_recipe(recipe, set_)
+    if warning := _learning_rate_warning(loaded):
+        typer.echo(f"warning: {warning}", err=True)
     verdict = licence_verdict(loaded, None)
     if as_json:
         licences = verdict.to_json()
@@ -205,6 +210,20 @@ def validate(recipe: RecipePath, set_: Sets = NO_OVERRIDES, as_json: AsJson = Fa
         return
     typer.echo(f"{recipe}: a valid recipe, {loaded.name} {loaded.hash[:12]}")
     typer.echo("\n".join(verdict_lines(verdict)))
+
+
+def _learning_rate_warning(recipe: Recipe) -> str:
+    """Return a warning about the learning rate, if the student's weights are in a local folder."""
+    from math import prod
+
+    from persea.models.weight_shapes import read_weight_shapes
+    from persea.training.learning_rate import describe_unusual_rate
+
+    given, folder = recipe.training.learning_rate, Path(recipe.student.model).expanduser()
+    if given is None or not folder.is_dir():
+        return ""
+    num_parameters = sum(prod(shape) for _, shape in read_weight_shapes(folder))
+    return describe_unusual_rate(given, num_parameters, recipe.student.lora is not None)
 
 
 @app.command(rich_help_panel=BEFORE_PANEL)
@@ -245,6 +264,7 @@ def _show_report(folder: Path, as_json: bool) -> None:
     )
 
     print_report(report)
+    _show_texts(folder)
     if (modes := read_thinking_modes(folder)) is not None:
         print_table(THINKING_COLUMNS, thinking_rows(modes))
         typer.echo("\n".join(thinking_sentences(modes)))
@@ -264,10 +284,24 @@ def _show_stage(stage: str, context: RunContext) -> None:
         from persea.pipeline.progress import print_table
 
         print_table(CAST_TABLE_COLUMNS, cast_table(context.cast))
+        for gain in context.cast.gains:
+            typer.echo(gain.sentence)
+    elif stage == "capture":
+        _show_left_out(context.folder)
     elif stage == "evaluate":
         _show_scores(context.folder)
     elif stage == "report":
         _show_report(context.folder, as_json=False)
+
+
+def _show_left_out(folder: Path) -> None:
+    """Print how many prompts and texts were captured, and a line a reason why others were not."""
+    from persea.cache.accounting import count_left_out, left_out_lines
+
+    summary = json.loads((folder / "capture" / "summary.json").read_text())
+    typer.echo(f"{summary['kept']:,} of {summary['in']:,} prompts and texts captured")
+    for line in left_out_lines(count_left_out(summary)):
+        typer.echo(line)
 
 
 def _read_check(folder: Path) -> dict[str, Any]:
@@ -275,9 +309,19 @@ def _read_check(folder: Path) -> dict[str, Any]:
     return check
 
 
+def _show_texts(folder: Path) -> None:
+    """Print the result on held-out texts, if the recipe names some."""
+    from persea.pipeline.progress import print_texts
+    from persea.report.text_section import read_text_report
+
+    if (texts := read_text_report(folder)) is not None:
+        print_texts(texts)
+
+
 def _show_scores(folder: Path) -> None:
     from persea.pipeline.progress import print_table
 
+    _show_texts(folder)
     evaluation = json.loads((folder / "evaluate" / "evaluation.json").read_text())
     comparisons = {
         (c["other_model_name"], c["skill"], c["effort"]): c
@@ -296,6 +340,8 @@ def _show_scores(folder: Path) -> None:
             difference = f"{comparison['difference']:+.2f} ({low:+.2f}, {high:+.2f})"
         score = f"{s['value']:.2f} ({s['low']:.2f}-{s['high']:.2f})"
         rows.append((skill, model, s["effort"], score, str(s["n"]), difference))
+    if not rows:
+        return
     print_table(
         ("skill", "model", "effort", "score", "n", "student - model"),
         sorted(rows, key=lambda row: row[0]),

@@ -15,12 +15,25 @@ from persea.config.section import (
 )
 
 
+class HubDatasetSection(RecipeSection):
+    """A data set on the Hugging Face hub."""
+
+    name: str = Field(min_length=1, description="its id, such as HuggingFaceH4/ultrachat_200k")
+    split: str = Field(default="train", min_length=1, description="its split, such as train_sft")
+    config: str = Field(default="", description="its configuration; empty = the only one")
+    revision: str = Field(default="", description="branch, tag or commit; empty = main")
+    streaming: bool = Field(
+        default=False, description="read row by row, without downloading the split first"
+    )
+
+
 class CorpusSection(RecipeSection):
-    """One source of prompts: a skill's generator or a file."""
+    """One source of prompts or texts: a skill's generator, a file of prompts, or one of texts."""
 
     skill: str = Field(
         pattern=SLUG_PATTERN,
-        description="the skill these prompts teach: languages, code, safety, reasoning or tools",
+        description="the skill these prompts or texts teach: languages, code, safety, reasoning or "
+        "tools",
     )
     generate: int | None = Field(
         default=None,
@@ -29,15 +42,44 @@ class CorpusSection(RecipeSection):
         description="number of prompts from the skill's own generator",
     )
     file: str | None = Field(
-        default=None, min_length=1, description="a .jsonl file, one prompt a line"
+        default=None,
+        min_length=1,
+        description="prompts: .jsonl, .json, .csv, .tsv or .parquet (.gz too), a folder of them, "
+        "or a saved data set; rows of any known shape (docs/howto/own_data.md)",
+    )
+    hub: HubDatasetSection | None = Field(
+        default=None, description="prompts of a data set on the hub; its rows are read as a file's"
+    )
+    columns: dict[str, str] = Field(
+        default={},
+        description="name as persea reads it -> column of the file, such as {prompt: query, "
+        "answer: reply}; only with `file:` or `hub:`",
+    )
+    learn_turns: Literal["last", "all"] = Field(
+        default="last",
+        description="turns of the assistant that are asked or learned: last, or all, each after "
+        "what comes before it; only with `file:` or `hub:`",
+    )
+    texts: str | None = Field(
+        default=None,
+        min_length=1,
+        description="plain texts, which teachers score and the student learns, without prompts and "
+        "roles: a table as for `file:`, one text a row; .txt, one text in all",
+    )
+    column: str | None = Field(
+        default_factory=lambda seen: "text" if seen.get("texts") else None,
+        min_length=1,
+        validate_default=True,
+        description="column of the text in a table of `texts:`",
     )
     licence: str = Field(
         default="",
         max_length=200,
-        description="licence of the file, an SPDX id or expression; empty = your own prompts",
+        description="licence of `file:`, `hub:` or `texts:`, an SPDX id or expression; empty = a "
+        "file is your own, a data set of the hub is under what its card states",
     )
     language: str = Field(
-        default="", description="language of the file's prompts, such as vi; empty = unknown"
+        default="", description="language of the file, such as vi; empty = unknown"
     )
     effort_shares: dict[ThinkingEffort, Annotated[float, Field(gt=0, le=1)]] = Field(
         default={},
@@ -46,17 +88,25 @@ class CorpusSection(RecipeSection):
         "teacher's effort, learned as an answer at once",
     )
     near_duplicate_threshold: float | None = Field(
-        default_factory=lambda seen: 0.8 if seen.get("file") else None,
+        default_factory=lambda seen: (
+            0.8 if seen.get("file") or seen.get("hub") or seen.get("texts") else None
+        ),
         ge=0.3,
         le=1,
         validate_default=True,
-        description="Jaccard similarity of word runs from which a file's prompt counts as a "
-        "repetition of an earlier one and is left out",
+        description="Jaccard similarity of word runs from which a file's prompt or text counts as "
+        "a repetition of an earlier one and is left out",
     )
     on_malformed: Literal["refuse", "quarantine"] = Field(
         default="refuse",
-        description="a line that is not a prompt: refuse = stop the run, quarantine = count it "
-        "and leave it out",
+        description="a line that is no prompt or text: refuse = stop the run, quarantine = count "
+        "it and leave it out",
+    )
+    max_malformed_share: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="largest share of a file's rows that `on_malformed: quarantine` leaves out",
     )
     max_line_bytes: int = Field(
         default=16 << 20,
@@ -67,21 +117,35 @@ class CorpusSection(RecipeSection):
 
     @model_validator(mode="after")
     def _check_prompt_source(self) -> Self:
-        generated, from_file = self.generate is not None, self.file is not None
+        names = ("generate", "file", "hub", "texts")
+        sources = [k for k in names if getattr(self, k) is not None]
+        from_file = bool(sources) and self.generate is None
         total = sum(self.effort_shares.values())
         return check_contradictions(
             self,
             (
-                not generated and not from_file,
+                not sources,
                 (),
-                "neither `generate` nor `file`",
-                "add `generate: 1000` or `file: prompts.jsonl`",
+                "neither `generate` nor `file`, `hub` or `texts`",
+                "add `generate: 1000`, `file: prompts.jsonl` or `texts: documents.jsonl`",
             ),
             (
-                generated and from_file,
+                len(sources) > 1,
                 (),
-                "both `generate` and `file`",
+                f"both {' and '.join(f'`{k}`' for k in sources)}",
                 "keep one; two parts may teach the same skill",
+            ),
+            (
+                bool(self.effort_shares) and self.texts is not None,
+                ("effort_shares",),
+                "given, but nobody answers: `texts` are scored and learned as they are",
+                "delete `effort_shares:`",
+            ),
+            (
+                self.column is not None and self.texts is None,
+                ("column",),
+                "given, but no `texts`",
+                "delete `column:`",
             ),
             (
                 bool(self.effort_shares) and abs(total - 1) > 1e-6,
@@ -92,20 +156,21 @@ class CorpusSection(RecipeSection):
             (
                 self.near_duplicate_threshold is not None and not from_file,
                 ("near_duplicate_threshold",),
-                "given, but no `file`; the questions of a generator differ by design",
+                "given, but no file; the questions of a generator differ by design",
                 "delete `near_duplicate_threshold:`",
             ),
             (
                 self.on_malformed == "quarantine" and not from_file,
                 ("on_malformed",),
-                "given, but no `file` that could have malformed lines",
+                "given, but no file that could have malformed lines",
                 "delete `on_malformed:`",
             ),
             (
-                not (self.file or ".jsonl").endswith(".jsonl"),
-                ("file",),
-                f"{self.file!r} is not .jsonl",
-                "one JSON object a line",
+                (bool(self.columns) or self.learn_turns == "all")
+                and not {"file", "hub"} & set(sources),
+                ("columns",) if self.columns else ("learn_turns",),
+                "given, but no `file` or `hub`",
+                "delete it",
             ),
         )
 
@@ -184,6 +249,16 @@ class AuditionSection(RecipeSection):
         le=MAX_COUNT,
         description="questions of each language before the ranking of a skill may be final",
     )
+    compare_with_base: bool = Field(
+        default=True,
+        description="ask the student's base the same questions, to find out whether any teacher "
+        "is better than the student already is",
+    )
+    without_gain: Literal["warn", "skip", "refuse"] = Field(
+        default="warn",
+        description="a part where no teacher is better than the student's base with confidence: "
+        "warn = distil it all the same, skip = leave it out, refuse = end the run with exit code 4",
+    )
     round_growth: float = Field(
         default=0.5,
         ge=0,
@@ -191,13 +266,26 @@ class AuditionSection(RecipeSection):
         description="questions of a later round, as a share of all asked before it",
     )
 
+    @model_validator(mode="after")
+    def _check_base_is_measured(self) -> Self:
+        return check_contradictions(
+            self,
+            (
+                self.without_gain != "warn" and not self.compare_with_base,
+                ("without_gain",),
+                f"{self.without_gain}, but `compare_with_base` is false",
+                "delete `compare_with_base:`",
+            ),
+        )
+
 
 class CaptureSection(RecipeSection):
     """How teachers answer the prompts and how their distributions are stored."""
 
     answers: Literal["ask", "given"] = Field(
         default="ask",
-        description="ask = the teachers answer; given = they score the answers of the prompt files",
+        description="ask = the teachers answer; given = they score the answers of the prompt "
+        "files. `texts` of the corpus are always scored",
     )
     distributions: Literal["sampled", "topk"] = Field(
         default="sampled",
@@ -219,6 +307,12 @@ class CaptureSection(RecipeSection):
         validate_default=True,
         description="nats that a stored distribution may lose, its rest spread by the token "
         "frequencies of the unit; only with `distributions: topk`",
+    )
+    teach_end: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="whether the student learns from the teacher's distribution where a text ends: "
+        "auto = where the teacher itself wrote the answer, not at the end of given answers and "
+        "texts; elsewhere the end is learned from the text alone",
     )
     max_new_tokens: int = Field(
         default=64, ge=1, le=MAX_COUNT, description="longest answer, in the teacher's tokens"

@@ -111,10 +111,47 @@ class GradingSection(RecipeSection):
     )
 
 
+class HeldOutTextsSection(RecipeSection):
+    """A file of documents that no model trains on: all models are measured in bits per byte."""
+
+    texts: str = Field(
+        min_length=1,
+        description="a file of documents: .jsonl, one a line; .txt, one in all",
+    )
+    column: str = Field(
+        default="text",
+        min_length=1,
+        description="key of the text in the lines of a .jsonl file",
+    )
+    language: str = Field(default="", description="language of the documents, such as id")
+    skill: str = Field(
+        default="texts",
+        pattern=SLUG_PATTERN,
+        description="skill under which the documents are reported",
+    )
+
+
 class EvaluationSection(RecipeSection):
     """How the student is compared with its base, its teachers and reference models."""
 
     items: int = Field(default=200, ge=1, le=MAX_COUNT, description="questions of each skill")
+    texts: tuple[HeldOutTextsSection, ...] = Field(
+        default=(),
+        description="held-out documents of your own: bits per byte of every model, and kept out "
+        "of the training",
+    )
+    max_window_tokens: int = Field(
+        default=2048,
+        ge=16,
+        le=MAX_COUNT,
+        description="longest part of a held-out document that models read at once, in the tokens "
+        "of any model; shorter if a model has fewer positions, and the same bytes for all",
+    )
+    generated_tasks: bool | None = Field(
+        default=None,
+        description="ask the questions of persea's own generators (default: of the skills whose "
+        "corpus has prompts, not of those that are taught from texts alone)",
+    )
     batch_size: int = Field(
         default=64, ge=1, le=MAX_COUNT, description="questions that a model answers at once"
     )
@@ -148,6 +185,22 @@ class EvaluationSection(RecipeSection):
     grading: GradingSection = Field(
         default=GradingSection(), description="limits of graders of published benchmarks"
     )
+
+    @model_validator(mode="after")
+    def _check_something_is_measured(self) -> Self:
+        return check_contradictions(
+            self,
+            (
+                self.generated_tasks is False and not self.texts and not self.benchmarks,
+                ("generated_tasks",),
+                "false, but there is nothing else to measure",
+                "name `texts:` or `benchmarks:`, or delete `generated_tasks:`",
+            ),
+        )
+
+
+# About 20 s on two CPU cores for a model of 270 M parameters and 262,144 tokens.
+MAX_MEASURED_LOGITS = 400_000_000
 
 
 class CheckSection(RecipeSection):
@@ -197,6 +250,13 @@ class CheckSection(RecipeSection):
         ge=0,
         description="size of a model's folder up to which its weights are loaded, if "
         "`measure_likelihood` is not given",
+    )
+    max_measured_logits: int = Field(
+        default=MAX_MEASURED_LOGITS,
+        ge=1,
+        le=1 << 60,
+        description="logits (tokens x vocabulary) that the measurements with the weights of a "
+        "teacher compute, on a sample of the reference answers; all answers if they need fewer",
     )
     max_template_excess: float = Field(
         default=0.25,

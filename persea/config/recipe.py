@@ -22,6 +22,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from persea.chat.messages import PINNED_DATE
+from persea.config.release_section import LicenceDecisions, decision_contradictions
 from persea.config.renamed_keys import RENAMED_KEYS, rename_old_keys, rename_override
 from persea.config.schema import (
     MAX_COUNT,
@@ -106,11 +107,7 @@ class Recipe(RecipeSection):
     release: ReleaseSection = Field(
         default=ReleaseSection(), description="what becomes of the student, for its licences"
     )
-    licence_decisions: dict[str, str] = Field(
-        default={},
-        description="student, a teacher's name or corpus.0 -> who decided what, when (a date such "
-        "as 2026-01-31), where the licence check asks",
-    )
+    licence_decisions: LicenceDecisions = Field(default={})
     _source_path: Path = PrivateAttr(default=Path())
     _as_written: dict[str, Any] = PrivateAttr(default_factory=dict)
     _notices: tuple[str, ...] = PrivateAttr(default=())
@@ -146,7 +143,7 @@ class Recipe(RecipeSection):
             self,
             *self._name_contradictions(),
             *self._judge_contradictions(),
-            *self._decision_contradictions(),
+            *decision_contradictions(self.licence_decisions, self.teachers, self.corpus),
             *self._distribution_contradictions(),
         )
 
@@ -195,23 +192,6 @@ class Recipe(RecipeSection):
         )
         return found
 
-    def _decision_contradictions(self) -> Contradictions:
-        names = ["student", *(t.name for t in self.teachers)]
-        names += [f"corpus.{k}" for k, part in enumerate(self.corpus) if part.file]
-        found: Contradictions = []
-        for name, decision in self.licence_decisions.items():
-            where = ("licence_decisions", name)
-            found += [
-                (name not in names, where, "no such model or file", suggest_choice(name, names)),
-                (
-                    not re.search(r"\d{4}-\d{2}-\d{2}", decision),
-                    where,
-                    "does not name the day of the decision",
-                    "write who decided what, when: a date such as 2026-01-31",
-                ),
-            ]
-        return found
-
     def _judge_contradictions(self) -> Contradictions:
         name, where = self.evaluation.judge, ("evaluation", "judge")
         judge = next((t for t in self.teachers if t.name == name), None)
@@ -258,6 +238,7 @@ class Recipe(RecipeSection):
                     "write `answers: ask`",
                 ),
             ]
+        found += self._text_contradictions()
         found += [
             (
                 given and bool(part.effort_shares),
@@ -268,6 +249,28 @@ class Recipe(RecipeSection):
             for k, part in enumerate(self.corpus)
         ]
         return found
+
+    def _text_contradictions(self) -> Contradictions:
+        """Texts that a teacher behind a chat server would have to score."""
+        names = {
+            t.name
+            for t in self.teachers
+            if not t.reference and t.endpoint is not None and t.endpoint.protocol == "chat"
+        }
+        return [
+            (
+                part.texts is not None and name in names,
+                ("corpus", k, "texts"),
+                f"given, but {name} cannot score a text that it did not generate",
+                f"pin another teacher under audition.pinned.{part.skill}",
+            )
+            for k, part in enumerate(self.corpus)
+            for name in (
+                [self.audition.pinned[part.skill]]
+                if part.skill in self.audition.pinned
+                else [t.name for t in self.teachers]
+            )
+        ]
 
     @property
     def skills(self) -> tuple[str, ...]:

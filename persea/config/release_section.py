@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
+from persea.config.data_sections import CorpusSection
+from persea.config.model_sections import TeacherSection
 from persea.config.section import RecipeSection
+from persea.config.yaml_source import KeyPath, suggest_choice
+
+LicenceDecisions: TypeAlias = Annotated[
+    dict[str, str],
+    Field(
+        description="student, a teacher's name or corpus.0 -> who decided what, when (a date such "
+        "as 2026-01-31), where the licence check asks"
+    ),
+]
 
 
 class ReleaseSection(RecipeSection):
@@ -31,3 +44,26 @@ class ReleaseSection(RecipeSection):
         description="licence that the student is released under, an SPDX expression; empty = the "
         "licences that go with it",
     )
+
+
+def decision_contradictions(
+    decisions: Mapping[str, str],
+    teachers: Sequence[TeacherSection],
+    corpus: Sequence[CorpusSection],
+) -> list[tuple[bool, KeyPath, str, str]]:
+    """Return the contradictions of `licence_decisions`: unknown names, decisions without a day."""
+    names = ["student", *(t.name for t in teachers)]
+    names += [f"corpus.{k}" for k, part in enumerate(corpus) if part.generate is None]
+    found: list[tuple[bool, KeyPath, str, str]] = []
+    for name, decision in decisions.items():
+        where = ("licence_decisions", name)
+        found += [
+            (name not in names, where, "no such model or data", suggest_choice(name, names)),
+            (
+                not re.search(r"\d{4}-\d{2}-\d{2}", decision),
+                where,
+                "does not name the day of the decision",
+                "write who decided what, when: a date such as 2026-01-31",
+            ),
+        ]
+    return found

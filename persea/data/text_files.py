@@ -1,4 +1,4 @@
-"""Read text files, one text a line, from plain text or one key of JSON lines."""
+"""Read text files: one text a line, or documents of JSON lines and whole files."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ import codecs
 import json
 import sys
 import unicodedata
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
+from persea.data.formats import MAX_LINE_BYTES, MAX_MALFORMED_REASON_CHARS
+from persea.data.prompts import MalformedLine
+from persea.data.tables import TableRow, iter_table
 from persea.errors import DataError
+
+DEFAULT_TEXT_COLUMN = "text"
 
 
 def read_text_lines(
@@ -51,6 +57,74 @@ def read_text_lines(
     if not texts:
         raise DataError("no line with a text", where=where, remedy=remedy)
     return texts
+
+
+def read_documents(
+    source: Path | Iterable[TableRow],
+    column: str = DEFAULT_TEXT_COLUMN,
+    on_malformed: Callable[[MalformedLine], None] | None = None,
+    max_line_bytes: int = MAX_LINE_BYTES,
+) -> Iterator[tuple[str, str]]:
+    r"""Read the documents of a file.
+
+    A table has one document a row, under `column`; a line of JSON lines may also be a bare JSON
+    string. A .txt file is one document.
+
+    Args:
+        source: A table or a folder, see persea.data.tables, rows, or a .txt file in UTF-8.
+        column: Column of the text.
+        on_malformed: Receives each row that is no document; None = raise instead.
+        max_line_bytes: Longest line of JSON lines, in bytes; a longer one is malformed.
+
+    Yields:
+        (name of the document: file and line, text in NFC). Texts may be empty.
+
+    Raises:
+        DataError: The file cannot be read, or a row is malformed and `on_malformed` is None.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "news.jsonl"
+        >>> _ = path.write_text('{"text": "Selamat pagi."}\n"Apa kabar?"\n')
+        >>> list(read_documents(path))
+        [('news.jsonl:1', 'Selamat pagi.'), ('news.jsonl:2', 'Apa kabar?')]
+    """
+    if isinstance(source, Path) and source.suffix == ".txt":
+        yield source.name, _read_text_file(source)
+        return
+    remedy = f"a row has a text under {column!r}; name another column with `column:`"
+    rows = iter_table(source, max_line_bytes) if isinstance(source, Path) else source
+    for row in rows:
+        text = row.value.get(column) if isinstance(row.value, dict) else row.value
+        reason = row.error or ("" if isinstance(text, str) else f"no text under {column!r}")
+        if not reason:
+            yield row.name, unicodedata.normalize("NFC", text)
+        elif on_malformed is None:
+            raise DataError(reason, where=row.where, remedy=remedy)
+        else:
+            on_malformed(
+                MalformedLine(
+                    row.where, reason[:MAX_MALFORMED_REASON_CHARS], row.num_bytes, row.prefix
+                )
+            )
+
+
+def _read_text_file(path: Path) -> str:
+    try:
+        raw = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        return unicodedata.normalize("NFC", raw.decode())
+    except OSError as error:
+        raise DataError(
+            f"cannot read the text: {error.strerror}",
+            where=str(path),
+            remedy="check `corpus:` in the recipe",
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"cannot read the text: not UTF-8 at byte {error.start:,}",
+            where=f"{path}:{raw.count(bytes([10]), 0, error.start) + 1}",
+            remedy="give a UTF-8 file",
+        ) from error
 
 
 def _text_of_row(row: str, key: str, where: str) -> str:

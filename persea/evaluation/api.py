@@ -16,24 +16,24 @@ from pathlib import Path
 from persea.alignment.event_map import load_event_map
 from persea.chat.messages import ThinkingEffort
 from persea.chat.renderer import ChatRenderer
+from persea.config.evaluation_sections import MAX_MEASURED_LOGITS
 from persea.errors import DataError, RefusedError
 from persea.evaluation.answering import EvaluatedModel, answer_items, single_model_loader
 from persea.evaluation.audition import Cast, build_cast
+from persea.evaluation.check_sampling import measure_weights
 from persea.evaluation.compatibility import (
     MAX_TEMPLATE_EXCESS_BITS_PER_BYTE,
-    MIN_COUNTED_PROBABILITY,
     TEXT_FILES_SKILL,
     PairCompatibility,
     TemplateLikelihood,
     check_pair,
-    make_retained_mass,
-    measure_template_likelihood,
     read_texts,
     reference_samples,
     refuse_incompatible,
 )
 from persea.evaluation.evaluate import EvaluationAnswers, compare_student, evaluate_model
 from persea.evaluation.racing import DEFAULT_RACE_SETTINGS, RaceSettings, race_teachers
+from persea.evaluation.retained_mass import MIN_COUNTED_PROBABILITY
 from persea.evaluation.unwritable import (
     MAX_UNWRITABLE_SHARE,
     leave_out_unwritable,
@@ -97,6 +97,7 @@ def check(
     max_unwritable_share: float = MAX_UNWRITABLE_SHARE,
     max_template_excess: float = MAX_TEMPLATE_EXCESS_BITS_PER_BYTE,
     min_counted_probability: float = MIN_COUNTED_PROBABILITY,
+    max_measured_logits: int = MAX_MEASURED_LOGITS,
 ) -> CompatibilityResult:
     """Measure whether a teacher's tokenizer and chat template suit a student.
 
@@ -116,6 +117,8 @@ def check(
         max_unwritable_share: Highest share of texts that a vocabulary may be unable to write.
         max_template_excess: Bits per byte by which the chat template may be worse than none.
         min_counted_probability: See `make_retained_mass`.
+        max_measured_logits: Bound of the work with `load_weights`, see
+            `persea.evaluation.check_sampling.choose_measured`.
 
     Returns:
         The measurements, and the first problem found.
@@ -146,7 +149,7 @@ def check(
     )
     event_map = load_event_map(teacher_renderer, student_renderer)
     likelihoods: list[TemplateLikelihood] = []
-    retained_mass = None
+    weights = None
     if load_weights:
         if not isinstance(teacher, str):
             raise DataError(
@@ -155,10 +158,15 @@ def check(
                 remedy="give the teacher's folder or hub id, or load_weights=False",
             )
         loaded = _load_teacher(name, teacher, teacher_renderer, batch_size)
-        likelihoods = measure_template_likelihood(
-            loaded, [s for s in samples if s.skill != TEXT_FILES_SKILL]
+        weights = measure_weights(
+            loaded,
+            event_map,
+            [s for s in samples if s.skill != TEXT_FILES_SKILL],
+            max_measured_logits,
+            seed,
+            min_counted_probability,
         )
-        retained_mass = make_retained_mass(loaded, event_map, min_counted_probability)
+        likelihoods = weights.likelihoods
     pairs = [
         check_pair(
             name,
@@ -167,7 +175,8 @@ def check(
             event_map,
             sample,
             sample.render(student_renderer),
-            retained_mass if sample.skill != TEXT_FILES_SKILL else None,
+            weights.retained_mass if weights and sample.skill != TEXT_FILES_SKILL else None,
+            weights.chosen_of(sample) if weights else None,
         )
         for sample in samples
     ]
@@ -359,6 +368,7 @@ def _evaluated_model(
         load,
         {"batch": batch_size, "threads": torch.get_num_threads()},
         isinstance(model, Teacher) and model.is_text_only,
+        not renderer.is_text,
     )
 
 

@@ -56,6 +56,7 @@ class LicensedInput:
         known_as: Names by which the table of checkpoints may know it: hub id, folder, ancestors.
         host: Host name of the server that runs it; "" = none.
         is_random: Randomly initialised weights, which nobody licensed.
+        is_own: Data of the user's own, unless a licence is stated.
     """
 
     name: str
@@ -64,6 +65,7 @@ class LicensedInput:
     known_as: tuple[str, ...] = ()
     host: str = ""
     is_random: bool = False
+    is_own: bool = False
 
 
 @dataclass(frozen=True)
@@ -332,8 +334,8 @@ def _judge_licence(
 def _judge_unknown(name: str, source: LicensedInput, decisions: Mapping[str, str]) -> Finding:
     if name == "unknown":
         return _ask(source, f"the terms of the server {source.host} are not known", decisions)
-    if not name and source.relation is Relation.DATA:
-        return Finding(source.name, Outcome.OK, "no licence stated: taken for your own prompts")
+    if not name and source.is_own:
+        return Finding(source.name, Outcome.OK, "no licence stated: taken for your own data")
     if not name:
         return _ask(source, "its licence is not known", decisions, "write its `licence:`, or ")
     known = "SPDX knows it, " if is_spdx_licence(name) else ""

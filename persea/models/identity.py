@@ -135,7 +135,7 @@ def model_warnings(source: ModelSource, renderer: ChatRenderer, where: str) -> s
             f"{vocabulary.control_names.get(i, 'no control token')} ({i})" for i in ids
         )
 
-    if eos_ids and stop_id not in eos_ids:
+    if eos_ids and stop_id not in eos_ids and not renderer.is_text:
         warnings.append(
             f"a base model with a chat template: its configuration ends a text with "
             f"{name(eos_ids)}, the template ends a turn with {name([stop_id])}; persea stops at "

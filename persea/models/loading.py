@@ -17,16 +17,21 @@ import yaml
 
 from persea.chat.families.hybrid import (
     add_thinking_switch,
-    can_use_hybrid_template,
     has_thinking_switch,
 )
-from persea.chat.family import UNKNOWN_FAMILY, Family
+from persea.chat.families.text import make_text_family
+from persea.chat.family import UNKNOWN_FAMILY
 from persea.chat.family_selection import choose_family
 from persea.chat.messages import PINNED_DATE
 from persea.chat.renderer import ChatRenderer
 from persea.chat.template import compile_template, default_template
 from persea.chat.template_containment import refuse_endless_template
 from persea.errors import DataError
+from persea.models.chat_templates import (
+    is_text_model,
+    read_template,
+    refuse_thinking_option,
+)
 from persea.models.config_files import read_json_config, refuse_remote_code
 from persea.models.gguf_header import find_gguf
 from persea.models.gguf_model import gguf_header, model_folder, tokenizer_folder
@@ -55,6 +60,7 @@ class ModelSource:
         thinking: Give a model whose chat template has no thinking switch the hybrid template.
         quantize: "8bit", "4bit" or "mxfp4" for fewer bits a weight on a GPU; "none" = as stored.
         offload: Keep in main memory the weights that do not fit on the GPU.
+        chat_template: A file with a chat template, instead of the model's own; "" = its own.
     """
 
     model: str
@@ -65,6 +71,7 @@ class ModelSource:
     thinking: bool = False
     quantize: str = "none"
     offload: bool = False
+    chat_template: str = ""
 
     @property
     def is_random(self) -> bool:
@@ -225,7 +232,8 @@ def load_renderer(
     """Load tokenizer, chat template and family of a model, without its weights.
 
     A model of a family that persea does not know gets the family that `infer_family` finds out by
-    rendering its template.
+    rendering its template. A model without a chat template is a text model
+    (`persea.chat.families.text`).
 
     Args:
         source: A folder in Hugging Face form, a GGUF file, a hub id, or a `ModelSource`.
@@ -236,8 +244,9 @@ def load_renderer(
         The renderer, which turns conversations into token ids and parses answers.
 
     Raises:
-        DataError: The folder is missing, the model has no chat template, the tokenizer does not
-            reproduce its input, or neither a family nor `infer_family` can follow the template.
+        DataError: The folder is missing, the tokenizer does not reproduce its input, a family is
+            named and there is no chat template, or neither a family nor `infer_family` can follow
+            the template.
 
     Example:
         >>> from persea.chat.messages import Conversation, Text
@@ -254,18 +263,16 @@ def load_renderer(
         source = ModelSource(source)
     where = where or source.tokenizer_name_or_path
     tokenizer = _open_tokenizer(source, where)
-    template_text, template_note = default_template(tokenizer.chat_template, where)
+    template_text, template_note = default_template(
+        read_template(source, where) or tokenizer.chat_template, where
+    )
     vocabulary = tokenizer.vocabulary
     if num_rows := num_logits_in_config(source, where):
         vocabulary = limit_to_rows(vocabulary, num_rows, where)
-    if not template_text and not (source.thinking and can_use_hybrid_template(vocabulary)):
-        raise DataError(
-            f"{source.tokenizer_name_or_path!r} has no chat template",
-            where=where,
-            remedy="add chat_template.jinja to the folder; a base model without one cannot be a "
-            "teacher or be evaluated",
-        )
-    special = dict(tokenizer.special_tokens_map)
+    special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+    if is_text_model(source, template_text, vocabulary, where):
+        text_family, rendering = make_text_family(vocabulary, special)
+        return ChatRenderer(text_family, vocabulary, rendering, "", template_date, special)
     refuse_endless_template(template_text, special, where)
     template = compile_template(template_text, special, template_date, where)
     if source.thinking and not has_thinking_switch(template):
@@ -285,7 +292,7 @@ def load_renderer(
         _response_template(source, where),
     )
     if source.thinking and not renderer.family.has_hybrid_format:
-        _refuse_thinking_option(renderer.family, where)
+        refuse_thinking_option(renderer.family, where)
     if template_note:
         notes = " ".join(filter(None, (renderer.family.limitations, template_note)))
         renderer = replace(renderer, family=replace(renderer.family, limitations=notes))
@@ -301,23 +308,6 @@ def _response_template(source: ModelSource, where: str) -> object:
     return read_json_config(path, where).get("response_template")
 
 
-def _refuse_thinking_option(family: Family, where: str) -> None:
-    if len(family.efforts) > 1:
-        raise DataError(
-            f"`thinking: true`, but {family.name} has its own thinking switch: "
-            f"{', '.join(family.efforts)}",
-            where=where,
-            remedy="delete `thinking:`",
-        )
-    raise DataError(
-        f"`thinking: true`, but the template of {family.name} does not keep the effort before the "
-        "system text and the thought "
-        "before the answer",
-        where=where,
-        remedy="choose a student whose template takes a system text and writes answers unchanged",
-    )
-
-
 def eos_token_ids(source: ModelSource, where: str) -> tuple[int, ...]:
     """Return the end-of-text ids in the model's own configuration.
 
@@ -329,21 +319,35 @@ def eos_token_ids(source: ModelSource, where: str) -> tuple[int, ...]:
     gguf = find_gguf(source.model, where)
     if gguf is not None:
         return stop_token_ids(gguf_header(gguf, where))
-    folder = local_folder(source.model, where)
     for name in ("generation_config.json", "config.json"):
-        path = download_hub_file(source, name) if folder is None else folder / name
-        if path is None or not path.is_file():
-            continue
-        config = read_json_config(path, where)
-        text_config = config.get("text_config")
-        eos = config.get(
-            "eos_token_id",
-            text_config.get("eos_token_id") if isinstance(text_config, dict) else None,
-        )
+        eos = config_value(source, name, "eos_token_id", where)
         ids = tuple(i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int))
         if ids:
             return ids
     return ()
+
+
+def config_value(source: ModelSource, file_name: str, key: str, where: str) -> Any:
+    """Return a value of a model's configuration file, or of its `text_config`; None without one."""
+    if source.is_random:
+        return None
+    folder = local_folder(source.model, where)
+    path = download_hub_file(source, file_name) if folder is None else folder / file_name
+    if path is None or not path.is_file():
+        return None
+    config = read_json_config(path, where)
+    text_config = config.get("text_config")
+    return config.get(key, text_config.get(key) if isinstance(text_config, dict) else None)
+
+
+def max_positions(source: ModelSource, where: str) -> int:
+    """Return the number of positions in the model's configuration; 0 if it has none."""
+    if source.is_random:
+        from persea.models.random_init import MAX_POSITIONS
+
+        return MAX_POSITIONS
+    positions = config_value(source, "config.json", "max_position_embeddings", where)
+    return positions if isinstance(positions, int) else 0
 
 
 def num_logits_in_config(source: ModelSource, where: str) -> int:
@@ -353,15 +357,7 @@ def num_logits_in_config(source: ModelSource, where: str) -> int:
     gguf = find_gguf(source.model, where)
     if gguf is not None:
         return gguf_header(gguf, where).num_embedding_rows
-    folder = local_folder(source.model, where)
-    path = download_hub_file(source, "config.json") if folder is None else folder / "config.json"
-    if path is None or not path.is_file():
-        return 0
-    config = read_json_config(path, where)
-    text_config = config.get("text_config")
-    stated = config.get(
-        "vocab_size", text_config.get("vocab_size") if isinstance(text_config, dict) else None
-    )
+    stated = config_value(source, "config.json", "vocab_size", where)
     return stated if isinstance(stated, int) else 0
 
 

@@ -119,7 +119,7 @@ def open_tiktoken(file: Path, where: str) -> Any:
         def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:
             return ranks
 
-    converter = Converter(
+    converter = Converter(  # type: ignore[no-untyped-call]
         vocab_file=str(file),
         pattern=find_split_pattern(file.parent, where),
         extra_special_tokens=control,

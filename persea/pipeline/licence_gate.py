@@ -23,6 +23,7 @@ from persea.models.licence_text import (
     LICENCE_FILE_NAMES,
     NOTICE_FILE,
     ancestors_of_files,
+    licence_of_card,
     licence_of_files,
 )
 
@@ -45,11 +46,17 @@ def licensed_inputs(recipe: Recipe, folder: Path | None) -> tuple[LicensedInput,
     for teacher in recipe.teachers:
         relation = Relation.REFERENCE if teacher.reference else Relation.TEACHER
         inputs.append(_model_input(teacher, teacher.name, relation, folder))
-    inputs += [
-        LicensedInput(f"corpus.{k}", Relation.DATA, (part.licence,), (Path(part.file).name,))
-        for k, part in enumerate(recipe.corpus)
-        if part.file
-    ]
+    for k, part in enumerate(recipe.corpus):
+        name, own_file = f"corpus.{k}", part.file or part.texts
+        if own_file:
+            known_as = (Path(own_file).name,)
+            inputs.append(
+                LicensedInput(name, Relation.DATA, (part.licence,), known_as, is_own=True)
+            )
+        elif part.hub:
+            stated = _stated_by_dataset(part.hub.name, part.hub.revision) if folder else ""
+            statements = (part.licence, stated)
+            inputs.append(LicensedInput(name, Relation.DATA, statements, (part.hub.name,)))
     return tuple(inputs)
 
 
@@ -186,6 +193,19 @@ def _stated_on_hub(model: str, revision: str) -> tuple[str, tuple[str, ...]]:
         return "" if found is None else _read_small(found)
 
     return licence_of_files(read_hub, LICENCE_FILE_NAMES[:1]), ancestors_of_files(read_hub)
+
+
+@lru_cache(maxsize=64)
+def _stated_by_dataset(name: str, revision: str) -> str:
+    """Return the licence on the card of a hub data set; "" if none is stated or reached."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        card = hf_hub_download(name, CARD_NAMES[0], repo_type="dataset", revision=revision or None)
+    except (HfHubHTTPError, LocalEntryNotFoundError):
+        return ""
+    return licence_of_card(_read_small(Path(card)))
 
 
 def _stated_by_gguf(model: str, where: str) -> tuple[str, tuple[str, ...]]:

@@ -36,7 +36,8 @@ from persea.models.identity import (
     weight_bytes,
 )
 from persea.models.licence import read_licence
-from persea.models.loading import ModelSource, load_renderer
+from persea.models.loading import ModelSource, load_renderer, max_positions
+from persea.models.sizes import ModelSize, read_model_size
 from persea.pipeline.remote_teachers import (
     endpoint_identity,
     generation_identity,
@@ -48,6 +49,7 @@ from persea.pipeline.remote_teachers import (
 )
 from persea.report.lineage import ParentModel
 from persea.storage import digest_json
+from persea.training.learning_rate import default_learning_rate
 
 if TYPE_CHECKING:
     from persea.teachers.teacher import Teacher
@@ -66,6 +68,7 @@ def model_source(ref: ModelRef) -> ModelSource:
         ref.family,
         sizes,
         isinstance(ref, StudentSection) and ref.thinking,
+        chat_template=ref.chat_template,
     )
     if isinstance(ref, TeacherSection):
         return replace(source, quantize=ref.quantize, offload=ref.offload)
@@ -158,6 +161,10 @@ class ModelRefs:
             for k, t in enumerate(self.recipe.teachers)
         }
 
+    def renderer(self, name: str) -> ChatRenderer:
+        """Return the chat renderer of STUDENT, BASE or a teacher."""
+        return self.renderers.get(name, self.student_renderer)
+
     @cached_property
     def event_maps(self) -> dict[str, EventMap]:
         """Teacher name -> event map to the student's vocabulary, without the reference models."""
@@ -183,10 +190,16 @@ class ModelRefs:
             name: {
                 "family": renderer.family.name,
                 "detected": not source.family,
-                "note": model_warnings(source, renderer, name),
+                "note": model_warnings(source, renderer, name) + self._text_note(renderer),
             }
             for name, source, renderer in models
         }
+
+    def _text_note(self, renderer: ChatRenderer) -> str:
+        """Return what a model's tokenizer lacks for plain texts; "" if the corpus has none."""
+        has_texts = any(part.texts is not None for part in self.recipe.corpus)
+        note = renderer.document_tokens.note if has_texts else ""
+        return f" {note[0].upper()}{note[1:]}." if note else ""
 
     # --- identities: digests of everything that a model's answers depend on ---
 
@@ -242,6 +255,34 @@ class ModelRefs:
                 self.recipe.student.model_dump(include={"adapt", "lora"}),
             ]
         )
+
+    # --- sizes ---
+
+    @cached_property
+    def student_size(self) -> ModelSize | None:
+        """Size of the student; None if it cannot be told without its weights."""
+        return read_model_size(
+            model_source(self.recipe.student), len(self.student_renderer.vocabulary)
+        )
+
+    @cached_property
+    def teacher_sizes(self) -> dict[str, ModelSize | None]:
+        """Teacher name -> size; None behind a server, or if it cannot be told."""
+        return {
+            ref.name: None
+            if is_remote(ref)
+            else read_model_size(model_source(ref), len(self.renderers[ref.name].vocabulary))
+            for ref in self.recipe.teachers
+        }
+
+    @cached_property
+    def learning_rate(self) -> float:
+        """The recipe's learning rate, or the default of the student's size."""
+        given = self.recipe.training.learning_rate
+        if given is not None:
+            return given
+        size, is_lora = self.student_size, self.recipe.student.lora is not None
+        return default_learning_rate(size.num_parameters if size else 0, is_lora)
 
     # --- thinking efforts ---
 
@@ -396,7 +437,15 @@ class ModelRefs:
             partial(load, name),
             {"batch": batch, "threads": self.recipe.threads},
             endpoint is not None and endpoint.protocol == "chat",
+            not renderer.is_text,
         )
+
+    def max_positions(self, name: str) -> int:
+        """Return the positions of a model that is evaluated; 0 if they are not known."""
+        if name not in self.renderers:
+            return max_positions(model_source(self.recipe.student), STUDENT)
+        ref = self.teacher_ref(name)
+        return 0 if ref.endpoint else max_positions(model_source(ref), name)
 
     def lineage_parent(self, name: str) -> ParentModel:
         """Describe a teacher, or the base, for the lineage record."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,10 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
+from persea.report.text_section import TEXT_TABLE_NOTE, text_columns, text_rows, text_verdict
+
 if TYPE_CHECKING:
+    from persea.evaluation.text_report import TextReport
     from persea.vocab_extension.resize_model import ProgressCallback
 
 # column title -> key of a pair in check.json: these four shares add up to 100 % of the tokens
@@ -27,6 +31,9 @@ TOKEN_SHARES = {
     "span": "span_share",
     "text\nonly": "cross_entropy_only_share",
 }
+
+
+WARNING_PREFIX = "warning: "  # of a message of progress that stays on the screen
 
 
 @contextmanager
@@ -51,6 +58,9 @@ def progress_bars(quiet: bool = False) -> Iterator[ProgressCallback]:
         tasks: dict[str, TaskID] = {}
 
         def draw(stage: str, fraction: float, message: str) -> None:
+            if message.startswith(WARNING_PREFIX):  # stays on the screen, above the bars
+                bars.console.print(f"{stage:>9} {message}", highlight=False, soft_wrap=True)
+                return
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=1.0, message="")
             bars.update(tasks[stage], completed=fraction, message=message)
@@ -58,15 +68,30 @@ def progress_bars(quiet: bool = False) -> Iterator[ProgressCallback]:
         yield draw
 
 
-def _line_progress(console: Console) -> ProgressCallback:
-    """Return a callback that prints a line a tenth of each stage."""
-    printed_tenths: dict[str, int] = {}
+LINE_INTERVAL_S = 10.0  # between two lines of a stage whose tenth does not change
+
+
+def _line_progress(
+    console: Console, clock: Callable[[], float] = time.monotonic
+) -> ProgressCallback:
+    """Return a callback that prints a line a tenth of each stage, or every LINE_INTERVAL_S."""
+    printed: dict[str, tuple[int, bool, float]] = {}  # stage -> (tenth, with words, clock)
 
     def print_line(stage: str, fraction: float, message: str) -> None:
-        tenth = int(fraction * 10)
-        if printed_tenths.get(stage) != tenth or fraction in (0.0, 1.0):
+        if message.startswith(WARNING_PREFIX):
+            console.print(f"{stage:>9} {message}", highlight=False, soft_wrap=True)
+            return
+        tenth, now = int(fraction * 10), clock()
+        before = printed.get(stage)
+        if (
+            before is None
+            or before[0] != tenth
+            or fraction == 1.0
+            or (not before[1] and message)
+            or now - before[2] >= LINE_INTERVAL_S
+        ):
             console.print(f"{stage:>9} {fraction:4.0%} {message}", highlight=False)
-        printed_tenths[stage] = tenth
+            printed[stage] = tenth, bool(message), now
 
     return print_line
 
@@ -96,6 +121,8 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def print_check(check_result: dict[str, Any]) -> None:
     """Print check.json: a table a teacher with a row a skill and language, and template bits."""
+    from persea.evaluation.check_sampling import describe_measured
+
     console = Console()
     for teacher in dict.fromkeys(p["teacher"] for p in check_result["pairs"]):
         console.print(
@@ -115,6 +142,8 @@ def print_check(check_result: dict[str, Any]) -> None:
     )
     for line in _unwritable_lines(check_result):
         console.print(line, highlight=False, soft_wrap=True)
+    for measured in check_result.get("measured", []):
+        console.print(describe_measured(measured), style="dim", highlight=False, soft_wrap=True)
     for likelihood in check_result["likelihoods"]:
         if not likelihood["language"]:
             console.print(
@@ -171,6 +200,8 @@ def _check_table(teacher: str, pairs: Sequence[dict[str, Any]]) -> Table:
 
 def print_report(report: dict[str, Any]) -> None:
     """Print report.json: student, base and teachers on every skill, with 95 % intervals."""
+    if not report["skills"]:  # held-out texts alone were measured
+        return
     first = next(iter(report["skills"].values()))
     teachers = list(first["teachers"])
     table = Table(
@@ -182,7 +213,10 @@ def print_report(report: dict[str, Any]) -> None:
     )
     for name, skill in report["skills"].items():
         cells = [_score_cell(skill["student"]), _score_cell(skill["base"])]
-        cells += [_score_cell(skill["teachers"][t], t == skill["best_teacher"]) for t in teachers]
+        cells += [
+            _score_cell(score, t == skill["best_teacher"] and score["value"] > 0)
+            for t, score in skill["teachers"].items()
+        ]
         retained = skill["retained"]
         table.add_row(name, *cells, "-" if retained is None else f"{retained:.0%}")
     bits = report["bits_per_byte"]
@@ -201,6 +235,14 @@ def print_report(report: dict[str, Any]) -> None:
         "* best teacher; retained = student / best teacher",
         style="dim",
     )
+
+
+def print_texts(report: TextReport) -> None:
+    """Print bits per byte on held-out texts: a row a language, and the verdict in one line."""
+    print_table(text_columns(report, best_only=True), text_rows(report, best_only=True))
+    console = Console()
+    console.print(TEXT_TABLE_NOTE, style="dim")
+    console.print(text_verdict(report), highlight=False, soft_wrap=True)
 
 
 def _score_cell(score: dict[str, float], is_best: bool = False) -> str:

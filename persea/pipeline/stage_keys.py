@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # of each stage's output at its number. Records without a number are version 0.
 STAGE_VERSIONS = {
     "check": 2,
-    "audition": 1,
+    "audition": 2,
     "capture": 1,
     "train": 2,
     "evaluate": 1,
@@ -33,6 +33,15 @@ STAGE_NAMES = tuple(STAGE_VERSIONS)
 POST_EVALUATION_KEYS = {"allow_safety_regression", "lm_eval_results"}
 # keys of `training` that set how often a training is saved, logged and shown, and change no weight
 OBSERVATION_KEYS = {"report_to", "log_every", "checkpoint_every", "evaluate_every"}
+# keys of `training.on_policy` that end a training, and change no weight of one that goes on
+TRIPWIRE_KEYS = {
+    "tripwire_steps",
+    "min_length_ratio",
+    "max_length_ratio",
+    "min_ended_ratio",
+    "min_entropy_ratio",
+    "max_entropy_ratio",
+}
 
 
 def stage_key(stage: str, inputs: object) -> str:
@@ -52,13 +61,22 @@ def check_inputs(context: RunContext) -> object:
 
 def audition_inputs(context: RunContext) -> object:
     """Return the inputs of `audition`, as JSON: everything that its output depends on."""
+    audition = context.recipe.audition
+    if not context.needs_audition and not audition.compare_with_base:  # nothing is measured
+        return ["without questions", context.cast_without_audition.to_json()]
     return [
         context.models.teacher_identities,
         context.items_digest(Split.AUDITION),
         context.recipe.skills,
-        context.recipe.audition.model_dump(),
+        audition.model_dump(),
         context.recipe.evaluation.grading.model_dump(),
         context.recipe.capture.max_new_tokens,
+        *([context.models.student_identity] if audition.compare_with_base else []),
+        *(
+            [one.skill, one.language, [c.to_json() for c in one.conversations]]
+            for skill in context.scored_skills
+            for one in context.audition_texts(skill)
+        ),
     ]
 
 
@@ -81,14 +99,20 @@ def train_inputs(context: RunContext) -> dict[str, Any]:
     Checkpoints hold the same value: a training resumes only from a checkpoint with equal inputs.
     Answers that `capture.drop_wrong_answers` rejected are part of it.
     """
+    teach_end = context.recipe.capture.teach_end
     return {
-        "training": context.recipe.training.model_dump(mode="json", exclude=OBSERVATION_KEYS),
+        "training": context.recipe.training.model_dump(
+            mode="json",
+            exclude={**dict.fromkeys(OBSERVATION_KEYS, True), "on_policy": TRIPWIRE_KEYS},
+        )
+        | {"learning_rate": context.models.learning_rate},
         "seed": context.recipe.seed,
         "threads": context.recipe.threads,
         "max_mask_search_tokens": context.recipe.check.max_mask_search_tokens,
         "student": context.models.student_identity,
         "capture": digest_json([u.name for u in context.capture_units]),
         "version": STAGE_VERSIONS["train"],
+        **({} if teach_end == "auto" else {"teach_end": teach_end}),
     } | (
         {"verified": [context.stages.read_record("capture")["outputs"]["rejected.json"]]}
         if context.recipe.capture.drop_wrong_answers
@@ -103,6 +127,7 @@ def evaluate_inputs(context: RunContext) -> object:
         context.models.teacher_identities,
         context.items_digest(Split.TEST),
         context.recipe.evaluation.model_dump(exclude=POST_EVALUATION_KEYS),
+        *([context.held_out_texts_digest] if context.recipe.evaluation.texts else []),
     ]
 
 

@@ -49,6 +49,12 @@ class EvaluationRecord:
     bits_per_byte: dict[str, dict[str, float]]
     compared: tuple[PairedComparison, ...]
     regressions: tuple[PairedComparison, ...]
+    not_asked: tuple[str, ...] = ()
+
+    @property
+    def asked_models(self) -> tuple[str, ...]:
+        """The models that answered questions: all but those without a chat template."""
+        return tuple(name for name in self.model_names if name not in self.not_asked)
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -318,6 +324,13 @@ def read_graded_answers(run_folder: Path) -> tuple[EvaluationRecord, tuple[Grade
     evaluation = _read_validated(run_folder / "evaluate" / "evaluation.json", EvaluationRecord)
     answers = _read_validated(where, tuple[GradedAnswer, ...])
     if not answers:
+        if (run_folder / "evaluate" / "texts.json").is_file():
+            raise DataError(
+                "the run was measured on held-out texts alone, and answers are compared",
+                where=str(where),
+                remedy="compare evaluate/texts.json of both runs, or set "
+                "evaluation.generated_tasks: true",
+            )
         raise DataError("holds no answer", where=str(where), remedy="run evaluate again")
     return evaluation, answers
 

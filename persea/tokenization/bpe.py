@@ -20,7 +20,8 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from persea.tokenization.vocabulary import SPACE_MARK, Vocabulary
+from persea.tokenization.prefix_space import SPACE_MARK
+from persea.tokenization.vocabulary import Vocabulary
 
 NEVER_MERGED = np.iinfo(np.int64).max  # a complete token is merged no further
 

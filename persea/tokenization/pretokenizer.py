@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
-from persea.tokenization.vocabulary import SPACE_MARK, Vocabulary
+from persea.tokenization.prefix_space import SPACE_MARK
+from persea.tokenization.vocabulary import Vocabulary
 
 # These three decide which tokens count as impossible, so a change needs a new event map format.
 LOOKAHEAD_CHARS = 3  # characters after a split that a pattern can look at: a contraction, 'll

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from persea.tokenization.vocabulary import SPACE_MARK, Vocabulary
+from persea.tokenization.prefix_space import SPACE_MARK
+from persea.tokenization.vocabulary import Vocabulary
 
 UNKNOWN_PENALTY = 10.0  # tokenizers scores a character without a piece so much below the worst
 # Sums of scores differ in their last bits with the order of addition; a tie excludes nothing.
@@ -191,13 +192,13 @@ def derive_unigram(vocabulary: Vocabulary, cuts_at_spaces: bool) -> UnigramLatti
     added = vocabulary.backend.get_added_tokens_decoder().keys()
     pieces: list[str | None] = [None] * size
     scores = [0.0] * size
-    for i, (text, score) in enumerate(entries):
+    for i, (entry, score) in enumerate(entries):
         raw = vocabulary.bytes_W[i]
         usable = (
-            i not in added and raw is not None and raw == text.replace(SPACE_MARK, " ").encode()
+            i not in added and raw is not None and raw == entry.replace(SPACE_MARK, " ").encode()
         )
-        if usable and not (cuts_at_spaces and SPACE_MARK in text[1:]):
-            pieces[i], scores[i] = text, score
+        if usable and not (cuts_at_spaces and SPACE_MARK in entry[1:]):
+            pieces[i], scores[i] = entry, score
     children: list[dict[str, int]] = [{}]
     node_scores: list[float | None] = [None]
     for text, score in zip(pieces, scores, strict=True):

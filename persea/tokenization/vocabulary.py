@@ -169,6 +169,13 @@ class Vocabulary:
             if missing and any(b in missing for b in c.encode(errors="surrogateescape"))
         }
 
+    def encode_alone(self, text: str) -> list[int]:
+        """Return the ids that the tokenizer itself gives a text that stands alone, without BOS.
+
+        Under a tokenizer that writes a space before a text they begin with that space.
+        """
+        return self.encode(self.prefix_space_before(text) + text) if text else []
+
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a plain text: no template, no BOS, never a control token.
 

@@ -84,7 +84,7 @@ def test_a_short_recipe_gets_every_default(write: Any) -> None:
     assert (recipe.student.adapt, recipe.student.lora, recipe.student.sizes) == ("full", None, None)
     assert (recipe.training.steps, recipe.training.learning_rate, recipe.training.event_weight) == (
         30,
-        3e-3,
+        None,
         0.7,
     )
     assert (
@@ -607,9 +607,9 @@ BAD: list[tuple[str, str, str, str]] = [
     ),
     (
         "of another section",
-        TWO + REST + "training: {texts: {}}\n",
+        TWO + REST + "training: {max_lines_per_text: 3}\n",
         "4:12",
-        "training.texts: unknown key -> it belongs under `check:`",
+        "training.max_lines_per_text: unknown key -> it belongs under `check:`",
     ),
     (
         "of two others",
@@ -785,8 +785,8 @@ BAD: list[tuple[str, str, str, str]] = [
         "family",
         "student: {model: a/b, family: gptoss}\n" + T + REST,
         "1:23",
-        f"student.family: should be {', '.join(f.name for f in FAMILIES)} or generic (got "
-        "'gptoss') -> did you mean 'gpt-oss'?",
+        f"student.family: should be {', '.join(f.name for f in FAMILIES)}, generic or text "
+        "(got 'gptoss') -> did you mean 'gpt-oss'?",
     ),
     (
         "adapt",
@@ -841,7 +841,7 @@ BAD: list[tuple[str, str, str, str]] = [
         "broken lines of no file",
         TWO + "corpus: [{skill: code, generate: 10, on_malformed: quarantine}]\n",
         "3:38",
-        "corpus.0.on_malformed: given, but no `file` that could have malformed lines -> "
+        "corpus.0.on_malformed: given, but no file that could have malformed lines -> "
         "delete `on_malformed:`",
     ),
     (
@@ -1009,13 +1009,13 @@ BAD: list[tuple[str, str, str, str]] = [
         "no source",
         TWO + "corpus: [{skill: code}]\n",
         "3:10",
-        "corpus.0: neither `generate` nor `file` -> add `generate: 1000`",
+        "corpus.0: neither `generate` nor `file`, `hub` or `texts` -> add `generate: 1000`, ",
     ),
     (
-        "wrong file",
-        TWO + "corpus: [{skill: code, file: a.csv}]\n",
-        "3:24",
-        "is not .jsonl -> one JSON object a line",
+        "columns of nothing",
+        TWO + "corpus: [{skill: code, generate: 3, columns: {prompt: q}}]\n",
+        "",
+        "given, but no `file` or `hub`",
     ),
     (
         "mode nobody knows",

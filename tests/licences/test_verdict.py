@@ -255,13 +255,15 @@ def test_a_question_names_the_line_that_answers_it() -> None:
 
 def test_data() -> None:
     def with_data(licence: str) -> LicenceVerdict:
-        data = LicensedInput("corpus.0", Relation.DATA, (licence,), ("prompts.jsonl",))
+        data = LicensedInput("corpus.0", Relation.DATA, (licence,), ("p.jsonl",), is_own=True)
         return resolve_licences([model("student", Relation.BASE, QWEN), data])
 
     assert with_data("").outcome is OK
     assert "taken for your own" in with_data("").findings[1].text
     assert with_data("muse-spark-open").student_licence == "muse-spark-open"
     assert with_data("CC-BY-NC-4.0").outcome is ASK
+    theirs = LicensedInput("corpus.0", Relation.DATA, ("",), ("someone/theirs",))
+    assert resolve_licences([theirs]).problems[0].text == "its licence is not known"
 
 
 def test_random_weights_have_no_licence() -> None:

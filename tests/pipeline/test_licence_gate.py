@@ -129,7 +129,7 @@ def test_a_question_is_refused_with_the_line_that_answers_it(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("decisions", "words"),
     [
-        ({"nobody": "J. Doe, 2026-11-30"}, "no such model or file"),
+        ({"nobody": "J. Doe, 2026-11-30"}, "no such model or data"),
         ({"stranger": "yes"}, "does not name the day of the decision"),
     ],
 )
@@ -232,3 +232,18 @@ def test_notice_and_card_go_to_the_student_and_are_read_from_there(tmp_path: Pat
     (student / "model.safetensors").write_bytes(b"")
     verdict = licence_verdict(loaded(tmp_path, {"model": str(student), "name": "one"}), tmp_path)
     assert verdict.licences["one"] == ("llama-3.2", "Gemma")
+
+
+def test_a_data_set_of_the_hub_is_under_what_its_card_states(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = tmp_path / "README.md"
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a, **k: str(card))
+    own = {"model": str(SAPLINGS / "qwen-sapling")}
+    recipe = loaded(tmp_path, own, corpus=[{"skill": "code", "hub": {"name": "a/b"}}])
+    assert licence_verdict(recipe, None).outcome is Outcome.ASK
+    for licence, outcome in (("mit", Outcome.OK), ("cc-by-nc-4.0", Outcome.ASK)):
+        card.write_text(f"---\nlicense: {licence}\n---\n")
+        licence_gate._stated_by_dataset.cache_clear()
+        assert licence_verdict(recipe, tmp_path).outcome is outcome
+    licence_gate._stated_by_dataset.cache_clear()
