@@ -417,7 +417,7 @@ def _student_licence(
         return " AND ".join(labels.values()), []
     findings = []
     for alternative in licence_alternatives(release.licence):
-        given = {row.id if (row := find_licence(n)) else n for n in alternative}
+        given = {known.id if (known := find_licence(n)) else n for n in alternative}
         for missing in (row_id for row_id in carried if row_id not in given):
             whole = " AND ".join(dict.fromkeys([release.licence, *labels.values()]))
             findings.append(

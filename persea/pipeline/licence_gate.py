@@ -140,7 +140,7 @@ def _model_input(
         return LicensedInput(name, relation, (ref.licence,), served or (name,), host)
     path = Path(ref.model).expanduser()
     own_name = path.name if path.exists() else ref.model
-    stated, ancestors = "", ()
+    stated, ancestors = "", tuple[str, ...]()
     if relation is not Relation.REFERENCE:  # a model that is only measured needs no licence
         stated, ancestors = _stated_by_files(ref, name, folder)
     return LicensedInput(
