@@ -210,6 +210,8 @@ def validate(recipe: RecipePath, set_: Sets = NO_OVERRIDES, as_json: AsJson = Fa
         return
     typer.echo(f"{recipe}: a valid recipe, {loaded.name} {loaded.hash[:12]}")
     typer.echo("\n".join(verdict_lines(verdict)))
+    if verdict.outcome == "ask":
+        typer.echo("  persea plan also reads GGUF files and the cards of hub models")
 
 
 def _learning_rate_warning(recipe: Recipe) -> str:

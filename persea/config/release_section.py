@@ -51,10 +51,22 @@ def decision_contradictions(
     teachers: Sequence[TeacherSection],
     corpus: Sequence[CorpusSection],
 ) -> list[tuple[bool, KeyPath, str, str]]:
-    """Return the contradictions of `licence_decisions`: unknown names, decisions without a day."""
+    """Return the contradictions of names that the licence check uses.
+
+    These are a teacher with the name of the student, and decisions for something that does not
+    exist or without a day.
+    """
     names = ["student", *(t.name for t in teachers)]
     names += [f"corpus.{k}" for k, part in enumerate(corpus) if part.generate is None]
-    found: list[tuple[bool, KeyPath, str, str]] = []
+    found: list[tuple[bool, KeyPath, str, str]] = [
+        (
+            teacher.name == "student",
+            ("teachers", k, "name"),
+            "student is the name of the student itself",
+            "give it another `name:`",
+        )
+        for k, teacher in enumerate(teachers)
+    ]
     for name, decision in decisions.items():
         where = ("licence_decisions", name)
         found += [

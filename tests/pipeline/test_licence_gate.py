@@ -141,6 +141,11 @@ def test_a_decision_names_a_model_and_a_day(
         loaded(tmp_path, teacher, licence_decisions=decisions)
 
 
+def test_no_teacher_has_the_name_of_the_student(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="student is the name of the student itself"):
+        loaded(tmp_path, {"model": str(SAPLINGS / "qwen-sapling"), "name": "student"})
+
+
 def test_a_service_that_forbids_it_is_refused_as_a_teacher_and_measured_as_a_reference(
     tmp_path: Path,
 ) -> None:
