@@ -76,7 +76,7 @@ def parse_messages(rows: Any, where: str) -> tuple[Message, ...]:
         here = f"{where}, message {k + 1}"
         if not isinstance(row, Mapping):
             _refuse(f"a message is {_kind(row)}", here)
-        role = ROLES.get(row.get("role")) if isinstance(row.get("role"), str) else None
+        role = ROLES.get(str(row.get("role")))
         if role is None:
             _refuse(f"a message has role {row.get('role')!r}", here)
         parts = _parse_parts(row, role, names, here)

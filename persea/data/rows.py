@@ -78,7 +78,8 @@ class Row:
         c = self.conversation
         answered = [k for k, m in enumerate(c.messages) if m.role is Role.ASSISTANT]
         if not answered or c.messages[-1].role is not Role.ASSISTANT:
-            whole = [(c, ())] if c.messages[-1].role in (Role.USER, Role.TOOL) else []
+            is_open = c.messages[-1].role in (Role.USER, Role.TOOL)
+            whole: list[tuple[Conversation, tuple[ContentPart, ...]]] = [(c, ())] * is_open
             return whole if last_only or not answered else [*self._pairs(answered), *whole]
         return self._pairs(answered[-1:] if last_only else answered)
 

@@ -223,9 +223,9 @@ def _iter_csv(data: bytes, path: Path, delimiter: str) -> Iterator[TableRow]:
                 return
             if not row:
                 continue
-            error = "" if len(row) == len(header) else f"{len(row)} fields, {len(header)} columns"
+            reason = "" if len(row) == len(header) else f"{len(row)} fields, {len(header)} columns"
             value = {k: v for k, v in zip(header, row, strict=False) if v != ""}
-            yield TableRow(f"{path}:{number}", f"{path.name}:{number}", value, error)
+            yield TableRow(f"{path}:{number}", f"{path.name}:{number}", value, reason)
     except csv.Error as error:
         _refuse(f"broken CSV: {error}", path, reader.line_num)
 

@@ -96,10 +96,11 @@ def read_documents(
     rows = iter_table(source, max_line_bytes) if isinstance(source, Path) else source
     for row in rows:
         text = row.value.get(column) if isinstance(row.value, dict) else row.value
-        reason = row.error or ("" if isinstance(text, str) else f"no text under {column!r}")
-        if not reason:
+        if not row.error and isinstance(text, str):
             yield row.name, unicodedata.normalize("NFC", text)
-        elif on_malformed is None:
+            continue
+        reason = row.error or f"no text under {column!r}"
+        if on_malformed is None:
             raise DataError(reason, where=row.where, remedy=remedy)
         else:
             on_malformed(

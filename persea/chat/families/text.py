@@ -51,7 +51,6 @@ def make_text_family(
 
     family = Family(
         name=TEXT_FAMILY_NAME,
-        licence="not known",
         signature_token="",
         efforts=(ThinkingEffort.NONE,),
         stop_tokens=(end,) if end else (),
