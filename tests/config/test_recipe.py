@@ -785,7 +785,7 @@ BAD: list[tuple[str, str, str, str]] = [
         "family",
         "student: {model: a/b, family: gptoss}\n" + T + REST,
         "1:23",
-        f"student.family: should be {', '.join(f.name for f in FAMILIES)}, generic or text "
+        f"student.family: should be {', '.join(dict.fromkeys(f.name for f in FAMILIES))}, generic or text "
         "(got 'gptoss') -> did you mean 'gpt-oss'?",
     ),
     (
