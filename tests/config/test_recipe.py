@@ -482,6 +482,7 @@ TWO = S + T
 RANDOM = "student: {model: random, tokenizer: a/b, sizes: {%s}}\n" + T + REST
 
 # (name, text, place, what and remedy)
+FAMILY_NAMES = ", ".join(dict.fromkeys(f.name for f in FAMILIES))
 BAD: list[tuple[str, str, str, str]] = [
     # not a recipe at all
     ("empty", "", "1:1", "the recipe is empty -> start from recipes/quickstart.yaml"),
@@ -785,7 +786,7 @@ BAD: list[tuple[str, str, str, str]] = [
         "family",
         "student: {model: a/b, family: gptoss}\n" + T + REST,
         "1:23",
-        f"student.family: should be {', '.join(dict.fromkeys(f.name for f in FAMILIES))}, generic or text "
+        f"student.family: should be {FAMILY_NAMES}, generic or text "
         "(got 'gptoss') -> did you mean 'gpt-oss'?",
     ),
     (
