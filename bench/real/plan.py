@@ -1,0 +1,40 @@
+"""Which runs, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from bench.real.train import Run
+
+TWO = ("ind", "tha")
+FULL = "events + masks + partial tokens"
+
+
+def best(results: Mapping[str, Any], runs: list[Run]) -> Run:
+    """Return the run with the fewest bits; all must have a line."""
+    return min(runs, key=lambda run: results[run.key]["mean"])
+
+
+def screening(results: Mapping[str, Any]) -> Iterator[Run]:
+    """Small runs on dev, one seed: 12 kB a language."""
+    longer = "taught 3000 means"
+    yield Run("none", TWO, 12, 0, 0.0)
+    yield Run("teacher", TWO, 12, 0, 0.0)
+    yield Run("cross-entropy", TWO, 12, 2, 2e-4, student=longer)
+    yield Run(FULL, TWO, 12, 2, 2e-4, student=longer)
+    yield Run("cross-entropy", TWO, 12, 2, 2e-4)
+    yield Run("cross-entropy", TWO, 12, 2, 2e-4, student="taught 3000 ridge")
+    yield Run("cross-entropy", TWO, 12, 2, 4e-4, student=longer)
+    yield Run("cross-entropy", TWO, 12, 2, 1e-4)
+    yield Run(FULL, TWO, 12, 2, 2e-4)
+    yield replace(Run(FULL, TWO, 12, 4, 2e-4), student=longer)
+
+
+def next_run(results: Mapping[str, Any]) -> Run | None:
+    """Return the first run of the plan without a line."""
+    for run in screening(results):
+        if run.key not in results:
+            return run
+    return None
