@@ -319,6 +319,21 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def hold_lock(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file, after waiting for a process that holds it.
+
+    Raises:
+        StorageError: The lock file cannot be written.
+    """
+    with _raise_storage_errors(path):
+        _make_folder(path.parent)
+        file = path.open("ab")
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def digest_json(value: object) -> str:
     """Return the sha256 of a value's JSON with sorted keys."""
     return hashlib.sha256(json.dumps(value, default=str, sort_keys=True).encode()).hexdigest()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persea.cache.unit import read_record
 from persea.chat.messages import FinishReason
-from persea.data.prompts import Corpus, MalformedLine
+from persea.data.prompts import MALFORMED_LINE_REASON, Corpus, MalformedLine
 from persea.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -119,8 +119,25 @@ def account_for_prompts(
         "quarantine": [
             {"location": q["location"], "reason": q["reason"]}
             for q in quarantine[:MAX_QUARANTINE_IN_SUMMARY]
-        ]
+        ],
     }
+
+
+def count_left_out(summary: Mapping[str, Any]) -> dict[str, int]:
+    """Return reason -> number of prompts, texts and lines that a capture left out.
+
+    Args:
+        summary: The content of capture/summary.json.
+    """
+    counts = Counter(summary.get("removed", {})) + Counter(summary["left_out"])
+    refused = summary["left_out"].get(FinishReason.REFUSED.value, 0)
+    counts[MALFORMED_LINE_REASON] += summary["quarantined"] - refused
+    return dict(+counts)
+
+
+def left_out_lines(counts: Mapping[str, int]) -> list[str]:
+    """Return a line for each reason why prompts and texts were left out."""
+    return [f"{count:,} left out: {reason}" for reason, count in counts.items() if count]
 
 
 class CaptureBudget:

@@ -37,7 +37,8 @@ class AnswerFilterResult:
 
     Attributes:
         num_right: Answers that are right.
-        num_unverified: Answers whose prompt has no reference answer. They are trained on.
+        num_unverified: Documents, and answers whose prompt has no reference answer. They are
+            trained on.
         rejected: A record of each answer that is left out.
     """
 
@@ -113,6 +114,9 @@ def filter_answers(
     rejected: list[dict[str, Any]] = []
     num_right = num_unverified = 0
     for k, number, cached in _iter_answers(caches):
+        if cached.answer.conversation.is_document:
+            num_unverified += 1
+            continue
         *question, answer = cached.answer.conversation.messages
         item = items_by_question[tuple(question), cached.answer.conversation.tools]
         if not item.reference and not item.calls:

@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from persea.cache.accounting import UnitProgress
+from persea.cache.given_answers import answer_or_score, count_prompt_tokens
 from persea.cache.maintenance import committed_units
 from persea.cache.reader import SHUFFLE_WINDOW_BLOCKS, CacheReader, open_cache_reader
 from persea.cache.unit import CachedAnswer, is_committed, read_record, unit_id, write_unit
-from persea.chat.messages import FinishReason, Text, ThinkingEffort
+from persea.chat.messages import FinishReason, ThinkingEffort
 from persea.data.formats import MAX_LINE_BYTES
 from persea.data.prompts import Prompt
 from persea.distributions import (
@@ -234,6 +235,7 @@ def capture_teacher(
         tau: Store an unbiased sample, or None.
         max_kl: Store the likeliest tokens up to this loss in nats, or None.
         use_given_answers: Score the answers that come with the prompts, and generate none.
+            Documents are scored in any case.
         refuse_if_changed: Raises if the teacher is no longer the model of the units' names. Called
             before each commit.
         on_unit: Called after each unit.
@@ -248,11 +250,7 @@ def capture_teacher(
         is_new = not is_committed(folder, unit.name)
         if is_new:
             renderable, quarantine = _split_renderable(unit.prompts, teacher)
-            answers = (
-                [_given_answer(p, teacher) for p in renderable]
-                if use_given_answers
-                else teacher.answer(renderable, max_new_tokens)
-            )
+            answers = answer_or_score(renderable, teacher, max_new_tokens, use_given_answers)
             quarantine += [
                 (a.prompt_id, a.failure_reason or CONTENT_FILTER_REASON)
                 for a in answers
@@ -301,7 +299,7 @@ def _split_renderable(
             num_bytes = sum(len(part.text.encode()) for part in prompt.conversation.parts())
             if num_bytes > MAX_LINE_BYTES:
                 raise DataError(f"{num_bytes:,} bytes, at most {MAX_LINE_BYTES:,}")
-            num_tokens = len(teacher.renderer.render_prompt(teacher.build_conversation(prompt)))
+            num_tokens = count_prompt_tokens(prompt, teacher)
             if 0 < teacher.max_context_tokens <= num_tokens:
                 raise DataError(
                     f"{num_tokens:,} tokens, and {teacher.name} has positions for "
@@ -312,26 +310,6 @@ def _split_renderable(
         else:
             renderable.append(prompt)
     return renderable, quarantine
-
-
-def _given_answer(prompt: Prompt, teacher: Teacher) -> Answer:
-    if not prompt.answer:
-        raise DataError(
-            f"prompt {prompt.id} has no answer of its own",
-            where="capture.answers: given",
-            remedy='add an assistant turn or an "answer" to the prompt, or let the teachers '
-            "answer: capture.answers: ask",
-        )
-    conversation = teacher.build_conversation(prompt).with_answer(Text(prompt.answer))
-    return Answer(
-        prompt.id,
-        teacher.name,
-        prompt.skill,
-        prompt.language,
-        conversation,
-        FinishReason.STOP,
-        prompt.effort,
-    )
 
 
 def _write_answers(

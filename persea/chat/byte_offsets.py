@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from persea.chat.messages import ContentPart, Conversation
+from persea.chat.text_runs import TextRun
 from persea.errors import DataError
 from persea.tokenization.vocabulary import Vocabulary
-
-
-@dataclass(frozen=True)
-class TextRun:
-    """A control token, or a run of text between control tokens.
-
-    Attributes:
-        control_id: Id of the control token; None for text.
-        text: The text; "" for a control token.
-        start_char: Index of the first character in the rendering.
-        content_spans: (first byte, last byte + 1, part index) of each content part within the text.
-    """
-
-    control_id: int | None
-    text: str
-    start_char: int
-    content_spans: tuple[tuple[int, int, int], ...]
 
 
 def token_table(
@@ -41,11 +24,12 @@ def token_table(
     """Return the columns of `RenderedTokens` for the tokens of one run of text.
 
     A token that also covers template text has no start: `.` and the line break at the end of a
-    thought are often one token, and a teacher that predicts `.` alone predicts another token.
+    thought are often one token, and a teacher that predicts `.` alone predicts another token. The
+    same holds for a token that also covers the space that the tokenizer puts before a text.
 
     Args:
         vocabulary: The tokenizer.
-        ids: The tokens of the run.
+        ids: The tokens of the run, its prefix included.
         run: The run of text.
         offsets: Part index -> offset of its first retained byte, see `part_offsets`.
         answer_start: Character of the rendering at which the answer starts.
@@ -57,25 +41,27 @@ def token_table(
     Raises:
         DataError: One token covers the end of the prompt and the start of the answer.
     """
-    ends = np.cumsum(vocabulary.lengths_W[np.asarray(ids, np.int64)])
+    ends = np.cumsum(vocabulary.lengths_W[np.asarray(ids, np.int64)]) - len(run.prefix)
     starts = ends - vocabulary.lengths_W[np.asarray(ids, np.int64)]
     table = np.full((len(ids), 4), -1, np.int64)
     table[:, 0] = ids
     answer_byte = len(run.text[: max(0, answer_start - run.start_char)].encode())
-    if ((starts < answer_byte) & (ends > answer_byte)).any():
+    begins = np.maximum(starts, 0)  # the prefix belongs to the side on which the run begins
+    if ((begins < answer_byte) & (ends > answer_byte)).any():
         answer = run.text.encode()[answer_byte : answer_byte + 20].decode(errors="replace")
         raise DataError(
             f"one token covers the end of the prompt and the start of the answer {answer!r}",
             where=vocabulary.name,
             remedy="no model can generate this answer after this prompt; leave it out",
         )
-    table[:, 3] = (starts >= answer_byte) & (not turn_ended)
+    table[:, 3] = (begins >= answer_byte) & (not turn_ended)
     content_bytes = np.zeros(len(ids), np.int64)  # bytes of content in each token
-    for a, b, part in run.content_spans:
+    for a, b, part, skipped in run.content_spans:
+        offset = offsets[part] + skipped - a
         starts_inside = (starts >= a) & (starts < b)
-        table[starts_inside, 1] = starts[starts_inside] - a + offsets[part]
+        table[starts_inside, 1] = starts[starts_inside] + offset
         touches = (ends > a) & (starts < b)
-        table[touches, 2] = np.minimum(ends[touches], b) - a + offsets[part]
+        table[touches, 2] = np.minimum(ends[touches], b) + offset
         content_bytes += np.clip(np.minimum(ends, b) - np.maximum(starts, a), 0, None)
     table[content_bytes < ends - starts, 1] = -1
     return table

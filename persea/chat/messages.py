@@ -24,12 +24,21 @@ PINNED_DATE = date(2025, 1, 1)
 
 
 class Role(StrEnum):
-    """Who a message is from."""
+    """Who a message is from. The only message of a document has no author, but a role of its own.
+
+    DOCUMENT is a whole document, or the window that ends it; DOCUMENT_PART is a window of a
+    document that goes on.
+    """
 
     SYSTEM = "system"
     USER = "user"
     ASSISTANT = "assistant"
     TOOL = "tool"
+    DOCUMENT = "document"
+    DOCUMENT_PART = "document_part"
+
+
+DOCUMENT_ROLES = (Role.DOCUMENT, Role.DOCUMENT_PART)
 
 
 class ThinkingEffort(StrEnum):
@@ -292,6 +301,29 @@ class Conversation:
             ),
             effort,
         )
+
+    @staticmethod
+    def from_document(text: str, *, ends: bool = True) -> Conversation:
+        """Return plain text without roles as a conversation of one message, NFC-normalised.
+
+        Every model renders it by its own rules for plain text, without a chat template.
+
+        Args:
+            text: The text.
+            ends: Whether the document ends here; False for a window of a document that goes on.
+
+        Example:
+            >>> from persea.chat.messages import Conversation
+            >>> Conversation.from_document("Selamat pagi.").is_document
+            True
+        """
+        role = Role.DOCUMENT if ends else Role.DOCUMENT_PART
+        return Conversation((Message(role, (Text(unicodedata.normalize("NFC", text)),)),))
+
+    @property
+    def is_document(self) -> bool:
+        """Whether this is plain text without roles."""
+        return len(self.messages) == 1 and self.messages[0].role in DOCUMENT_ROLES
 
     def with_answer(self, *parts: ContentPart | str) -> Conversation:
         """Return this conversation followed by an assistant's answer, NFC-normalised.

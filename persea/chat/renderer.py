@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cached_property
@@ -18,8 +18,14 @@ from itertools import count
 import numpy as np
 import numpy.typing as npt
 
-from persea.chat.byte_offsets import TextRun, part_offsets, token_table
-from persea.chat.family import Family
+from persea.chat.byte_offsets import part_offsets, token_table
+from persea.chat.documents import (
+    TEXT_FAMILY_NAME,
+    DocumentTokens,
+    find_document_tokens,
+    render_document,
+)
+from persea.chat.family import DecodedPieces, Family
 from persea.chat.messages import (
     PINNED_DATE,
     ContentPart,
@@ -36,7 +42,14 @@ from persea.chat.messages import (
     replace_text,
 )
 from persea.chat.template import ChatTemplate
+from persea.chat.text_runs import (
+    TextRun,
+    insert_prompt_only_suffix,
+    refuse_tokens_without_row,
+    split_runs,
+)
 from persea.errors import DataError
+from persea.tokenization.name_pattern import compile_names
 from persea.tokenization.tokens import RenderedTokens
 from persea.tokenization.vocabulary import Vocabulary
 
@@ -75,6 +88,7 @@ class ChatRenderer:
     template_text: str
     template_date: date = PINNED_DATE
     special_tokens: Mapping[str, str] = field(default_factory=dict)
+    _prompt_ends: dict[ThinkingEffort, bool] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -84,6 +98,17 @@ class ChatRenderer:
             for s in self.family.stop_tokens
             if self.vocabulary.control_token_ids.get(s, len(self.vocabulary)) < len(self.vocabulary)
         )
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the model has no chat template: it scores and learns text, and is not asked."""
+        return self.family.name == TEXT_FAMILY_NAME
+
+    @cached_property
+    def document_tokens(self) -> DocumentTokens:
+        """Tokens around a plain text without roles."""
+        turn_ends = () if self.is_text else self.family.stop_tokens[:1]
+        return find_document_tokens(self.vocabulary, self.special_tokens, turn_ends)
 
     @cached_property
     def digest(self) -> str:
@@ -100,6 +125,7 @@ class ChatRenderer:
                 self.family.name,
                 self.template_date.isoformat(),
                 BYTE_OFFSETS_VERSION,
+                *(["control flags"] if self.vocabulary.control_flags else []),
             ]
         )
         return hashlib.sha256(state.encode()).hexdigest()
@@ -109,20 +135,30 @@ class ChatRenderer:
 
         Raises:
             DataError: The template changes the bytes of the content, or the family has no form for
-                it.
+                it; or the conversation is a document.
         """
+        if conversation.is_document:
+            raise DataError(
+                "a document is no prompt: there is nothing to answer",
+                where=self.family.name,
+                remedy="use render(); documents are scored and learned, never answered",
+            )
         return self._render_tokens(conversation, add_generation_prompt=True)
 
     def render(self, conversation: Conversation) -> RenderedTokens:
         """Render a conversation that ends with the assistant's answer and its stop token.
 
+        A document is rendered by the model's rules for plain text, without its chat template.
+
         Returns:
-            Token ids, byte offsets and the loss mask over the last answer.
+            Token ids, byte offsets and the loss mask over the last answer, or over the document.
 
         Raises:
             DataError: The last message is not the assistant's, the template changes the bytes of
                 the content, or the family has no form for it.
         """
+        if conversation.is_document:
+            return render_document(self.vocabulary, self.document_tokens, conversation.messages[0])
         if not conversation.messages or conversation.messages[-1].role is not Role.ASSISTANT:
             raise DataError(
                 "the conversation does not end with an answer",
@@ -149,7 +185,7 @@ class ChatRenderer:
             DataError: An id is outside the vocabulary.
         """
         stop = next((k for k, i in enumerate(ids) if i in self.stop_ids), None)
-        pieces = self.vocabulary.decode_pieces(ids if stop is None else ids[:stop])
+        pieces = self.decode_answer(ids if stop is None else ids[:stop], effort)
         try:
             parsed = self.family.parse(pieces, effort)
             parts = None if parsed is None else self.family.resolve_calls(parsed, tools)
@@ -158,6 +194,38 @@ class ChatRenderer:
         if stop is None:
             return parts or (), FinishReason.LENGTH
         return (parts, FinishReason.STOP) if parts is not None else ((), FinishReason.MALFORMED)
+
+    def decode_answer(self, ids: Sequence[int], effort: ThinkingEffort) -> DecodedPieces:
+        """Return generated ids as control tokens and the bytes of the text between them.
+
+        The space that the tokenizer puts before a run of text is left out.
+
+        Args:
+            ids: Generated token ids without the stop token.
+            effort: The thinking effort of the prompt.
+
+        Raises:
+            DataError: An id is outside the vocabulary.
+        """
+        pieces = self.vocabulary.decode_pieces(ids)
+        prefix = self.vocabulary.prefix_space
+        if prefix is None or not prefix.every_run:
+            return pieces
+        begins_run = self._prompt_ends_with_control(effort)
+        decoded: list[str | bytes] = []
+        for piece in pieces:
+            decoded.append(
+                prefix.strip(piece) if begins_run and isinstance(piece, bytes) else piece
+            )
+            begins_run = isinstance(piece, str)
+        return tuple(p for p in decoded if p)
+
+    def _prompt_ends_with_control(self, effort: ThinkingEffort) -> bool:
+        """Return whether an answer begins a new run of text."""
+        if effort not in self._prompt_ends:
+            prompt = self.render_prompt(replace(Conversation.from_question("Hi"), effort=effort))
+            self._prompt_ends[effort] = self.vocabulary.bytes_W[int(prompt.ids_T[-1])] is None
+        return self._prompt_ends[effort]
 
     def _apply_template(self, conversation: Conversation, add_generation_prompt: bool) -> str:
         messages, kwargs = self.family.template_inputs(conversation)
@@ -312,7 +380,7 @@ class ChatRenderer:
             )
             bare_prompt = prompt.removesuffix(self.family.prompt_only_suffix)
             if not full.startswith(prompt) and full.startswith(bare_prompt):
-                segments = _insert_prompt_only_suffix(
+                segments = insert_prompt_only_suffix(
                     segments, len(bare_prompt), self.family.prompt_only_suffix
                 )
                 full = "".join(t for t, _ in segments)
@@ -324,9 +392,9 @@ class ChatRenderer:
                     "its conversations",
                 )
             answer_start = len(prompt)
-        runs = list(self._split_runs(segments))
-        self._refuse_tokens_without_row(runs)
-        encoded = iter(self.vocabulary.encode_batch([r.text for r in runs if r.control_id is None]))
+        runs = list(split_runs(self.vocabulary, self._control_pattern, segments))
+        refuse_tokens_without_row(self.vocabulary, runs)
+        encoded = iter(self._encode_runs(runs))
         columns: list[npt.NDArray[np.int64]] = []
         turn_end = max(
             (offsets[i] + len(t.encode()) for t, i in segments if i is not None), default=0
@@ -342,78 +410,63 @@ class ChatRenderer:
             stopped = stopped or (in_answer and run.control_id in self.stop_ids)
             offset = turn_end if in_answer and stopped else -1
             columns.append(np.array([[run.control_id, offset, offset, in_answer]]))
-        if not add_generation_prompt and not stopped:
+        if not add_generation_prompt and not stopped and self.family.stop_tokens:
             raise DataError(
                 "the chat template does not end the assistant's turn with a stop token",
                 where=self.family.name,
                 remedy=f"expected one of {', '.join(self.family.stop_tokens)}",
             )
         table = np.concatenate(columns)
+        self._check_original(segments, table[:, 0].tolist())
         ids, starts, ends = (table[:, k].astype(np.int32) for k in range(3))
         return RenderedTokens(ids, starts, ends, table[:, 3].astype(bool))
 
-    def _refuse_tokens_without_row(self, runs: Sequence[TextRun]) -> None:
-        size = len(self.vocabulary)
-        name = next(
-            (
-                self.vocabulary.control_names[r.control_id]
-                for r in runs
-                if r.control_id is not None and r.control_id >= size
-            ),
-            None,
+    def _encode_runs(self, runs: Sequence[TextRun]) -> list[list[int]]:
+        """Return the ids of the runs of text, each with the space that the tokenizer puts there."""
+        return self.vocabulary.encode_batch(
+            [r.prefix + r.text for r in runs if r.control_id is None]
         )
-        if name is not None:
-            raise DataError(
-                f"the chat template writes {name}, which has no row of logits",
-                where=self.vocabulary.name,
-                remedy="take tokenizer and template from the folder that the weights came with",
-            )
+
+    def _check_original(
+        self, segments: Sequence[tuple[str, int | None]], ids: Sequence[int]
+    ) -> None:
+        """Check the ids against the tokenizer's own encoding of the whole rendering.
+
+        Only tokenizers with prefix spaces or with flags at control tokens are compared. Content
+        that looks like a control token is text here and a control token there; it is replaced on
+        both sides.
+        """
+        original = self.vocabulary.original
+        if original is None:
+            return
+        if any(self._control_pattern.search(t) for t, part in segments if part is not None):
+            segments = [
+                (t if part is None else self._control_pattern.sub("x", t), part)
+                for t, part in segments
+            ]
+            runs = list(split_runs(self.vocabulary, self._control_pattern, segments))
+            encoded = iter(self._encode_runs(runs))
+            ids = [
+                i for r in runs for i in (next(encoded) if r.control_id is None else [r.control_id])
+            ]
+        full = "".join(t for t, _ in segments)
+        expected = original.encode(full, add_special_tokens=False).ids
+        if list(ids) == expected:
+            return
+        at = next((k for k, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), -1)
+        at = at if at >= 0 else min(len(ids), len(expected))
+        near = original.decode(expected[max(0, at - 2) : at + 4], skip_special_tokens=False)
+        raise DataError(
+            f"the tokenizer cuts this conversation otherwise than its control tokens say, near "
+            f"{near!r}",
+            where=self.vocabulary.name,
+            remedy="set `normalized` of its control tokens to false in tokenizer.json, or leave "
+            "the conversation out",
+        )
 
     @cached_property
     def _control_pattern(self) -> re.Pattern[str]:
-        names = sorted(self.vocabulary.control_token_ids, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, names)) or r"(?!)")
-
-    def _split_runs(self, segments: Sequence[tuple[str, int | None]]) -> Iterator[TextRun]:
-        """Yield the control tokens of the template text, and the runs of text between them.
-
-        One token may cover text of several segments within a run.
-        """
-        text, spans, start, char = "", [], 0, 0
-        for segment, part in segments:
-            if part is not None:
-                spans.append((len(text.encode()), len((text + segment).encode()), part))
-                text += segment
-                char += len(segment)
-                continue
-            position = 0
-            for match in self._control_pattern.finditer(segment):
-                text += segment[position : match.start()]
-                if text:
-                    yield TextRun(None, text, start, tuple(spans))
-                yield TextRun(
-                    self.vocabulary.control_token_ids[match.group()], "", char + match.start(), ()
-                )
-                text, spans, position, start = "", [], match.end(), char + match.end()
-            text += segment[position:]
-            char += len(segment)
-        if text:
-            yield TextRun(None, text, start, tuple(spans))
-
-
-def _insert_prompt_only_suffix(
-    segments: Sequence[tuple[str, int | None]], position: int, suffix: str
-) -> list[tuple[str, int | None]]:
-    """Insert the family's `prompt_only_suffix` at this character, which lies in template text."""
-    result: list[tuple[str, int | None]] = []
-    char = 0
-    for text, part in segments:
-        if part is None and char < position <= char + len(text):
-            result += [(text[: position - char] + suffix + text[position - char :], None)]
-        else:
-            result.append((text, part))
-        char += len(text)
-    return result
+        return compile_names(self.vocabulary.control_token_ids)
 
 
 def _is_well_formed(message: Message) -> bool:

@@ -132,7 +132,8 @@ def chat(
     run: Annotated[
         str,
         typer.Argument(
-            help="A run folder (its student), a model folder or a hub id.", show_default=False
+            help="A run folder (its student), a model folder, a GGUF file or a hub id.",
+            show_default=False,
         ),
     ],
     think: Annotated[

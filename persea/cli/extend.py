@@ -21,7 +21,8 @@ def extend(
     model: Annotated[
         str,
         typer.Argument(
-            help="A model folder, a hub id, or a run folder (its student).", show_default=False
+            help="A model folder, a GGUF file, a hub id, or a run folder (its student).",
+            show_default=False,
         ),
     ],
     texts: Annotated[

@@ -235,6 +235,7 @@ def _show_report(folder: Path, as_json: bool) -> None:
     )
 
     print_report(report)
+    _show_texts(folder)
     if (modes := read_thinking_modes(folder)) is not None:
         print_table(THINKING_COLUMNS, thinking_rows(modes))
         typer.echo("\n".join(thinking_sentences(modes)))
@@ -254,10 +255,22 @@ def _show_stage(stage: str, context: RunContext) -> None:
         from persea.pipeline.progress import print_table
 
         print_table(CAST_TABLE_COLUMNS, cast_table(context.cast))
+    elif stage == "capture":
+        _show_left_out(context.folder)
     elif stage == "evaluate":
         _show_scores(context.folder)
     elif stage == "report":
         _show_report(context.folder, as_json=False)
+
+
+def _show_left_out(folder: Path) -> None:
+    """Print how many prompts and texts were captured, and a line a reason why others were not."""
+    from persea.cache.accounting import count_left_out, left_out_lines
+
+    summary = json.loads((folder / "capture" / "summary.json").read_text())
+    typer.echo(f"{summary['kept']:,} of {summary['in']:,} prompts and texts captured")
+    for line in left_out_lines(count_left_out(summary)):
+        typer.echo(line)
 
 
 def _read_check(folder: Path) -> dict[str, Any]:
@@ -265,9 +278,19 @@ def _read_check(folder: Path) -> dict[str, Any]:
     return check
 
 
+def _show_texts(folder: Path) -> None:
+    """Print the result on held-out texts, if the recipe names some."""
+    from persea.pipeline.progress import print_texts
+    from persea.report.text_section import read_text_report
+
+    if (texts := read_text_report(folder)) is not None:
+        print_texts(texts)
+
+
 def _show_scores(folder: Path) -> None:
     from persea.pipeline.progress import print_table
 
+    _show_texts(folder)
     evaluation = json.loads((folder / "evaluate" / "evaluation.json").read_text())
     comparisons = {
         (c["other_model_name"], c["skill"], c["effort"]): c
@@ -286,6 +309,8 @@ def _show_scores(folder: Path) -> None:
             difference = f"{comparison['difference']:+.2f} ({low:+.2f}, {high:+.2f})"
         score = f"{s['value']:.2f} ({s['low']:.2f}-{s['high']:.2f})"
         rows.append((skill, model, s["effort"], score, str(s["n"]), difference))
+    if not rows:
+        return
     print_table(
         ("skill", "model", "effort", "score", "n", "student - model"),
         sorted(rows, key=lambda row: row[0]),

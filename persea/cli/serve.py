@@ -17,7 +17,8 @@ def serve(
     model: Annotated[
         str,
         typer.Argument(
-            help="A model folder, a hub id, or a run folder (its student).", show_default=False
+            help="A model folder, a GGUF file, a hub id, or a run folder (its student).",
+            show_default=False,
         ),
     ],
     host: Annotated[

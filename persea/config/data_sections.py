@@ -16,11 +16,12 @@ from persea.config.section import (
 
 
 class CorpusSection(RecipeSection):
-    """One source of prompts: a skill's generator or a file."""
+    """One source of prompts or texts: a skill's generator, a file of prompts, or one of texts."""
 
     skill: str = Field(
         pattern=SLUG_PATTERN,
-        description="the skill these prompts teach: languages, code, safety, reasoning or tools",
+        description="the skill these prompts or texts teach: languages, code, safety, reasoning or "
+        "tools",
     )
     generate: int | None = Field(
         default=None,
@@ -31,8 +32,20 @@ class CorpusSection(RecipeSection):
     file: str | None = Field(
         default=None, min_length=1, description="a .jsonl file, one prompt a line"
     )
+    texts: str | None = Field(
+        default=None,
+        min_length=1,
+        description="a file of plain texts, which teachers score and the student learns, without "
+        "prompts and roles: .jsonl, one text a line; .txt, one text in all",
+    )
+    column: str | None = Field(
+        default_factory=lambda seen: "text" if seen.get("texts") else None,
+        min_length=1,
+        validate_default=True,
+        description="key of the text in the lines of a .jsonl file of `texts:`",
+    )
     language: str = Field(
-        default="", description="language of the file's prompts, such as vi; empty = unknown"
+        default="", description="language of the file, such as vi; empty = unknown"
     )
     effort_shares: dict[ThinkingEffort, Annotated[float, Field(gt=0, le=1)]] = Field(
         default={},
@@ -41,17 +54,17 @@ class CorpusSection(RecipeSection):
         "teacher's effort, learned as an answer at once",
     )
     near_duplicate_threshold: float | None = Field(
-        default_factory=lambda seen: 0.8 if seen.get("file") else None,
+        default_factory=lambda seen: 0.8 if seen.get("file") or seen.get("texts") else None,
         ge=0.3,
         le=1,
         validate_default=True,
-        description="Jaccard similarity of word runs from which a file's prompt counts as a "
-        "repetition of an earlier one and is left out",
+        description="Jaccard similarity of word runs from which a file's prompt or text counts as "
+        "a repetition of an earlier one and is left out",
     )
     on_malformed: Literal["refuse", "quarantine"] = Field(
         default="refuse",
-        description="a line that is not a prompt: refuse = stop the run, quarantine = count it "
-        "and leave it out",
+        description="a line that is no prompt or text: refuse = stop the run, quarantine = count "
+        "it and leave it out",
     )
     max_line_bytes: int = Field(
         default=16 << 20,
@@ -62,21 +75,34 @@ class CorpusSection(RecipeSection):
 
     @model_validator(mode="after")
     def _check_prompt_source(self) -> Self:
-        generated, from_file = self.generate is not None, self.file is not None
+        sources = [k for k in ("generate", "file", "texts") if getattr(self, k) is not None]
+        from_file = self.file is not None or self.texts is not None
         total = sum(self.effort_shares.values())
         return check_contradictions(
             self,
             (
-                not generated and not from_file,
+                not sources,
                 (),
-                "neither `generate` nor `file`",
-                "add `generate: 1000` or `file: prompts.jsonl`",
+                "neither `generate` nor `file` nor `texts`",
+                "add `generate: 1000`, `file: prompts.jsonl` or `texts: documents.jsonl`",
             ),
             (
-                generated and from_file,
+                len(sources) > 1,
                 (),
-                "both `generate` and `file`",
+                f"both {' and '.join(f'`{k}`' for k in sources)}",
                 "keep one; two parts may teach the same skill",
+            ),
+            (
+                bool(self.effort_shares) and self.texts is not None,
+                ("effort_shares",),
+                "given, but nobody answers: `texts` are scored and learned as they are",
+                "delete `effort_shares:`",
+            ),
+            (
+                self.column is not None and self.texts is None,
+                ("column",),
+                "given, but no `texts`",
+                "delete `column:`",
             ),
             (
                 bool(self.effort_shares) and abs(total - 1) > 1e-6,
@@ -87,13 +113,13 @@ class CorpusSection(RecipeSection):
             (
                 self.near_duplicate_threshold is not None and not from_file,
                 ("near_duplicate_threshold",),
-                "given, but no `file`; the questions of a generator differ by design",
+                "given, but no file; the questions of a generator differ by design",
                 "delete `near_duplicate_threshold:`",
             ),
             (
                 self.on_malformed == "quarantine" and not from_file,
                 ("on_malformed",),
-                "given, but no `file` that could have malformed lines",
+                "given, but no file that could have malformed lines",
                 "delete `on_malformed:`",
             ),
             (
@@ -101,6 +127,12 @@ class CorpusSection(RecipeSection):
                 ("file",),
                 f"{self.file!r} is not .jsonl",
                 "one JSON object a line",
+            ),
+            (
+                not (self.texts or ".txt").endswith((".jsonl", ".txt")),
+                ("texts",),
+                f"{self.texts!r} is neither .jsonl nor .txt",
+                "one JSON object a line, or one text in all",
             ),
         )
 
@@ -192,7 +224,8 @@ class CaptureSection(RecipeSection):
 
     answers: Literal["ask", "given"] = Field(
         default="ask",
-        description="ask = the teachers answer; given = they score the answers of the prompt files",
+        description="ask = the teachers answer; given = they score the answers of the prompt "
+        "files. `texts` of the corpus are always scored",
     )
     distributions: Literal["sampled", "topk"] = Field(
         default="sampled",
@@ -214,6 +247,12 @@ class CaptureSection(RecipeSection):
         validate_default=True,
         description="nats that a stored distribution may lose, its rest spread by the token "
         "frequencies of the unit; only with `distributions: topk`",
+    )
+    teach_end: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="whether the student learns from the teacher's distribution where a text ends: "
+        "auto = where the teacher itself wrote the answer, not at the end of given answers and "
+        "texts; elsewhere the end is learned from the text alone",
     )
     max_new_tokens: int = Field(
         default=64, ge=1, le=MAX_COUNT, description="longest answer, in the teacher's tokens"

@@ -111,10 +111,42 @@ class GradingSection(RecipeSection):
     )
 
 
+class HeldOutTextsSection(RecipeSection):
+    """A file of documents that no model trains on: all models are measured in bits per byte."""
+
+    texts: str = Field(
+        min_length=1,
+        description="a .jsonl file with a `text` on every line, or FILE#key for another key",
+    )
+    language: str = Field(default="", description="language of the documents, such as id")
+    skill: str = Field(
+        default="texts",
+        pattern=SLUG_PATTERN,
+        description="skill under which the documents are reported",
+    )
+
+
 class EvaluationSection(RecipeSection):
     """How the student is compared with its base, its teachers and reference models."""
 
     items: int = Field(default=200, ge=1, le=MAX_COUNT, description="questions of each skill")
+    texts: tuple[HeldOutTextsSection, ...] = Field(
+        default=(),
+        description="held-out documents of your own: bits per byte of every model, and kept out "
+        "of the training",
+    )
+    max_window_bytes: int = Field(
+        default=8192,
+        ge=64,
+        le=MAX_COUNT,
+        description="longest part of a held-out document that models read at once; shorter if a "
+        "model has fewer positions, equal for all models",
+    )
+    generated_tasks: bool | None = Field(
+        default=None,
+        description="ask the questions of persea's own generators (default: of the skills whose "
+        "corpus has prompts, not of those that are taught from texts alone)",
+    )
     batch_size: int = Field(
         default=64, ge=1, le=MAX_COUNT, description="questions that a model answers at once"
     )
@@ -148,6 +180,18 @@ class EvaluationSection(RecipeSection):
     grading: GradingSection = Field(
         default=GradingSection(), description="limits of graders of published benchmarks"
     )
+
+    @model_validator(mode="after")
+    def _check_something_is_measured(self) -> Self:
+        return check_contradictions(
+            self,
+            (
+                self.generated_tasks is False and not self.texts and not self.benchmarks,
+                ("generated_tasks",),
+                "false, but there is nothing else to measure",
+                "name `texts:` or `benchmarks:`, or delete `generated_tasks:`",
+            ),
+        )
 
 
 class CheckSection(RecipeSection):

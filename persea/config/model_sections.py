@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
+from persea.chat.documents import TEXT_FAMILY_NAME
 from persea.chat.families import FAMILIES
 from persea.chat.messages import ThinkingEffort
 from persea.config.section import (
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     FamilyName: TypeAlias = str
 else:  # derived from the list of families, so that a new family needs no line here
     # "generic" is GENERIC_FAMILY_NAME, whose module imports jinja2: a recipe is read without it
-    FamilyName = Literal[("", *(f.name for f in FAMILIES), "generic")]
+    FamilyName = Literal[("", *(f.name for f in FAMILIES), "generic", TEXT_FAMILY_NAME)]
 
 
 class RandomModelSection(RecipeSection):
@@ -57,16 +58,24 @@ class ModelRef(RecipeSection):
 
     model: str = Field(
         min_length=1,
-        description="a folder in Hugging Face form, a hub id such as Qwen/Qwen3-8B, random, or "
-        "text_only",
+        description="a folder in Hugging Face form, a GGUF file or a folder that holds one, a hub "
+        "id such as Qwen/Qwen3-8B, random, or text_only",
     )
     revision: str = Field(default="", description="revision of a hub model: branch, tag or commit")
     tokenizer: str = Field(
         default="",
-        description="folder or hub id of the tokenizer, if it is not in the model's folder",
+        description="folder or hub id of the tokenizer, if it is not in the model's folder or GGUF "
+        "file",
     )
     family: FamilyName = Field(
-        default="", description="chat family; empty = recognised from the model's folder"
+        default="",
+        description="chat family; empty = recognised from the model's folder; text = no chat "
+        "template: the model scores and learns plain text",
+    )
+    chat_template: str = Field(
+        default="",
+        description="a .jinja file with the chat template of a model that has none, or instead of "
+        "its own",
     )
     sizes: RandomModelSection | None = Field(
         default=None, description="size of the weights of `model: random`"
@@ -78,10 +87,22 @@ class ModelRef(RecipeSection):
         return check_contradictions(
             self,
             (
+                bool(self.chat_template) and self.family == TEXT_FAMILY_NAME,
+                ("chat_template",),
+                "given, but `family` is text",
+                "delete one of the two",
+            ),
+            (
                 self.model == TEXT_ONLY_MODEL
-                and bool(self.tokenizer or self.revision or self.family or self.sizes),
+                and bool(
+                    self.tokenizer
+                    or self.revision
+                    or self.family
+                    or self.sizes
+                    or self.chat_template
+                ),
                 ("model",),
-                "text_only, together with a tokenizer, revision, family or sizes",
+                "text_only, together with a tokenizer, revision, family, chat template or sizes",
                 "delete them, or name the model they belong to",
             ),
             (

@@ -231,6 +231,7 @@ class Recipe(RecipeSection):
                     "write `answers: ask`",
                 ),
             ]
+        found += self._text_contradictions()
         found += [
             (
                 given and bool(part.effort_shares),
@@ -241,6 +242,28 @@ class Recipe(RecipeSection):
             for k, part in enumerate(self.corpus)
         ]
         return found
+
+    def _text_contradictions(self) -> Contradictions:
+        """Texts that a teacher behind a chat server would have to score."""
+        names = {
+            t.name
+            for t in self.teachers
+            if not t.reference and t.endpoint is not None and t.endpoint.protocol == "chat"
+        }
+        return [
+            (
+                part.texts is not None and name in names,
+                ("corpus", k, "texts"),
+                f"given, but {name} cannot score a text that it did not generate",
+                f"pin another teacher under audition.pinned.{part.skill}",
+            )
+            for k, part in enumerate(self.corpus)
+            for name in (
+                [self.audition.pinned[part.skill]]
+                if part.skill in self.audition.pinned
+                else [t.name for t in self.teachers]
+            )
+        ]
 
     @property
     def skills(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from persea.config.evaluation_sections import (
     CheckSection,
     EvaluationSection,
     GradingSection,
+    HeldOutTextsSection,
 )
 from persea.config.model_sections import (
     TEXT_ONLY_MODEL,
@@ -54,6 +55,7 @@ __all__ = [
     "FamilyName",
     "GenerationSection",
     "GradingSection",
+    "HeldOutTextsSection",
     "LRSchedule",
     "LoraSection",
     "LossBalancing",

@@ -331,9 +331,11 @@ def _is_path(text: str, path: KeyPath, folder: Path) -> bool:
         return True
     if path[:2] == ("evaluation", "benchmarks") and path[-1] in ("file", "answers"):
         return text not in MODEL_KEYWORDS
+    if path[:2] == ("evaluation", "texts") and path[-1] == "texts":
+        return True
     if path[0] not in ("student", "teachers", "corpus") or text in MODEL_KEYWORDS:
         return False
-    if path[-1] == "file":
+    if path[-1] in ("file", "texts", "chat_template"):
         return True
     # os.path.exists, because Path.exists raises where a name is too long
     return path[-1] in ("model", "tokenizer") and (

@@ -6,7 +6,7 @@ import json
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from persea.chat.messages import Conversation, Message, Role, Text
 from persea.data.prompts import MalformedLine, Prompt
@@ -51,6 +51,34 @@ def read_prompts(
         >>> [(p.conversation.messages[-1].text, p.answer) for p in read_prompts(path, "sums", "en")]
         [('2 + 2?', '4')]
     """
+
+    def parse(row: Any, where: str, line_id: str) -> Prompt:
+        return _parse_row(row, where, line_id, skill, language)
+
+    yield from iter_json_lines(path, parse, on_malformed, max_line_bytes)
+
+
+Row = TypeVar("Row")
+
+
+def iter_json_lines(
+    path: Path,
+    parse: Callable[[Any, str, str], Row],
+    on_malformed: Callable[[MalformedLine], None] | None,
+    max_line_bytes: int,
+) -> Iterator[Row]:
+    """Parse every line of a .jsonl file that is not empty.
+
+    Args:
+        path: The file.
+        parse: (JSON value, place for messages, name "file:line") -> what the line holds. It raises
+            DataError for a malformed line.
+        on_malformed: Receives each malformed line; None = raise instead.
+        max_line_bytes: Longest line, in bytes.
+
+    Raises:
+        DataError: The file cannot be read, or a line is malformed and `on_malformed` is None.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -64,8 +92,7 @@ def read_prompts(
             continue
         where = f"{path}:{number}"
         try:
-            row = _parse_json(line, where, max_line_bytes)
-            prompt = _parse_row(row, where, f"{path.name}:{number}", skill, language)
+            parsed = parse(_parse_json(line, where, max_line_bytes), where, f"{path.name}:{number}")
         except DataError as error:
             if on_malformed is None:
                 raise
@@ -73,7 +100,7 @@ def read_prompts(
             reason = error.message[:MAX_MALFORMED_REASON_CHARS]
             on_malformed(MalformedLine(error.where, reason, len(line), prefix))
         else:
-            yield prompt
+            yield parsed
 
 
 def _parse_json(line: bytes, where: str, max_line_bytes: int) -> Any:

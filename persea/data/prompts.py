@@ -6,6 +6,7 @@ Removed prompts are kept in the corpus with the reason, so that every input is a
 from __future__ import annotations
 
 from bisect import bisect
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -30,11 +31,11 @@ SILVER_RATIO_STEP = 0.41421356237309515
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation for teachers to answer.
+    """A conversation for teachers to answer, or a document for them to score.
 
     Attributes:
         id: Unique within a corpus.
-        conversation: Ends with the user's turn.
+        conversation: Ends with the user's turn, or is a document.
         skill: Skill that the answer teaches.
         language: Language code of the answer; "" if unknown.
         answer: The source's own answer; "" if there is none.
@@ -51,6 +52,7 @@ class Prompt:
 
 
 Choice = TypeVar("Choice")
+MALFORMED_LINE_REASON = "malformed line"
 
 
 def pick_by_share(shares: Sequence[tuple[Choice, float]], number: int, step: float) -> Choice:
@@ -132,7 +134,7 @@ class RemovedPrompt:
 
 @dataclass(frozen=True)
 class MalformedLine:
-    """A line of a prompt file that is not a prompt.
+    """A line of a file that is no prompt and no text.
 
     Attributes:
         location: file:line.
@@ -155,6 +157,13 @@ class Corpus:
     removed: tuple[RemovedPrompt, ...]
     malformed: tuple[MalformedLine, ...] = ()
 
+    def count_removed(self) -> dict[str, int]:
+        """Return reason -> number of prompts, documents and lines that were left out."""
+        counts = Counter[str](r.reason.value for r in self.removed)
+        if self.malformed:
+            counts[MALFORMED_LINE_REASON] = len(self.malformed)
+        return dict(counts)
+
     @property
     def num_inputs(self) -> int:
         """Number of prompts and malformed lines that came in."""
@@ -166,11 +175,14 @@ def build_corpus(
     held_out: Iterable[Prompt],
     near_duplicate_thresholds: Sequence[float | None] = (),
     dedup: DedupOptions = DEFAULT_DEDUP_OPTIONS,
+    held_out_texts: Iterable[tuple[str, str]] = (),
+    are_answers_given: bool = False,
 ) -> Corpus:
-    """Collect prompts without duplicates and without test items.
+    """Collect prompts and documents without duplicates and without test items.
 
     Two prompts are duplicates if their texts and tools are equal after NFC, case folding and
-    white-space folding. A prompt contains a test item if it, or its answer, shares
+    white-space folding; where the prompts bring their answers, both prompt and answer must be
+    equal: what is learned is compared. A prompt contains a test item if it, or its answer, shares
     `dedup.ngram_words` words in a row with one.
 
     Args:
@@ -180,37 +192,53 @@ def build_corpus(
             repeats an earlier one of the sources with a threshold. None or no entry = only exact
             duplicates are removed.
         dedup: Lengths of compared runs.
+        held_out_texts: (name, text) of held-out documents. A prompt or answer that equals one, or
+            shares `dedup.ngram_words` words in a row with one, is left out.
+        are_answers_given: Whether the prompts' own answers are learned.
 
     Returns:
         The corpus; its prompts are in the order of the sources.
     """
     thresholds = [t for t in near_duplicate_thresholds if t is not None]
     tested = HeldOutIndex(((p.id, _dedup_text(p.conversation)) for p in held_out), dedup)
+    documents = HeldOutIndex(held_out_texts, dedup)
     similar = NearDuplicateIndex(min(thresholds, default=1.0), dedup.shingle_words)
-    ids_by_text: dict[str, str] = {}
+    ids_by_text: dict[tuple[bool, str], str] = {}
     prompts: list[Prompt] = []
     removed: list[RemovedPrompt] = []
     for k, source in enumerate(sources):
         threshold = near_duplicate_thresholds[k] if k < len(near_duplicate_thresholds) else None
         for prompt in source:
-            text = _dedup_text(prompt.conversation)
-            key = normalize_text(text)
-            if not key:
+            question = _dedup_text(prompt.conversation)
+            learned = f"{question}\n{prompt.answer}" if are_answers_given else question
+            key = prompt.conversation.is_document, normalize_text(learned)
+            if not key[1]:
                 removed.append(RemovedPrompt(prompt, RemovalReason.EMPTY))
-            elif match := tested.find_exact(text):
+            elif match := (
+                tested.find_exact(question)
+                or documents.find_exact(question)
+                or documents.find_exact(prompt.answer)
+            ):
                 removed.append(RemovedPrompt(prompt, RemovalReason.TEST_ITEM, match))
             elif key in ids_by_text:
                 removed.append(RemovedPrompt(prompt, RemovalReason.DUPLICATE, ids_by_text[key]))
-            elif match := tested.find_overlap(text) or tested.find_overlap(prompt.answer):
+            elif match := _find_overlap((tested, documents), (question, prompt.answer)):
                 removed.append(RemovedPrompt(prompt, RemovalReason.CONTAMINATED, match))
             elif threshold is not None and (
-                match := similar.find_or_add(prompt.id, text, threshold)
+                match := similar.find_or_add(prompt.id, learned, threshold)
             ):
                 removed.append(RemovedPrompt(prompt, RemovalReason.NEAR_DUPLICATE, match))
             else:
                 ids_by_text[key] = prompt.id
                 prompts.append(prompt)
     return Corpus(tuple(prompts), tuple(removed))
+
+
+def _find_overlap(indexes: Sequence[HeldOutIndex], texts: Sequence[str]) -> str:
+    """Return the name of a held-out text that one of the texts overlaps with, or ""."""
+    return next(
+        (match for index in indexes for text in texts if (match := index.find_overlap(text))), ""
+    )
 
 
 def _dedup_text(conversation: Conversation) -> str:

@@ -44,6 +44,7 @@ class EvaluatedModel:
         load: Loads its weights; called only if something must be computed.
         settings: Settings that may change a last digit: batch size, threads.
         is_text_only: Whether it returns no log-probabilities.
+        can_be_asked: Whether it has a chat template; a model without one only scores texts.
     """
 
     name: str
@@ -52,6 +53,7 @@ class EvaluatedModel:
     load: Callable[[], Teacher]
     settings: Mapping[str, int]
     is_text_only: bool = False
+    can_be_asked: bool = True
 
 
 def single_model_loader(load: Callable[[str], Teacher]) -> Callable[[str], Teacher]:
@@ -97,7 +99,8 @@ def answer_items(
         Graded answers in order, and how many of them were read from disk.
 
     Raises:
-        DataError: Two items share an id, a choice is empty, or there are no items.
+        DataError: Two items share an id, a choice is empty, there are no items, or the model has
+            no chat template.
         TeacherError: A text-only model would have to score choices, or its server failed.
     """
     _refuse_bad_items(task.name, items)
@@ -144,6 +147,13 @@ def _generate_answers(
     max_new_tokens: int,
 ) -> tuple[dict[str, _ItemAnswer], int]:
     """Generate answers; return them by prompt id, and how many were read from disk."""
+    if items and not model.can_be_asked:
+        raise DataError(
+            f"{model.name} has no chat template, so it cannot answer questions",
+            where=model.name,
+            remedy="measure it in bits per byte of held-out texts (`evaluation.texts`), or give it "
+            "a chat template",
+        )
     answers: dict[str, _ItemAnswer] = {}
     num_reused = 0
     for batch in _item_batches(items):
@@ -171,7 +181,7 @@ def _generate_answers(
             dict(model.settings),
             [_item_key(i) for i in batch],
         ]
-        records, was_cached = _load_or_compute(key, generate)
+        records, was_cached = load_or_compute(key, generate)
         num_reused += len(batch) * was_cached
         for item, (message, finish) in zip(batch, records, strict=True):
             conversation = Conversation.from_json(message)
@@ -199,7 +209,7 @@ def _choose_answers(
             dict(model.settings),
             [[_item_key(i), i.choices] for i in batch],
         ]
-        nll, was_cached = _load_or_compute(key, score)
+        nll, was_cached = load_or_compute(key, score)
         num_reused += len(batch) * was_cached
         remaining = iter(nll)
         for item in batch:
@@ -248,7 +258,7 @@ def reference_bits(model: EvaluatedModel, items: Sequence[TaskItem]) -> tuple[fl
             return list(_nll_or_none(model.load(), conversations))
 
         key = ["bits", model.identity, dict(model.settings), [c.to_json() for c in conversations]]
-        nll, _ = _load_or_compute(key, score)
+        nll, _ = load_or_compute(key, score)
         bits += sum(n for n in nll if n is not None) / math.log(2)
         num_bytes += sum(
             len(p.text.encode())
@@ -285,7 +295,7 @@ def _item_batches(items: Sequence[TaskItem]) -> Iterator[Sequence[TaskItem]]:
         yield items[begin : begin + ITEMS_PER_ANSWER_FILE]
 
 
-def _load_or_compute(key: object, compute: Callable[[], list[Any]]) -> tuple[list[Any], bool]:
+def load_or_compute(key: object, compute: Callable[[], list[Any]]) -> tuple[list[Any], bool]:
     """Return the values kept under a key, or compute and keep them; and whether they were kept.
 
     A damaged file is computed again.

@@ -1,7 +1,8 @@
 """Check, audition and evaluate as Python functions, without a recipe.
 
-Models are given as folders in Hugging Face form, hub ids, run folders (then their student), or as a
-`Teacher` with an engine of its own. Answers are kept in PERSEA_HOME and reused, as in a run.
+Models are given as folders in Hugging Face form, GGUF files, hub ids, run folders (then their
+student), or as a `Teacher` with an engine of its own. Answers are kept in PERSEA_HOME and reused,
+as in a run.
 """
 
 from __future__ import annotations
@@ -347,6 +348,7 @@ def _evaluated_model(
         load,
         {"batch": batch_size, "threads": torch.get_num_threads()},
         isinstance(model, Teacher) and model.is_text_only,
+        not renderer.is_text,
     )
 
 

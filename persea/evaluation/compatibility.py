@@ -62,6 +62,11 @@ class ConversationSample:
     conversations: tuple[Conversation, ...]
     labels: tuple[str, ...]
 
+    @property
+    def is_documents(self) -> bool:
+        """Whether these are plain texts without roles."""
+        return any(c.is_document for c in self.conversations)
+
     def is_supported_by(self, renderer: ChatRenderer) -> bool:
         """Return whether a family can render the sample; only tools can be unsupported.
 

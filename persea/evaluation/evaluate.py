@@ -48,6 +48,7 @@ class EvaluationResult:
         reference_models: Models measured for comparison only.
         comparisons: Student minus each other model, at each effort of the student.
         regressions: Comparisons with the base in which the student is worse with confidence.
+        not_asked: Models without a chat template, which have bits per byte and no scores.
     """
 
     student: str
@@ -59,6 +60,7 @@ class EvaluationResult:
     reference_models: tuple[str, ...] = ()
     comparisons: tuple[PairedComparison, ...] = ()
     regressions: tuple[PairedComparison, ...] = ()
+    not_asked: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON; keys are the field names."""
@@ -72,6 +74,7 @@ class EvaluationResult:
             "bits_per_byte": {k: dict(v) for k, v in self.bits_per_byte.items()},
             "compared": [p.to_json() for p in self.comparisons],
             "regressions": [p.to_json() for p in self.regressions],
+            **({"not_asked": list(self.not_asked)} if self.not_asked else {}),
         }
 
 
@@ -125,6 +128,8 @@ def evaluate_model(
 ) -> None:
     """Measure one model on every task at each of its efforts, and add the results to `answers`.
 
+    A model without a chat template is not asked: only its bits per byte are measured.
+
     Args:
         answers: Receives graded answers and bits per byte.
         model: The model.
@@ -135,7 +140,8 @@ def evaluate_model(
     bits_and_bytes: list[tuple[float, int]] = []
     answers.bits_per_byte[model.name] = {}
     for k, (task, items) in enumerate(tasks):
-        for effort in model.efforts:
+        results: tuple[ItemResult, ...] = ()
+        for effort in model.efforts if model.can_be_asked else ():
             results, reused = answer_items(model, effort, task, items, max_new_tokens)
             answers.results[model.name, effort, task.name] = results
             answers.num_answers += len(results)
@@ -144,9 +150,12 @@ def evaluate_model(
         bits_and_bytes.append((bits, num_bytes))
         if num_bytes:
             answers.bits_per_byte[model.name][task.name] = bits / num_bytes
-        score = score_results(model.name, task.name, results, effort).value
-        note = ", from disk" if reused == len(results) else ""
-        progress((k + 1) / len(tasks), f"{model.name} {task.name} {score:.2f}{note}")
+        message = f"{model.name} {task.name}, bits per byte"
+        if results:
+            score = score_results(model.name, task.name, results, effort).value
+            note = ", from disk" if reused == len(results) else ""
+            message = f"{model.name} {task.name} {score:.2f}{note}"
+        progress((k + 1) / len(tasks), message)
     num_bytes = sum(n for _, n in bits_and_bytes)
     # A model that cannot render all references spends its bits on other texts than the others.
     if 0 < num_bytes == _count_reference_bytes(tasks):

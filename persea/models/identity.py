@@ -7,9 +7,18 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from persea.chat.messages import Conversation, Text
 from persea.chat.renderer import ChatRenderer
+from persea.models.gguf_header import find_gguf
+from persea.models.gguf_model import (
+    converted_bytes,
+    describe_gguf,
+    gguf_fingerprint,
+    gguf_header,
+    gguf_note,
+)
 from persea.models.loading import ModelSource, download_hub_file, eos_token_ids, local_folder
 from persea.tokenization.logit_rows import tokens_without_row
 
@@ -17,9 +26,9 @@ from persea.tokenization.logit_rows import tokens_without_row
 def fingerprint(source: ModelSource, where: str) -> str:
     """Return a sha256 that changes when the model changes.
 
-    A local folder is identified by the names and contents of its weights, configs and templates;
-    a hub model by its id and commit; a random model by its tokenizer and sizes. The quantisation
-    counts in each case.
+    A local folder is identified by the names and contents of its weights, configs and templates; a
+    GGUF file by its content; a hub model by its id and commit; a random model by its tokenizer and
+    sizes. The quantisation counts in each case.
 
     Args:
         source: The model.
@@ -28,6 +37,9 @@ def fingerprint(source: ModelSource, where: str) -> str:
     Raises:
         DataError: The folder does not exist.
     """
+    gguf = None if source.is_random else find_gguf(source.model, where)
+    if gguf is not None:
+        return gguf_fingerprint(gguf, source.quantize)
     folder = None if source.is_random else local_folder(source.model, where)
     quantization = [] if source.quantize == "none" else [source.quantize]
     if folder is None:
@@ -62,13 +74,34 @@ def file_stats(source: ModelSource, where: str) -> tuple[tuple[str, int, int], .
     They show at once that a folder was written to, without reading the weights. A hub model and a
     random model have none.
     """
+    gguf = None if source.is_random else find_gguf(source.model, where)
+    folder = None if source.is_random or gguf else local_folder(source.model, where)
+    files = [gguf] if gguf else _fingerprinted_files(folder) if folder else []
+    return tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+
+
+def weight_bytes(source: ModelSource, where: str) -> int | None:
+    """Return the size of a local model's weights on disk; None for a hub model or random weights.
+
+    For a GGUF file it is the size of the dequantised weights.
+    """
+    gguf = None if source.is_random else find_gguf(source.model, where)
+    if gguf is not None:
+        return converted_bytes(gguf_header(gguf, where))
     folder = None if source.is_random else local_folder(source.model, where)
-    if folder is None:
-        return ()
-    return tuple(
-        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
-        for path in _fingerprinted_files(folder)
-    )
+    return None if folder is None else sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+
+
+def gguf_origin(source: ModelSource, where: str) -> dict[str, Any] | None:
+    """Return what the lineage records of a GGUF file; None for another model."""
+    gguf = None if source.is_random else find_gguf(source.model, where)
+    return None if gguf is None else describe_gguf(gguf, where)
+
+
+def model_name(name_or_path: str) -> str:
+    """Return a model's name for records: the last name of a path, or the hub id."""
+    path = Path(name_or_path).expanduser()
+    return path.name if path.exists() else name_or_path
 
 
 def _fingerprinted_files(folder: Path) -> list[Path]:
@@ -86,6 +119,9 @@ def model_warnings(source: ModelSource, renderer: ChatRenderer, where: str) -> s
     """
     vocabulary = renderer.vocabulary
     warnings = [renderer.family.limitations] if renderer.family.limitations else []
+    gguf = None if source.is_random else find_gguf(source.model, where)
+    if gguf is not None:
+        warnings.append(gguf_note(gguf, where))
     prompt_ids = renderer.render_prompt(Conversation.from_question("Hi")).ids_T.tolist()
     answered = renderer.render(Conversation.from_question("Hi").with_answer(Text("Hi")))
     stop_id = int(answered.ids_T[answered.loss_mask_T][-1])
@@ -96,7 +132,7 @@ def model_warnings(source: ModelSource, renderer: ChatRenderer, where: str) -> s
             f"{vocabulary.control_names.get(i, 'no control token')} ({i})" for i in ids
         )
 
-    if eos_ids and stop_id not in eos_ids:
+    if eos_ids and stop_id not in eos_ids and not renderer.is_text:
         warnings.append(
             f"a base model with a chat template: its configuration ends a text with "
             f"{name(eos_ids)}, the template ends a turn with {name([stop_id])}; persea stops at "

@@ -1,7 +1,8 @@
-"""Load tokenizers, chat renderers and weights from a folder, a hub id, or a random initialisation.
+"""Load tokenizers, chat renderers and weights: a folder, a GGUF file, a hub id, or random weights.
 
-Only safetensors and configurations are read: no pickles and no remote code. A folder whose
-configuration has `auto_map` is refused before any library reads it; hub ids are loaded with
+A GGUF file is converted once to a folder, which is kept (persea.models.gguf_model). Only
+safetensors and configurations are read: no pickles and no remote code. A folder whose configuration
+has `auto_map` is refused before any library reads it; hub ids are loaded with
 `trust_remote_code=False`.
 """
 
@@ -16,19 +17,27 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from persea.chat.documents import TEXT_FAMILY_NAME
 from persea.chat.families import CONTROL_MARKERS, detect_family, get_family
 from persea.chat.families.generic import GENERIC_FAMILY_NAME, infer_family
 from persea.chat.families.hybrid import (
     add_thinking_switch,
-    can_use_hybrid_template,
     has_thinking_switch,
     make_hybrid_family,
 )
-from persea.chat.family import Family
+from persea.chat.families.text import make_text_family
 from persea.chat.messages import PINNED_DATE, Conversation, Text
 from persea.chat.renderer import ChatRenderer
 from persea.chat.template import compile_template
 from persea.errors import DataError
+from persea.models.chat_templates import (
+    is_text_model,
+    read_template,
+    refuse_thinking_option,
+)
+from persea.models.gguf_header import find_gguf
+from persea.models.gguf_model import gguf_header, model_folder, tokenizer_folder
+from persea.models.gguf_tokenizer import refuse_other_tokens, stop_token_ids
 from persea.models.placement import placement_kwargs
 from persea.models.random_init import random_init
 from persea.tokenization.logit_rows import limit_to_rows, tokens_without_row
@@ -43,8 +52,8 @@ class ModelSource:
     """Where a model comes from and how it is loaded.
 
     Attributes:
-        model: A folder in Hugging Face form, a hub id, or "random" (then `tokenizer` and `sizes`
-            are needed).
+        model: A folder in Hugging Face form, a GGUF file or a folder that holds one, a hub id, or
+            "random" (then `tokenizer` and `sizes` are needed).
         revision: Hub revision; unused for a folder.
         tokenizer: Folder or hub id of the tokenizer, if it is not the model's.
         family: Name of the family, or "generic"; "" = detected by control tokens and chat template.
@@ -52,6 +61,7 @@ class ModelSource:
         thinking: Give a model whose chat template has no thinking switch the hybrid template.
         quantize: "8bit", "4bit" or "mxfp4" for fewer bits a weight on a GPU; "none" = as stored.
         offload: Keep in main memory the weights that do not fit on the GPU.
+        chat_template: A file with a chat template, instead of the model's own; "" = its own.
     """
 
     model: str
@@ -62,6 +72,7 @@ class ModelSource:
     thinking: bool = False
     quantize: str = "none"
     offload: bool = False
+    chat_template: str = ""
 
     @property
     def is_random(self) -> bool:
@@ -77,9 +88,14 @@ class ModelSource:
 def local_folder(name_or_path: str, where: str) -> Path | None:
     """Return the folder that a reference names; None for a hub id.
 
+    For a GGUF file this is the folder of its dequantised weights, which the first call writes.
+
     Raises:
         DataError: A path does not exist; it is refused here instead of being looked up on the hub.
     """
+    gguf = find_gguf(name_or_path, where)
+    if gguf is not None:
+        return model_folder(gguf, where)
     path = Path(name_or_path).expanduser()
     if name_or_path and path.is_dir():
         return path
@@ -87,16 +103,41 @@ def local_folder(name_or_path: str, where: str) -> Path | None:
         raise DataError(
             f"no model folder {name_or_path!r}",
             where=where,
-            remedy="give a folder in Hugging Face form or a hub id such as Qwen/Qwen3-8B",
+            remedy="give a folder in Hugging Face form, a GGUF file, or a hub id such as "
+            "Qwen/Qwen3-8B",
         )
     return None
+
+
+def _tokenizer_folder(source: ModelSource, where: str) -> Path | None:
+    """Return the local folder of a model's tokenizer; None for a hub id.
+
+    A tokenizer.json beside a GGUF file is preferred to the tokenizer in the file.
+    """
+    name_or_path = source.tokenizer_name_or_path
+    path = Path(name_or_path).expanduser()
+    if name_or_path and (path / "tokenizer.json").is_file():
+        return path
+    gguf = find_gguf(name_or_path, where)
+    if gguf is not None:
+        return tokenizer_folder(gguf, where)
+    return local_folder(name_or_path, where)
+
+
+def _refuse_other_tokenizer(
+    source: ModelSource, folder: Path | None, tokenizer: Any, where: str
+) -> None:
+    """Raise if a GGUF file is given a tokenizer that is not its own."""
+    gguf = None if source.is_random else find_gguf(source.model, where)
+    if gguf is not None and (source.tokenizer or folder == Path(source.model).expanduser()):
+        refuse_other_tokens(gguf_header(gguf, where), tokenizer.backend_tokenizer, where)
 
 
 def resolve_model_source(name_or_path: str, where: str) -> tuple[ModelSource, date]:
     """Return the model that a person names, and the date for its chat template.
 
     Args:
-        name_or_path: A run folder (its student), a model folder, or a hub id.
+        name_or_path: A run folder (its student), a model folder, a GGUF file, or a hub id.
         where: The place for error messages.
 
     Raises:
@@ -107,7 +148,7 @@ def resolve_model_source(name_or_path: str, where: str) -> tuple[ModelSource, da
         raise DataError(
             f"no model folder and no run {name_or_path!r}",
             where=where,
-            remedy="give a run folder, a model folder or a hub id",
+            remedy="give a run folder, a model folder, a GGUF file or a hub id",
         )
     student, recipe = folder / "train" / "student", folder / "recipe.yaml"
     if not student.is_dir() and not recipe.is_file():
@@ -140,12 +181,12 @@ def load_tokenizer(source: ModelSource, where: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    folder = local_folder(source.tokenizer_name_or_path, where)
+    folder = _tokenizer_folder(source, where)
     if folder is not None:
         _refuse_remote_code(folder, where)
     revision = {"revision": source.revision} if source.revision and folder is None else {}
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             folder or source.tokenizer_name_or_path, trust_remote_code=False, **revision
         )
     except Exception as error:  # transformers raises a dozen kinds here
@@ -157,6 +198,8 @@ def load_tokenizer(source: ModelSource, where: str) -> Any:
             else "fetch it first where there is network (`hf download`), accept its licence there, "
             "or give a folder",
         ) from error
+    _refuse_other_tokenizer(source, folder, tokenizer, where)
+    return tokenizer
 
 
 def load_renderer(
@@ -165,10 +208,11 @@ def load_renderer(
     """Load tokenizer, chat template and family of a model, without its weights.
 
     A model of a family that persea does not know gets the family that `infer_family` finds out by
-    rendering its template.
+    rendering its template. A model without a chat template is a text model
+    (`persea.chat.families.text`).
 
     Args:
-        source: A folder in Hugging Face form, a hub id, or a `ModelSource`.
+        source: A folder in Hugging Face form, a GGUF file, a hub id, or a `ModelSource`.
         where: The place for error messages; by default the folder or hub id.
         template_date: The date that the chat template writes.
 
@@ -176,8 +220,9 @@ def load_renderer(
         The renderer, which turns conversations into token ids and parses answers.
 
     Raises:
-        DataError: The folder is missing, the model has no chat template, the tokenizer does not
-            reproduce its input, or neither a family nor `infer_family` can follow the template.
+        DataError: The folder is missing, the tokenizer does not reproduce its input, a family is
+            named and there is no chat template, or neither a family nor `infer_family` can follow
+            the template.
 
     Example:
         >>> from persea.chat.messages import Conversation, Text
@@ -194,8 +239,8 @@ def load_renderer(
         source = ModelSource(source)
     where = where or source.tokenizer_name_or_path
     tokenizer = load_tokenizer(source, where)
-    template_text = tokenizer.chat_template or ""
-    if not isinstance(template_text, str):
+    template_text = read_template(source, where) or tokenizer.chat_template or ""
+    if not isinstance(template_text, str) and source.family != TEXT_FAMILY_NAME:
         raise DataError(
             f"{source.tokenizer_name_or_path!r} has several chat templates",
             where=where,
@@ -204,14 +249,10 @@ def load_renderer(
     vocabulary = load_vocabulary(tokenizer, source.tokenizer_name_or_path, CONTROL_MARKERS)
     if num_rows := num_logits_in_config(source, where):
         vocabulary = limit_to_rows(vocabulary, num_rows, where)
-    if not template_text and not (source.thinking and can_use_hybrid_template(vocabulary)):
-        raise DataError(
-            f"{source.tokenizer_name_or_path!r} has no chat template",
-            where=where,
-            remedy="add chat_template.jinja to the folder; a base model without one cannot be a "
-            "teacher or be evaluated",
-        )
     special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+    if is_text_model(source, template_text, vocabulary, where):
+        text_family, rendering = make_text_family(vocabulary, special)
+        return ChatRenderer(text_family, vocabulary, rendering, "", template_date, special)
     template = compile_template(template_text, special, template_date, where)
     if source.thinking and not has_thinking_switch(template):
         template_text = add_thinking_switch(template_text, vocabulary)
@@ -230,7 +271,7 @@ def load_renderer(
         )
     has_switch = has_thinking_switch(template)
     if source.thinking and (len(family.efforts) > 1 or not has_switch):
-        _refuse_thinking_option(family, where)
+        refuse_thinking_option(family, where)
     if len(family.efforts) == 1 and has_switch:
         family = make_hybrid_family(family, vocabulary)
     renderer = ChatRenderer(family, vocabulary, template, template_text, template_date, special)
@@ -241,60 +282,52 @@ def load_renderer(
 
 def _refuse_needed_tokens_without_row(renderer: ChatRenderer, where: str) -> None:
     """Raise if a control token that every conversation needs has no row of logits."""
-    missing = [
-        t for t in renderer.family.stop_tokens if t in tokens_without_row(renderer.vocabulary)
-    ]
-    if missing and not renderer.stop_ids:
-        raise DataError(
-            f"{', '.join(missing)}, which ends the assistant's turn, has no row of logits",
-            where=where,
-            remedy="tokenizer and model do not belong together",
-        )
     try:
         renderer.render(Conversation.from_question("Hi").with_answer(Text("Hi")))
     except DataError as error:
         raise DataError(error.message, where=where, remedy=error.remedy) from error
 
 
-def _refuse_thinking_option(family: Family, where: str) -> None:
-    if len(family.efforts) > 1:
-        raise DataError(
-            f"`thinking: true`, but {family.name} has its own thinking switch: "
-            f"{', '.join(family.efforts)}",
-            where=where,
-            remedy="delete `thinking:`",
-        )
-    raise DataError(
-        f"`thinking: true`, but the template of {family.name} does not keep the effort before the "
-        "system text and the thought "
-        "before the answer",
-        where=where,
-        remedy="choose a student whose template takes a system text and writes answers unchanged",
-    )
-
-
 def eos_token_ids(source: ModelSource, where: str) -> tuple[int, ...]:
     """Return the end-of-text ids in the model's own configuration.
 
-    They are read from generation_config.json, or else config.json. A random model has none.
+    They are read from generation_config.json, or else config.json, or the metadata of a GGUF file.
+    A random model has none.
     """
     if source.is_random:
         return ()
-    folder = local_folder(source.model, where)
+    gguf = find_gguf(source.model, where)
+    if gguf is not None:
+        return stop_token_ids(gguf_header(gguf, where))
     for name in ("generation_config.json", "config.json"):
-        path = download_hub_file(source, name) if folder is None else folder / name
-        if path is None or not path.is_file():
-            continue
-        config = _read_json_config(path, where)
-        text_config = config.get("text_config")
-        eos = config.get(
-            "eos_token_id",
-            text_config.get("eos_token_id") if isinstance(text_config, dict) else None,
-        )
+        eos = config_value(source, name, "eos_token_id", where)
         ids = tuple(i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int))
         if ids:
             return ids
     return ()
+
+
+def config_value(source: ModelSource, file_name: str, key: str, where: str) -> Any:
+    """Return a value of a model's configuration file, or of its `text_config`; None without one."""
+    if source.is_random:
+        return None
+    folder = local_folder(source.model, where)
+    path = download_hub_file(source, file_name) if folder is None else folder / file_name
+    if path is None or not path.is_file():
+        return None
+    config = _read_json_config(path, where)
+    text_config = config.get("text_config")
+    return config.get(key, text_config.get(key) if isinstance(text_config, dict) else None)
+
+
+def max_positions(source: ModelSource, where: str) -> int:
+    """Return the number of positions in the model's configuration; 0 if it has none."""
+    if source.is_random:
+        from persea.models.random_init import MAX_POSITIONS
+
+        return MAX_POSITIONS
+    positions = config_value(source, "config.json", "max_position_embeddings", where)
+    return positions if isinstance(positions, int) else 0
 
 
 def num_logits_in_config(source: ModelSource, where: str) -> int:
@@ -302,17 +335,7 @@ def num_logits_in_config(source: ModelSource, where: str) -> int:
 
     A random model has a row for each token.
     """
-    if source.is_random:
-        return 0
-    folder = local_folder(source.model, where)
-    path = download_hub_file(source, "config.json") if folder is None else folder / "config.json"
-    if path is None or not path.is_file():
-        return 0
-    config = _read_json_config(path, where)
-    text_config = config.get("text_config")
-    stated = config.get(
-        "vocab_size", text_config.get("vocab_size") if isinstance(text_config, dict) else None
-    )
+    stated = config_value(source, "config.json", "vocab_size", where)
     return stated if isinstance(stated, int) else 0
 
 

@@ -25,8 +25,15 @@ from persea.config.schema import (
 )
 from persea.errors import RefusedError
 from persea.evaluation.answering import EvaluatedModel
-from persea.models.identity import file_stats, fingerprint, model_warnings
-from persea.models.loading import ModelSource, load_renderer, local_folder
+from persea.models.identity import (
+    file_stats,
+    fingerprint,
+    gguf_origin,
+    model_name,
+    model_warnings,
+    weight_bytes,
+)
+from persea.models.loading import ModelSource, load_renderer, max_positions
 from persea.pipeline.remote_teachers import (
     endpoint_identity,
     generation_identity,
@@ -56,6 +63,7 @@ def model_source(ref: ModelRef) -> ModelSource:
         ref.family,
         sizes,
         isinstance(ref, StudentSection) and ref.thinking,
+        chat_template=ref.chat_template,
     )
     if isinstance(ref, TeacherSection):
         return replace(source, quantize=ref.quantize, offload=ref.offload)
@@ -68,11 +76,8 @@ def is_small_local_model(source: ModelSource, max_bytes: int) -> bool:
     A hub model may have to be downloaded first, and random weights cannot be measured: both
     return False.
     """
-    folder = None if source.is_random else local_folder(source.model, "check.measure_likelihood")
-    return (
-        folder is not None
-        and sum(p.stat().st_size for p in folder.glob("*.safetensors")) <= max_bytes
-    )
+    num_bytes = weight_bytes(source, "check.measure_likelihood")
+    return num_bytes is not None and num_bytes <= max_bytes
 
 
 def has_effort(renderer: ChatRenderer, effort: ThinkingEffort) -> bool:
@@ -139,6 +144,10 @@ class ModelRefs:
             else load_renderer(model_source(t), f"teachers.{k}.model", self.recipe.template_date)
             for k, t in enumerate(self.recipe.teachers)
         }
+
+    def renderer(self, name: str) -> ChatRenderer:
+        """Return the chat renderer of STUDENT, BASE or a teacher."""
+        return self.renderers.get(name, self.student_renderer)
 
     @cached_property
     def event_maps(self) -> dict[str, EventMap]:
@@ -378,7 +387,15 @@ class ModelRefs:
             partial(load, name),
             {"batch": batch, "threads": self.recipe.threads},
             endpoint is not None and endpoint.protocol == "chat",
+            not renderer.is_text,
         )
+
+    def max_positions(self, name: str) -> int:
+        """Return the positions of a model that is evaluated; 0 if they are not known."""
+        if name not in self.renderers:
+            return max_positions(model_source(self.recipe.student), STUDENT)
+        ref = self.teacher_ref(name)
+        return 0 if ref.endpoint else max_positions(model_source(ref), name)
 
     def lineage_parent(self, name: str) -> ParentModel:
         """Describe a teacher, or the base, for the lineage record."""
@@ -386,12 +403,16 @@ class ModelRefs:
         renderer = self.student_renderer if name == BASE else self.renderers[name]
         if isinstance(ref, TeacherSection) and ref.endpoint:
             return remote_parent(ref, renderer, self.folder / "endpoints" / f"{name}.json")
-        licence = getattr(ref, "licence", "") or renderer.family.licence
+        gguf = gguf_origin(model_source(ref), name)
+        licence = getattr(ref, "licence", "") or (
+            gguf["licence"] if gguf else renderer.family.licence
+        )
         return ParentModel(
             name,
-            Path(ref.model).name if Path(ref.model).is_dir() else ref.model,
+            model_name(ref.model),
             ref.revision,
             renderer.family.name,
             licence,
             fingerprint(model_source(ref), name),
+            gguf,
         )

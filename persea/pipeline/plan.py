@@ -8,15 +8,22 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from persea.cache.accounting import left_out_lines
 from persea.config.schema import StudentSection
 from persea.errors import RefusedError
+from persea.models.gguf_header import find_gguf
+from persea.models.gguf_model import gguf_header
 from persea.pipeline.model_refs import BASE, STUDENT
-from persea.pipeline.preflight import refuse_missing_logprobs, refuse_unsupported_efforts
+from persea.pipeline.preflight import (
+    refuse_asking_text_models,
+    refuse_missing_logprobs,
+    refuse_unsupported_efforts,
+)
 from persea.pipeline.run_context import RunContext
 from persea.pipeline.stage_keys import stage_key
 from persea.pipeline.stages import STAGES, Stage
@@ -29,6 +36,13 @@ SAMPLED_BYTES_PER_TOKEN = 40
 TOPK_BYTES_PER_TOKEN = 400
 BYTES_PER_PARAMETER = 4  # float32
 ADAM_COPIES = 3  # a checkpoint holds each trained weight and its two Adam moments
+
+# name of a matrix in a GGUF file -> its name in transformers, which `lora.targets` uses
+GGUF_MATRICES = {
+    **{f"attn_{x}": f"{x}_proj" for x in ("q", "k", "v")},
+    "attn_output": "o_proj",
+    **{f"ffn_{x}": f"{x}_proj" for x in ("gate", "up", "down")},
+}
 
 UP_TO_DATE, TO_DO, WAITS = "up to date", "to do", "waits"
 
@@ -57,24 +71,31 @@ class RunPlan:
         answers: Questions that models answer, at most.
         disk_bytes: Bytes that the run adds to the disk, at most.
         disk_free: Free bytes on the disk of the run folder.
+        left_out: Reason -> number of prompts, texts and lines that are not captured.
     """
 
     stages: tuple[StagePlan, ...]
     answers: int
     disk_bytes: int
     disk_free: int
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON."""
         return asdict(self)
 
     def table_rows(self) -> list[tuple[str, str, str]]:
-        """Return (stage, state, work) of each stage, and a row of totals."""
+        """Return (stage, state, work) of each stage, why prompts are left out, and totals."""
         disk = (
             f"at most {self.disk_bytes / 1e9:.2f} GB of disk ({self.disk_free / 1e9:.0f} GB free)"
         )
+        rows = [(s.stage, s.state, s.work) for s in self.stages]
+        after_capture = 1 + [s.stage for s in self.stages].index("capture") if self.stages else 0
+        rows[after_capture:after_capture] = [
+            ("", "", line) for line in left_out_lines(self.left_out)
+        ]
         return [
-            *((s.stage, s.state, s.work) for s in self.stages),
+            *rows,
             ("total", "", f"{self.answers:,} answers, {disk}"),
         ]
 
@@ -89,25 +110,27 @@ def plan_run(context: RunContext) -> RunPlan:
     """
     context.lm_eval_digests()
     refuse_unsupported_efforts(context)
+    refuse_asking_text_models(context)
     refuse_missing_logprobs(context)
     recipe, num_prompts = context.recipe, len(context.corpus.prompts)
     num_audition, num_test = _count_audition_answers(context), _count_test_answers(context)
-    captured_bytes = (
-        num_prompts
-        * recipe.capture.max_new_tokens
-        * (
-            SAMPLED_BYTES_PER_TOKEN
-            if recipe.capture.distributions == "sampled"
-            else TOPK_BYTES_PER_TOKEN
-        )
+    num_scored = sum(
+        context.are_answers_given or p.conversation.is_document for p in context.corpus.prompts
+    )
+    captured_bytes = _count_captured_tokens(context) * (
+        SAMPLED_BYTES_PER_TOKEN
+        if recipe.capture.distributions == "sampled"
+        else TOPK_BYTES_PER_TOKEN
     )
     num_teachers = len(context.models.teacher_names)
-    num_skipped = context.corpus.num_inputs - num_prompts
+    captured = [f"{num_prompts - num_scored:,} answers"] if num_scored < num_prompts else []
+    captured += [f"{num_scored:,} given texts"] if num_scored else []
     work = {
         "check": f"{num_teachers} tokenizer pairs",
-        "audition": f"at most {num_audition:,} answers by {num_teachers} teachers",
-        "capture": f"{num_prompts:,} answers, at most {captured_bytes / 1e9:.2f} GB "
-        f"({num_skipped:,} prompts left out)",
+        "audition": f"at most {num_audition:,} answers by {num_teachers} teachers"
+        if context.needs_audition
+        else "no question: each skill has one possible teacher",
+        "capture": f"{' and '.join(captured) or 'nothing'}, at most {captured_bytes / 1e9:.2f} GB",
         "train": f"{recipe.training.steps:,} steps of {recipe.training.batch_size} conversations",
         "evaluate": f"{num_test:,} answers by {len(context.models.renderers) + 2} models",
         "lineage": "one record",
@@ -126,22 +149,40 @@ def plan_run(context: RunContext) -> RunPlan:
         states[stage.name] = _stage_state(context, stage, states)
     return RunPlan(
         tuple(StagePlan(s.name, states[s.name], work[s.name]) for s in STAGES),
-        num_audition + num_prompts + num_test,
+        num_audition + num_prompts - num_scored + num_test,
         disk_bytes,
         disk_free,
+        context.corpus.count_removed(),
     )
 
 
+def _count_captured_tokens(context: RunContext) -> int:
+    """Return the most tokens that teachers write or score: a text has at most one a byte."""
+    max_new_tokens = context.recipe.capture.max_new_tokens
+    total = 0
+    for prompt in context.corpus.prompts:
+        if prompt.conversation.is_document:
+            total += len(prompt.conversation.messages[0].text.encode(errors="replace"))
+        elif context.are_answers_given:
+            total += len(prompt.answer.encode(errors="replace"))
+        else:
+            total += max_new_tokens
+    return total
+
+
 def _count_audition_answers(context: RunContext) -> int:
+    if not context.needs_audition:
+        return 0
     num_items = sum(len(items) for _, items in context.held_out_items(Split.AUDITION))
     efforts, models = context.recipe.audition.efforts, context.models
-    return num_items * sum(len(models.measured_efforts(n, efforts)) for n in models.teacher_names)
+    asked = [n for n in models.teacher_names if not models.renderers[n].is_text]
+    return num_items * sum(len(models.measured_efforts(n, efforts)) for n in asked)
 
 
 def _count_test_answers(context: RunContext) -> int:
     tasks = context.held_out_items(Split.TEST)
     efforts, models = context.recipe.evaluation.efforts, context.models
-    names = (STUDENT, BASE, *models.renderers)
+    names = [n for n in (STUDENT, BASE, *models.renderers) if not models.renderer(n).is_text]
     num_answers = sum(len(items) for _, items in tasks) * sum(
         len(models.measured_efforts(name, efforts)) for name in names
     )
@@ -154,7 +195,7 @@ def _count_test_answers(context: RunContext) -> int:
 
 def _stage_state(context: RunContext, stage: Stage, earlier_states: Mapping[str, str]) -> str:
     needed = {
-        "capture": ("audition",),
+        "capture": ("audition",) if context.needs_audition else (),
         "train": ("capture",),
         "evaluate": ("train",),
         "lineage": ("train",),
@@ -170,15 +211,12 @@ def training_bytes(student: StudentSection) -> int:
     """Return the bytes that a training adds to the disk, at most: student and checkpoints.
 
     Checkpoints hold the trained weights: all of them, or the LoRA matrices. Two checkpoints are
-    kept, and a third is written before the oldest is deleted. Returns 0 for a model that is not in
-    a local folder: its size is unknown before it is downloaded.
+    kept, and a third is written before the oldest is deleted. Returns 0 for a model that is not on
+    this machine: its size is unknown before it is downloaded.
     """
     from persea.training.checkpoint import MAX_CHECKPOINTS  # imports torch
 
-    folder = Path(student.model)
-    if not folder.is_dir():
-        return 0
-    shapes = dict(_weight_shapes(folder))
+    shapes = dict(_weight_shapes(student.model))
     num_weights = sum(prod(shape) for shape in shapes.values())
     num_trained = num_weights
     if student.lora:  # each adapted matrix [out, in] gets [rank, in] and [out, rank]
@@ -191,9 +229,15 @@ def training_bytes(student: StudentSection) -> int:
     return BYTES_PER_PARAMETER * (num_weights + ADAM_COPIES * num_trained * (MAX_CHECKPOINTS + 1))
 
 
-def _weight_shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield name and shape of each tensor, from the headers of the safetensors files."""
-    for path in sorted(folder.glob("*.safetensors")):
+def _weight_shapes(model: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield name and shape of each tensor, from the headers of the safetensors or the GGUF file."""
+    gguf = find_gguf(model, "student.model")
+    if gguf is not None:
+        for tensor in gguf_header(gguf, "student.model").tensors:
+            *block, name, kind = ("." + tensor.name).rsplit(".", 2)
+            yield ".".join([*block, GGUF_MATRICES.get(name, name), kind]), tensor.shape
+        return
+    for path in sorted(Path(model).glob("*.safetensors") if Path(model).is_dir() else ()):
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         for name, tensor in header.items():

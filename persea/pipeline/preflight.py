@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from persea.errors import RecipeError
+from persea.errors import DataError, RecipeError
 from persea.evaluation.answering import refuse_choice_items
 from persea.pipeline.run_context import RunContext
 from persea.tasks.task import Split
@@ -38,6 +38,59 @@ def refuse_unsupported_efforts(context: RunContext) -> None:
                     remedy="choose an effort that a teacher supports, or add a teacher that "
                     "supports this one",
                 )
+
+
+def refuse_asking_text_models(context: RunContext) -> None:
+    """Raise if a model without a chat template would have to answer, or to learn answers.
+
+    Raises:
+        DataError: Such a teacher is asked for answers, or cannot be compared with others; the
+            student is given conversations and no template to write them in; or no prompt is left
+            for on-policy steps.
+    """
+    recipe, models = context.recipe, context.models
+    pinned = recipe.audition.pinned
+    for name in models.teacher_names:
+        if not models.renderers[name].is_text:
+            continue
+        if context.needs_audition and name not in pinned.values():
+            raise DataError(
+                f"{name} has no chat template, so an audition cannot ask it",
+                where="audition",
+                remedy=f"pin the skills that it teaches: `audition: {{pinned: {{SKILL: {name}}}}}`",
+            )
+        only_teacher = "" if context.needs_audition else models.teacher_names[0]
+        taught = [s for s in recipe.skills if pinned.get(s, only_teacher) == name]
+        asked = [s for s in taught if s in context.skills_with_prompts]
+        if asked and not context.are_answers_given:
+            raise DataError(
+                f"{name} has no chat template, so it cannot answer the prompts of "
+                f"{', '.join(asked)}",
+                where="corpus",
+                remedy="give it plain texts (`texts:`) or answers to score (`capture: {answers: "
+                "given}`), or choose a teacher with a chat template",
+            )
+    is_unnamed_text = models.student_renderer.is_text and not recipe.student.family
+    if is_unnamed_text and context.skills_with_prompts:
+        raise DataError(
+            "it has no chat template, so it cannot learn the conversations of "
+            f"{', '.join(sorted(context.skills_with_prompts))}",
+            where="student.model",
+            remedy="name a template: `student: {chat_template: FILE.jinja}`; or write `family: "
+            "text` to learn prompt and answer as plain text",
+        )
+    if recipe.training.on_policy and not context.skills_with_prompts:
+        raise DataError(
+            "the corpus has texts only, and the student answers no text",
+            where="training.on_policy",
+            remedy="delete `on_policy:`, or add prompts to the corpus",
+        )
+    if recipe.evaluation.judge and models.renderers[recipe.evaluation.judge].is_text:
+        raise DataError(
+            f"{recipe.evaluation.judge} has no chat template, so it cannot judge answers",
+            where="evaluation.judge",
+            remedy="name a model with a chat template",
+        )
 
 
 def refuse_impossible_training(context: RunContext) -> None:

@@ -17,7 +17,10 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
+from persea.report.text_section import TEXT_TABLE_NOTE, text_columns, text_rows, text_verdict
+
 if TYPE_CHECKING:
+    from persea.evaluation.text_report import TextReport
     from persea.vocab_extension.resize_model import ProgressCallback
 
 # column title -> key of a pair in check.json: these four shares add up to 100 % of the tokens
@@ -155,6 +158,8 @@ def _check_table(teacher: str, pairs: Sequence[dict[str, Any]]) -> Table:
 
 def print_report(report: dict[str, Any]) -> None:
     """Print report.json: student, base and teachers on every skill, with 95 % intervals."""
+    if not report["skills"]:  # held-out texts alone were measured
+        return
     first = next(iter(report["skills"].values()))
     teachers = list(first["teachers"])
     table = Table(
@@ -166,7 +171,10 @@ def print_report(report: dict[str, Any]) -> None:
     )
     for name, skill in report["skills"].items():
         cells = [_score_cell(skill["student"]), _score_cell(skill["base"])]
-        cells += [_score_cell(skill["teachers"][t], t == skill["best_teacher"]) for t in teachers]
+        cells += [
+            _score_cell(score, t == skill["best_teacher"] and score["value"] > 0)
+            for t, score in skill["teachers"].items()
+        ]
         retained = skill["retained"]
         table.add_row(name, *cells, "-" if retained is None else f"{retained:.0%}")
     bits = report["bits_per_byte"]
@@ -185,6 +193,14 @@ def print_report(report: dict[str, Any]) -> None:
         "* best teacher; retained = student / best teacher",
         style="dim",
     )
+
+
+def print_texts(report: TextReport) -> None:
+    """Print bits per byte on held-out texts: a row a language, and the verdict in one line."""
+    print_table(text_columns(report, best_only=True), text_rows(report, best_only=True))
+    console = Console()
+    console.print(TEXT_TABLE_NOTE, style="dim")
+    console.print(text_verdict(report), highlight=False, soft_wrap=True)
 
 
 def _score_cell(score: dict[str, float], is_best: bool = False) -> str:

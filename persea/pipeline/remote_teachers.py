@@ -16,6 +16,7 @@ from persea.config.schema import (
     TeacherSection,
 )
 from persea.errors import MissingRequirementError
+from persea.models.identity import model_name
 from persea.models.loading import ModelSource
 from persea.report.lineage import ParentModel
 from persea.teachers.engines import Engine, EngineOptions, Sampling, find_engine
@@ -81,13 +82,7 @@ def remote_parent(ref: TeacherSection, renderer: ChatRenderer, handshake_file: P
     """
     handshake = storage.read_json(handshake_file)
     is_text_only = ref.model == TEXT_ONLY_MODEL
-    model = (
-        str(handshake["model"])
-        if is_text_only
-        else Path(ref.model).name
-        if Path(ref.model).is_dir()
-        else ref.model
-    )
+    model = str(handshake["model"]) if is_text_only else model_name(ref.model)
     return ParentModel(
         ref.name,
         model,

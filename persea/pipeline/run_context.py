@@ -6,21 +6,24 @@ in `model_refs`, the record of finished stages is in `stage_store`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
 from persea import storage
 from persea.cache.capture import CaptureUnit, plan_units
+from persea.cache.given_answers import refuse_missing_answers
 from persea.chat.messages import ThinkingEffort
 from persea.config.recipe import Recipe
 from persea.data.dedup import DedupOptions
-from persea.data.prompts import Corpus, MalformedLine, build_corpus
+from persea.data.held_out_texts import HeldOutText, read_held_out_texts
+from persea.data.prompts import Corpus, MalformedLine, Prompt, build_corpus
 from persea.errors import DataError, RecipeError
 from persea.evaluation.audition import Cast
 from persea.evaluation.compatibility import ConversationSample
 from persea.pipeline import tasks_and_prompts
-from persea.pipeline.model_refs import ModelRefs
+from persea.pipeline.model_refs import BASE, ModelRefs
 from persea.pipeline.stage_keys import STAGE_VERSIONS
 from persea.pipeline.stage_store import StageStore
 from persea.storage import digest_json
@@ -53,7 +56,23 @@ class RunContext:
         self.models = ModelRefs(self.recipe, self.folder)
         self.stages = StageStore(self.folder)
 
-    # --- tasks and held-out items ---
+    # --- tasks, held-out items and held-out texts ---
+
+    @cached_property
+    def held_out_texts(self) -> tuple[HeldOutText, ...]:
+        """The documents of `evaluation.texts`."""
+        return tuple(
+            text
+            for k, part in enumerate(self.recipe.evaluation.texts)
+            for text in read_held_out_texts(
+                part.texts, part.skill, part.language, f"evaluation.texts.{k}"
+            )
+        )
+
+    @cached_property
+    def held_out_texts_digest(self) -> str:
+        """Digest of the documents of `evaluation.texts`."""
+        return digest_json([[t.text, t.skill, t.language] for t in self.held_out_texts])
 
     @cached_property
     def benchmarks(self) -> tuple[LoadedBenchmark, ...]:
@@ -75,14 +94,35 @@ class RunContext:
         """The skills of the corpus in its order, then the tasks that only benchmarks measure."""
         return tasks_and_prompts.measured_tasks(self.recipe.skills, self.benchmarks)
 
+    @cached_property
+    def evaluated_tasks(self) -> tuple[Task, ...]:
+        """The tasks that the evaluation asks.
+
+        Skills that are taught from texts alone have none, unless the recipe says so: the questions
+        of a generator say nothing about the user's own texts. None at all if the student or all of
+        its teachers have no chat template.
+        """
+        models, generated_tasks = self.models, self.recipe.evaluation.generated_tasks
+        teachers = [models.renderers[name] for name in models.teacher_names]
+        if models.student_renderer.is_text or all(t.is_text for t in teachers):
+            return ()
+        with_prompts = [s for s in self.recipe.skills if s in self.skills_with_prompts]
+        skills = self.recipe.skills if generated_tasks else with_prompts
+        if generated_tasks is False:
+            skills = ()
+        return tasks_and_prompts.measured_tasks(skills, self.benchmarks)
+
     def held_out_items(self, split: Split) -> list[tuple[Task, tuple[TaskItem, ...]]]:
         """Return the held-out items of a split: AUDITION chooses teachers, TEST compares models.
 
         Raises:
             DataError: A task has no item in this split.
         """
-        n = self.recipe.audition.items if split is Split.AUDITION else self.recipe.evaluation.items
-        found = [(task, task.items(split, n, self.recipe.seed)) for task in self.tasks]
+        if split is Split.AUDITION:
+            n, tasks = self.recipe.audition.items, self.tasks
+        else:
+            n, tasks = self.recipe.evaluation.items, self.evaluated_tasks
+        found = [(task, task.items(split, n, self.recipe.seed)) for task in tasks]
         if empty := [task.name for task, items in found if not items]:
             raise DataError(
                 f"no question of {', '.join(empty)} is left for the {split} split",
@@ -113,13 +153,19 @@ class RunContext:
 
     @cached_property
     def check_samples(self) -> tuple[ConversationSample, ...]:
-        """Conversations that check tokenizes: reference answers by language, and texts."""
+        """Conversations that check tokenizes: what is taught, and the texts of the recipe."""
         check = self.recipe.check
+        asked = self.asked_skills
         return tasks_and_prompts.make_check_samples(
-            self.held_out_items(Split.AUDITION),
+            [(t, items) for t, items in self.held_out_items(Split.AUDITION) if t.name in asked],
             check.texts,
             check.max_lines_per_text,
             check.max_answers_per_language,
+            tasks_and_prompts.given_samples(
+                self.corpus.prompts if self.teaches_given_texts else (),
+                self.are_answers_given,
+                check.max_answers_per_language,
+            ),
         )
 
     @cached_property
@@ -134,9 +180,34 @@ class RunContext:
 
     # --- the corpus and its capture ---
 
+    @property
+    def are_answers_given(self) -> bool:
+        """Whether teachers score the answers of the prompt files, and write none."""
+        return self.recipe.capture.answers == "given"
+
+    @property
+    def teaches_given_texts(self) -> bool:
+        """Whether the student learns texts that no teacher wrote."""
+        return self.are_answers_given or any(p.texts is not None for p in self.recipe.corpus)
+
+    @property
+    def skills_with_prompts(self) -> frozenset[str]:
+        """Skills of the corpus with conversations, and not with plain texts alone."""
+        return frozenset(p.skill for p in self.recipe.corpus if p.texts is None)
+
+    @property
+    def asked_skills(self) -> frozenset[str]:
+        """Skills whose prompts teachers answer, and tasks that only benchmarks measure."""
+        asked = frozenset() if self.are_answers_given else self.skills_with_prompts
+        only_given = set(self.recipe.skills) - asked
+        return frozenset(task.name for task in self.tasks if task.name not in only_given)
+
     @cached_property
     def corpus(self) -> Corpus:
-        """The prompts that teachers answer, without held-out items and near-duplicates of them."""
+        """The prompts that teachers answer and the texts that they score.
+
+        Without held-out items and near-duplicates; long texts are split into windows.
+        """
         held_out = [
             i.prompt
             for split in (Split.AUDITION, Split.TEST)
@@ -157,15 +228,33 @@ class RunContext:
             )
             for k, part in enumerate(self.recipe.corpus)
         ]
+        if self.are_answers_given:
+            refuse_missing_answers(parts)
+        corpus = build_corpus(
+            parts,
+            held_out,
+            [part.near_duplicate_threshold for part in self.recipe.corpus],
+            DedupOptions(**self.recipe.dedup.model_dump()),
+            [(text.id, text.text) for text in self.held_out_texts],
+            self.are_answers_given,
+        )
         return replace(
-            build_corpus(
-                parts,
-                held_out,
-                [part.near_duplicate_threshold for part in self.recipe.corpus],
-                DedupOptions(**self.recipe.dedup.model_dump()),
-            ),
+            corpus,
+            prompts=tuple(self.split_documents(corpus.prompts)),
             malformed=tuple(malformed),
         )
+
+    def split_documents(self, prompts: Iterable[Prompt]) -> list[Prompt]:
+        """Split documents into windows that the student and all its teachers take.
+
+        The limits are `training.max_length`, and the context length of each model's configuration.
+        """
+        models = self.models
+        limits = {name: models.max_positions(name) for name in (BASE, *models.teacher_names)}
+        max_length = self.recipe.training.max_length
+        limits[BASE] = min(max_length, limits[BASE] or max_length)
+        renderers = models.renderers | {BASE: models.student_renderer}
+        return tasks_and_prompts.split_documents(prompts, limits, renderers)
 
     @cached_property
     def taught_efforts(self) -> dict[str, tuple[ThinkingEffort, ...]]:
@@ -181,12 +270,41 @@ class RunContext:
 
     @cached_property
     def cast(self) -> Cast:
-        """The teachers of each skill, read from the audition's output.
+        """The teachers of each skill: the audition's, or those that leave nothing to measure.
 
         Raises:
-            DataError: The audition has not run.
+            DataError: The audition has not run, and several teachers may teach a skill.
         """
-        return Cast.from_json(storage.read_json(self.folder / "audition" / "cast.json"))
+        path = self.folder / "audition" / "cast.json"
+        if path.is_file():
+            return Cast.from_json(storage.read_json(path))
+        if self.needs_audition:
+            raise DataError(
+                "no teacher is chosen yet",
+                where=str(path),
+                remedy=f"run `persea audition {self.recipe.source_path}` first, or pin a teacher "
+                "of each skill under audition.pinned",
+            )
+        return self.cast_without_audition
+
+    @property
+    def needs_audition(self) -> bool:
+        """Whether several teachers may teach a skill, so that they must be measured."""
+        pinned = self.recipe.audition.pinned
+        return len(self.models.teacher_names) > 1 and any(
+            skill not in pinned for skill in self.recipe.skills
+        )
+
+    @property
+    def cast_without_audition(self) -> Cast:
+        """The cast where each skill has one possible teacher."""
+        pinned = self.recipe.audition.pinned
+        teacher = self.models.teacher_names[0]
+        return Cast(
+            {skill: ((pinned.get(skill, teacher), 1.0),) for skill in self.recipe.skills},
+            (),
+            tuple(skill for skill in self.recipe.skills if skill in pinned),
+        )
 
     @cached_property
     def capture_units(self) -> tuple[CaptureUnit, ...]:
@@ -204,6 +322,8 @@ class RunContext:
         settings = {
             **sparsity,
             "answers": capture.answers,
+            # format of the answers in a unit: since 2, a given answer is marked as such
+            **({"given": 2} if self.are_answers_given else {}),
             "max_new_tokens": capture.max_new_tokens,
             "batch": capture.batch_size,
             "seed": self.recipe.seed,
@@ -219,7 +339,7 @@ class RunContext:
             self.models.teacher_identities,
             capture.prompts_per_unit,
             settings,
-            longest if capture.answers == "ask" else None,
+            None if self.are_answers_given else longest,
         )
         self._refuse_unsupported_units(units)
         return units

@@ -51,6 +51,8 @@ def check_inputs(context: RunContext) -> object:
 
 def audition_inputs(context: RunContext) -> object:
     """Return the inputs of `audition`, as JSON: everything that its output depends on."""
+    if not context.needs_audition:  # no question is asked
+        return ["without questions", context.cast_without_audition.to_json()]
     return [
         context.models.teacher_identities,
         context.items_digest(Split.AUDITION),
@@ -80,6 +82,7 @@ def train_inputs(context: RunContext) -> dict[str, Any]:
     Checkpoints hold the same value: a training resumes only from a checkpoint with equal inputs.
     Answers that `capture.drop_wrong_answers` rejected are part of it.
     """
+    teach_end = context.recipe.capture.teach_end
     return {
         "training": context.recipe.training.model_dump(mode="json", exclude=OBSERVATION_KEYS),
         "seed": context.recipe.seed,
@@ -88,6 +91,7 @@ def train_inputs(context: RunContext) -> dict[str, Any]:
         "student": context.models.student_identity,
         "capture": digest_json([u.name for u in context.capture_units]),
         "version": STAGE_VERSIONS["train"],
+        **({} if teach_end == "auto" else {"teach_end": teach_end}),
     } | (
         {"verified": [context.stages.read_record("capture")["outputs"]["rejected.json"]]}
         if context.recipe.capture.drop_wrong_answers
@@ -102,6 +106,7 @@ def evaluate_inputs(context: RunContext) -> object:
         context.models.teacher_identities,
         context.items_digest(Split.TEST),
         context.recipe.evaluation.model_dump(exclude=POST_EVALUATION_KEYS),
+        *([context.held_out_texts_digest] if context.recipe.evaluation.texts else []),
     ]
 
 

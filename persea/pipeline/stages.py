@@ -115,7 +115,9 @@ def _check_teacher(
             for s in context.check_samples
             if s.skill != TEXT_FILES_SKILL and s.is_supported_by(renderer)
         ]
-        likelihoods = measure_template_likelihood(loaded, samples)
+        # plain text has no template to compare with none
+        conversations = [] if renderer.is_text else [s for s in samples if not s.is_documents]
+        likelihoods = measure_template_likelihood(loaded, conversations)
         retained_mass = make_retained_mass(loaded, event_map, settings.min_counted_probability)
     pairs = [
         check_pair(
@@ -136,17 +138,27 @@ def _check_teacher(
 def run_audition(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
     """Measure every teacher on every skill, and cast the best teacher for each.
 
-    Teachers answer in rounds until the ranking of a skill is settled.
+    Teachers answer in rounds until the ranking of a skill is settled. Where each skill has one
+    possible teacher, no question is asked. A model without a chat template takes no part: it
+    teaches the skills that it is pinned to.
     """
     from persea.evaluation.answering import answer_items, single_model_loader
     from persea.evaluation.audition import build_cast, cast_markdown
     from persea.evaluation.racing import RaceSettings, compare_efforts, race_teachers
+
+    if not context.needs_audition:
+        cast = context.cast_without_audition
+        storage.write_json(folder / "cast.json", cast.to_json())
+        storage.write_atomic(folder / "table.md", cast_markdown(cast).encode())
+        progress("audition", 1.0, "no question: each skill has one possible teacher")
+        return
 
     settings, max_new_tokens = context.recipe.audition, context.recipe.capture.max_new_tokens
     load = single_model_loader(lambda name: context.models.load_teacher(name, settings.batch_size))
     models = {
         name: context.models.evaluated_model(name, settings.batch_size, settings.efforts, load)
         for name in context.models.teacher_names
+        if not context.models.renderers[name].is_text
     }
     own_efforts = {name: model.efforts[0] for name, model in models.items()}
     tasks = context.held_out_items(Split.AUDITION)
@@ -196,6 +208,8 @@ def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -
         CaptureBudget,
         account_for_prompts,
         capture_summary,
+        count_left_out,
+        left_out_lines,
         quarantine_records,
     )
     from persea.cache.answer_filter import verify_answers
@@ -214,7 +228,7 @@ def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -
             max_kl=settings.max_kl,
             max_new_tokens=settings.max_new_tokens,
             seed=context.recipe.seed,
-            use_given_answers=settings.answers == "given",
+            use_given_answers=context.are_answers_given,
             refuse_if_changed=partial(context.models.refuse_changed_teacher, name),
             on_unit=lambda unit: progress("capture", *budget.record_unit(unit)),
         )
@@ -230,9 +244,10 @@ def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -
         )
         caches = [reader for reader, _ in open_teacher_caches(units, folder)]
         summary["verified"] = verify_answers(caches, items, context.tasks, folder)
-    storage.write_json(
-        folder / "summary.json", summary | account_for_prompts(summary, corpus, quarantine)
-    )
+    summary |= account_for_prompts(summary, corpus, quarantine)
+    storage.write_json(folder / "summary.json", summary)
+    kept = f"{summary['kept']:,} of {summary['in']:,} kept"
+    progress("capture", 1.0, ", ".join([kept, *left_out_lines(count_left_out(summary))]))
 
 
 def run_train(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
@@ -252,6 +267,7 @@ def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) 
         evaluate_model,
         find_regressions,
     )
+    from persea.report.claims import NOTHING_MEASURED
 
     tasks, settings = context.held_out_items(Split.TEST), context.recipe.evaluation
     teacher_names, renderers = context.models.teacher_names, context.models.renderers
@@ -261,10 +277,15 @@ def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) 
     )
     answers = EvaluationAnswers()
 
-    def model_progress(k: int, fraction: float, message: str) -> None:
-        progress("evaluate", (k + fraction) / len(names), message)
+    if not tasks and not context.held_out_texts:
+        progress("evaluate", 1.0, NOTHING_MEASURED)
+    # the texts' part of the stage, in models' worth of work
+    num_parts = len(names) * ((len(tasks) > 0) + (len(context.held_out_texts) > 0))
 
-    for k, name in enumerate(names):
+    def model_progress(k: int, fraction: float, message: str) -> None:
+        progress("evaluate", (k + fraction) / num_parts, message)
+
+    for k, name in enumerate(names if tasks else ()):
         evaluate_model(
             answers,
             context.models.evaluated_model(name, settings.batch_size, settings.efforts, load),
@@ -282,12 +303,18 @@ def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) 
         tuple(name for name in renderers if name not in teacher_names),
         compare_student(answers, STUDENT),
         find_regressions(answers, STUDENT, BASE),
+        tuple(n for n in names if context.models.renderer(n).is_text),
     )
     records = list(answers.iter_answer_records())
     storage.write_json_lines(folder / "examples.jsonl", records)
     storage.write_json(folder / "evaluation.json", result.to_json())
     storage.write_json(folder / "sets.json", [b.to_json() for b in context.benchmarks])
-    if context.taught_efforts:
+    if context.held_out_texts:
+        from persea.pipeline.evaluate_texts import evaluate_texts
+
+        done = num_parts - len(names)
+        evaluate_texts(context, folder, load, lambda f, m: model_progress(done, f * len(names), m))
+    if context.taught_efforts and tasks:
         _write_thinking_modes(context, folder, load(STUDENT), records, progress)
 
 
@@ -369,6 +396,8 @@ def run_pipeline(context: RunContext, progress: ProgressCallback, only_stage: st
     """
     set_threads(context.recipe.threads)
     preflight.refuse_unsupported_efforts(context)
+    if only_stage in ("", "check", "audition", "capture", "train"):
+        preflight.refuse_asking_text_models(context)
     context.lm_eval_digests()
     preflight.refuse_missing_logprobs(context)
     with join_process_group(context.world):

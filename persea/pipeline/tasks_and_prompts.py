@@ -8,10 +8,13 @@ from functools import cache, partial
 from pathlib import Path
 
 from persea.cache.answer_filter import QuestionKey, question_key
-from persea.chat.messages import Conversation, ThinkingEffort
+from persea.chat.messages import Conversation, Text, ThinkingEffort
+from persea.chat.renderer import ChatRenderer
 from persea.config.schema import BenchmarkSection, CorpusSection, TeacherSection
 from persea.data.formats import read_prompts
 from persea.data.prompts import MalformedLine, Prompt, assign_efforts
+from persea.data.text_files import read_documents
+from persea.data.windows import MIN_WINDOW_TOKENS, TokenLimit, split_document
 from persea.errors import DataError, TeacherError
 from persea.evaluation.compatibility import ConversationSample, read_texts, reference_samples
 from persea.tasks import benchmarks as benchmark_tasks
@@ -139,7 +142,7 @@ def load_part_prompts(
     """Load the prompts of one part of the corpus, and assign thinking efforts to them.
 
     Args:
-        part: The part: a file of prompts, or a number of generated ones.
+        part: The part: a file of prompts or of texts, or a number of generated prompts.
         where: Place in the recipe, for messages.
         tasks: The run's tasks.
         skill_names: Skills that the corpus names.
@@ -149,14 +152,19 @@ def load_part_prompts(
     Raises:
         DataError: A prompt is of a skill that no part names, or a task has too few questions.
     """
+    quarantine = on_malformed if part.on_malformed == "quarantine" else None
+    if part.texts is not None:
+        documents = read_documents(
+            Path(part.texts), part.column or "", quarantine, part.max_line_bytes
+        )
+        return [
+            Prompt(location, Conversation.from_document(text), part.skill, part.language)
+            for location, text in documents
+        ]
     if part.file is not None:
         prompts = list(
             read_prompts(
-                Path(part.file),
-                part.skill,
-                part.language,
-                on_malformed if part.on_malformed == "quarantine" else None,
-                part.max_line_bytes,
+                Path(part.file), part.skill, part.language, quarantine, part.max_line_bytes
             )
         )
         for prompt in prompts:
@@ -182,6 +190,48 @@ def load_part_prompts(
     )
 
 
+def split_documents(
+    prompts: Iterable[Prompt], max_tokens: Mapping[str, int], renderers: Mapping[str, ChatRenderer]
+) -> list[Prompt]:
+    """Split documents into windows that every model takes; prompts stay as they are.
+
+    Args:
+        prompts: Prompts and documents.
+        max_tokens: Model name -> longest sequence it takes, in its tokens; 0 = any length.
+        renderers: Model name -> chat renderer.
+
+    Returns:
+        The prompts in order. A window has the id of its document, @ and its first byte, unless it
+        is the whole document.
+    """
+    limits: list[TokenLimit] = []
+    windowed: list[Prompt] = []
+    for prompt in prompts:
+        if not prompt.conversation.is_document:
+            windowed.append(prompt)
+            continue
+        limits = limits or [
+            TokenLimit(
+                renderers[name].vocabulary,
+                max(MIN_WINDOW_TOKENS, most - renderers[name].document_tokens.count),
+            )
+            for name, most in max_tokens.items()
+            if most
+        ]
+        windows = split_document(prompt.conversation.messages[0].text, limits)
+        if len(windows) < 2:
+            windowed.append(prompt)
+            continue
+        first_byte = 0
+        for k, window in enumerate(windows, start=1):
+            conversation = Conversation.from_document(window, ends=k == len(windows))
+            windowed.append(
+                replace(prompt, id=f"{prompt.id}@{first_byte}", conversation=conversation)
+            )
+            first_byte += len(window.encode())
+    return windowed
+
+
 def items_by_question(
     parts: Iterable[CorpusSection], tasks: Sequence[Task], prompts: Iterable[Prompt], seed: int
 ) -> dict[QuestionKey, TaskItem]:
@@ -205,22 +255,54 @@ def items_by_question(
     }
 
 
+def given_samples(
+    prompts: Iterable[Prompt], are_answers_given: bool, max_texts: int = 64
+) -> list[ConversationSample]:
+    """Return the given answers and documents that the student learns, by skill and language.
+
+    Args:
+        prompts: The corpus.
+        are_answers_given: Whether the prompts' own answers are learned.
+        max_texts: Texts of one skill and language, at most; evenly spread over the corpus.
+    """
+    found: dict[tuple[str, str, bool], list[tuple[str, Conversation]]] = {}
+    for p in prompts:
+        is_document = p.conversation.is_document
+        if is_document or are_answers_given:
+            learned = p.conversation if is_document else p.conversation.with_answer(Text(p.answer))
+            key = p.skill, p.language, is_document
+            found.setdefault(key, []).append((p.id, learned))
+    samples = []
+    for (skill, language, _), texts in found.items():
+        count = min(max_texts, len(texts))
+        chosen = [texts[k * len(texts) // count] for k in range(count)]
+        labels, conversations = zip(*chosen, strict=True)
+        samples.append(ConversationSample(skill, language, conversations, labels))
+    return samples
+
+
 def make_check_samples(
     held_out: Iterable[tuple[Task, Sequence[TaskItem]]],
     texts: Mapping[str, str],
     max_lines: int,
     max_answers: int = 64,
+    given: Iterable[ConversationSample] = (),
 ) -> tuple[ConversationSample, ...]:
-    """Return the conversations that check tokenizes: reference answers by language, and texts.
+    """Return the conversations that check tokenizes.
+
+    They are what is taught: given answers and documents, the reference answers of the questions
+    that teachers are asked, and the texts that the recipe names for the check.
 
     Args:
-        held_out: Tasks and their held-out items.
+        held_out: Tasks whose prompts teachers answer, and their held-out items.
         texts: Language -> text file.
         max_lines: Lines of each text, at most.
         max_answers: Reference answers of one skill and language, at most. They are short and
             similar: more of them change no share by much.
+        given: Given answers and documents.
     """
     return (
+        *given,
         *reference_samples(held_out, max_answers),
         *(read_texts(language, file, max_lines) for language, file in texts.items()),
     )

@@ -135,6 +135,7 @@ def train_rank(
         seed=context.recipe.seed,
         max_length=t.max_length,
         partial_tokens=t.partial_tokens,
+        teach_end=context.recipe.capture.teach_end,
     )
     trained, held_out = (
         dataset.train_test_split(t.validation_share) if t.validation_share else (dataset, None)
@@ -195,7 +196,7 @@ def _load_rollouts(
     assignments = (
         (prompt, name)
         for prompt, name in assign_prompts(context.corpus.prompts, context.cast)
-        if prompt.id not in held_out
+        if prompt.id not in held_out and not prompt.conversation.is_document
     )
     return build_rollouts(
         assignments,

@@ -25,6 +25,11 @@ from persea.report.text import (
 MAX_LISTED = 4
 
 
+NOTHING_MEASURED = (
+    "Nothing was measured: name held-out texts of your own under evaluation.texts in the recipe."
+)
+
+
 def headline(comparisons: Sequence[SkillComparison]) -> str:
     """Return one sentence: the retained shares of the best teacher's score, best first, the lowest
     named as such.

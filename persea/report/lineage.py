@@ -28,8 +28,10 @@ class ParentModel:
         model: Hub name, or the last name of a local folder.
         revision: Revision on the hub.
         family: Its family.
-        licence: The licence in the recipe, or else the usual one of the family.
+        licence: The licence in the recipe, or else the usual one of the family; of a GGUF file, the
+            one in its metadata, or "unknown".
         fingerprint: Digest of its files.
+        gguf: Of a GGUF file: its name, sha256, quantisation, model name and licence.
     """
 
     name: str
@@ -38,6 +40,12 @@ class ParentModel:
     family: str
     licence: str
     fingerprint: str
+    gguf: Mapping[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the parent as JSON; `gguf` only for a GGUF file."""
+        record = asdict(self)
+        return record if self.gguf else {k: v for k, v in record.items() if k != "gguf"}
 
 
 def lineage_record(
@@ -73,8 +81,8 @@ def lineage_record(
         )
     return {
         "student": {"sha256": weights},
-        "base": asdict(base),
-        "teachers": [asdict(t) for t in teachers],
+        "base": base.to_json(),
+        "teachers": [t.to_json() for t in teachers],
         "recipe_hash": recipe_hash,
         "data": dict(data),
         "cast": {

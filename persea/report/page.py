@@ -21,8 +21,9 @@ from persea.chat.messages import ThinkingEffort
 from persea.evaluation.audition import CAST_TABLE_COLUMNS, cast_table
 from persea.evaluation.lm_eval_results import LmEvalResult, read_lm_eval_results
 from persea.evaluation.racing import StopReason
+from persea.evaluation.text_report import TextReport
 from persea.report import svg, text
-from persea.report.claims import claims, headline
+from persea.report.claims import NOTHING_MEASURED, claims, headline
 from persea.report.model_card import model_card_front_matter
 from persea.report.result_charts import (
     mean_group_shares,
@@ -37,6 +38,15 @@ from persea.report.skill_comparison import (
     difference_order,
     scores_by_effort,
     scores_by_language,
+)
+from persea.report.text_section import (
+    TEXT_TABLE_NOTE,
+    read_text_report,
+    render_text_section,
+    text_columns,
+    text_headline,
+    text_rows,
+    text_verdict,
 )
 from persea.report.thinking_section import read_thinking_modes, render_thinking_section
 from persea.tasks.task import PairedComparison, Score
@@ -222,35 +232,49 @@ def write_report(
         s for name, path in (lm_eval_files or {}).items() for s in read_lm_eval_results(name, path)
     ]
     where = str(run_folder / "evaluate" / "evaluation.json")
+    texts = read_text_report(run_folder)
     comparisons = compare_skills(files.evaluation, where)
-    context = _template_context(files, comparisons, lm_eval_results)
+    context = _template_context(files, comparisons, lm_eval_results, texts)
     context["thinking_section"] = render_thinking_section(modes)
     page = _render_template("page.html.jinja", context)
     card = _render_template("model_card.md.jinja", context)
     summary = report_summary(files, comparisons, lm_eval_results)
     folder = out_folder or run_folder / "report"
-    storage.write_json(
-        folder / "report.json", summary | ({"modes": modes.to_json()} if modes else {})
-    )
+    summary |= {"modes": modes.to_json()} if modes else {}
+    if texts:
+        summary |= {"texts": texts.to_json() | {"verdict": text_verdict(texts)}}
+    storage.write_json(folder / "report.json", summary)
     storage.write_atomic(folder / "README.md", card)
     storage.write_atomic(folder / "index.html", page)
     return folder / "index.html"
 
 
 def _template_context(
-    files: RunFiles, comparisons: Sequence[SkillComparison], lm_eval_results: Sequence[LmEvalResult]
+    files: RunFiles,
+    comparisons: Sequence[SkillComparison],
+    lm_eval_results: Sequence[LmEvalResult],
+    texts: TextReport | None,
 ) -> dict[str, Any]:
     evaluation = files.evaluation
+    findings = claims(evaluation, comparisons) if comparisons else ()
+    heading = headline(comparisons) if comparisons else "" if texts else NOTHING_MEASURED
+    if texts:
+        findings, heading = (heading, *findings) if heading else findings, text_headline(texts)
     training_plots, teacher_shares = training_charts(files)
-    score_matrix, gap_chart, language_charts = overview_charts(evaluation, comparisons)
+    charts = overview_charts(evaluation, comparisons) if comparisons else ("", "", {})
+    score_matrix, gap_chart, language_charts = charts
     measured_efforts = {s.effort for s in evaluation.scores}
     bits = evaluation.bits_per_byte.values()
     return {
         "files": files,
         "evaluation": evaluation,
         "comparisons": comparisons,
-        "headline": headline(comparisons),
-        "findings": claims(evaluation, comparisons),
+        "headline": heading,
+        "findings": findings,
+        "text_section": render_text_section(texts, evaluation),
+        "text_columns": text_columns(texts) if texts else (),
+        "text_rows": text_rows(texts) if texts else (),
+        "text_note": TEXT_TABLE_NOTE,
         "languages": scores_by_language(evaluation),
         "efforts": scores_by_effort(evaluation),
         "measured_efforts": [x for x in ThinkingEffort if x in measured_efforts],

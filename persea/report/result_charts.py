@@ -42,7 +42,7 @@ def overview_charts(
         The matrix of skills and models; the gaps between base and best teacher; skill -> matrix of
         languages and models, for skills with several languages.
     """
-    columns = [(name, evaluation.mark(name)) for name in evaluation.model_names]
+    columns = [(name, evaluation.mark(name)) for name in evaluation.asked_models]
     matrix = svg.heatmap(
         "all",
         "scores by skill and model",

@@ -49,6 +49,12 @@ class EvaluationRecord:
     bits_per_byte: dict[str, dict[str, float]]
     compared: tuple[PairedComparison, ...]
     regressions: tuple[PairedComparison, ...]
+    not_asked: tuple[str, ...] = ()
+
+    @property
+    def asked_models(self) -> tuple[str, ...]:
+        """The models that answered questions: all but those without a chat template."""
+        return tuple(name for name in self.model_names if name not in self.not_asked)
 
     @property
     def model_names(self) -> tuple[str, ...]:

@@ -97,17 +97,18 @@ def compare_skills(evaluation: EvaluationRecord, where: str) -> tuple[SkillCompa
         where: Its file, for the message.
 
     Returns:
-        One comparison for each skill.
+        One comparison for each skill; none where no question was asked, as after teaching plain
+        texts alone.
 
     Raises:
         DataError: If a score or a comparison is missing, or a score has no items.
     """
     comparisons = []
     for skill in dict.fromkeys(s.skill for s in evaluation.scores):
-        scores = [_pick_score(evaluation, name, skill, "") for name in evaluation.model_names]
+        scores = [_pick_score(evaluation, name, skill, "") for name in evaluation.asked_models]
         missing = [
             name
-            for name, s in zip(evaluation.model_names, scores, strict=True)
+            for name, s in zip(evaluation.asked_models, scores, strict=True)
             if s is None or s.n == 0
         ]
         if missing:
@@ -117,7 +118,7 @@ def compare_skills(evaluation: EvaluationRecord, where: str) -> tuple[SkillCompa
                 remedy="evaluate every model on every skill: run evaluate again",
             )
         student, base, *others = (s for s in scores if s is not None)
-        num_teachers = len(evaluation.teachers)
+        num_teachers = len(set(evaluation.teachers) & set(evaluation.asked_models))
         teachers, reference_models = tuple(others[:num_teachers]), tuple(others[num_teachers:])
         versus_best, versus_base = (
             evaluation.find_pair(other, skill, "", evaluation.effort)
@@ -134,7 +135,7 @@ def compare_skills(evaluation: EvaluationRecord, where: str) -> tuple[SkillCompa
                 skill, student, base, teachers, reference_models, versus_best, versus_base
             )
         )
-    if not comparisons:
+    if not comparisons and evaluation.compared:
         raise DataError(
             "no skill was measured",
             where=where,

@@ -205,6 +205,47 @@ def gap_chart(
     return _svg(element_id, title, f"{'; '.join(descriptions)}.", bottom + 24, body)
 
 
+def bits_chart(element_id: str, title: str, rows: Sequence[tuple[str, Sequence[Dot], str]]) -> str:
+    """Draw bits per byte of a few models in each language, on a common axis.
+
+    Args:
+        element_id: Unique id in the page.
+        title: Title for screen readers.
+        rows: (row name, one dot for each model: base, student and best teacher, text at the end).
+
+    Returns:
+        SVG.
+    """
+    left, right, pitch = 96, CHART_WIDTH - 62, 30
+    bottom = 8 + pitch * len(rows)
+    ends = [v for _, dots, _ in rows for d in dots for v in (d.low, d.high)]
+    ticks = nice_ticks(max(0.0, min(ends)), max(ends))
+
+    def x(bits: float) -> float:
+        return left + (right - left) * (bits - ticks[0]) / (ticks[-1] - ticks[0])
+
+    body = []
+    for tick in ticks:
+        body.append(_line("grid", x(tick), 8, x(tick), bottom))
+        body.append(_text(f"{tick:.4g}", x(tick), bottom + 17, "mid tick"))
+    descriptions = []
+    for k, (name, dots, end) in enumerate(rows):
+        y = 8 + pitch * (k + 0.5)
+        base, student, *others = dots
+        line_class = "went" if student.value <= base.value else "fell"
+        body += [
+            _text(_truncate(name, 14), 0, y + 4.5, "name"),
+            *(_line("way", x(base.value), y, x(o.value), y) for o in others),
+            _line(line_class, x(base.value), y, x(student.value), y),
+            *(_line(f"whisker {d.mark}", x(d.low), y, x(d.high), y) for d in dots),
+            *(glyph(d.mark, x(d.value), y) for d in (*others, base, student)),
+            _text(end, CHART_WIDTH, y + 4.5, "end value"),
+        ]
+        models = ", ".join(f"{d.label} {d.value:.3f}" for d in dots)
+        descriptions.append(f"{name}: {models}, gap closed {end}")
+    return _svg(element_id, title, f"{'; '.join(descriptions)}.", bottom + 24, body)
+
+
 def line_chart(element_id: str, title: str, values: Sequence[tuple[int, float]]) -> str:
     """Draw a quantity over training steps; the description gives the number of steps per point.
 

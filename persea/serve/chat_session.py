@@ -40,10 +40,17 @@ def load_chat_model(model_ref: str) -> Teacher:
     """Load a model for a conversation: a model folder, hub id or run folder (then its student).
 
     Raises:
-        DataError: There is no such model.
+        DataError: There is no such model, or it has no chat template.
     """
     source, template_date = resolve_model_source(model_ref, "chat")
     renderer = load_renderer(source, "chat", template_date)
+    if renderer.is_text:
+        raise DataError(
+            f"{model_ref} has no chat template, so it cannot chat",
+            where="chat",
+            remedy="add chat_template.jinja to its folder, or let it continue a text: persea "
+            "serve, /v1/completions",
+        )
     model = load_model(source, renderer, "chat")
     engine = TransformersEngine(model, len(renderer.vocabulary), batch_size=1)
     name = Path(model_ref).name

@@ -71,6 +71,12 @@ class Routes:
     async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation."""
         self._refuse_other_model(body.model)
+        if self.renderer.is_text:
+            raise DataError(
+                f"{self.served_model.name} has no chat template, so it cannot answer",
+                where="/v1/chat/completions",
+                remedy="let it continue a text: /v1/completions",
+            )
         conversation = body.to_conversation(self.renderer.family)
         rendered = await asyncio.to_thread(self.renderer.render_prompt, conversation)
         prompt = rendered.ids_T.tolist()

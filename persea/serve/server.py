@@ -36,8 +36,8 @@ def load_served_model(model: str, name: str = "") -> ServedModel:
     """Load a model to serve.
 
     Args:
-        model: Model folder, hub id or run folder (then its student).
-        name: Name in the routes; by default the name of the folder, or the hub id.
+        model: Model folder, GGUF file, hub id or run folder (then its student).
+        name: Name in the routes; by default the name of the folder or file, or the hub id.
 
     Raises:
         DataError: There is no such model.
@@ -45,8 +45,8 @@ def load_served_model(model: str, name: str = "") -> ServedModel:
     source, template_date = resolve_model_source(model, "serve")
     renderer = load_renderer(source, "serve", template_date)
     engine = TransformersEngine(load_model(source, renderer, "serve"), len(renderer.vocabulary))
-    folder = Path(model).expanduser()
-    default_name = folder.resolve().name if folder.is_dir() else model
+    path = Path(model).expanduser()
+    default_name = path.resolve().name if path.exists() else model
     return ServedModel(name or default_name, renderer, engine, engine.max_context_tokens)
 
 

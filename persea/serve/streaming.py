@@ -175,7 +175,7 @@ class StreamingAnswerParser:
         self.ids.append(token)
         if token in self.renderer.stop_ids:
             return {}
-        pieces = self.renderer.vocabulary.decode_pieces(self.ids)
+        pieces = self.renderer.decode_answer(self.ids, self.effort)
         parts = next(
             (
                 p

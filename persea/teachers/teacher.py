@@ -38,6 +38,7 @@ class Answer:
         effort: Thinking effort that the prompt requested; None for the teacher's own.
         failure_reason: Why there is no answer, for finish REFUSED. Empty where the teacher's
             template cannot render the prompt or a server's content filter refused it.
+        given: Whether the prompt brought the answer, and the teacher only scored it.
     """
 
     prompt_id: str
@@ -48,14 +49,20 @@ class Answer:
     finish: FinishReason
     effort: ThinkingEffort | None = None
     failure_reason: str = ""
+    given: bool = False
 
     @property
     def text(self) -> str:
         """Text of the answer, without its thinking."""
         return self.conversation.messages[-1].text
 
+    @property
+    def is_own(self) -> bool:
+        """Whether the teacher wrote the text itself: no given answer and no document."""
+        return not self.given and not self.conversation.is_document
+
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON. Without an effort there is no key `mode`, as in older caches."""
+        """Return plain JSON. Keys without a value are absent, as in older caches."""
         value = {
             "prompt_id": self.prompt_id,
             "teacher": self.teacher,
@@ -64,7 +71,11 @@ class Answer:
             "conversation": self.conversation.to_json(),
             "finish": self.finish.value,
         }
-        return value if self.effort is None else value | {"mode": self.effort.value}
+        return (
+            value
+            | ({} if self.effort is None else {"mode": self.effort.value})
+            | ({"given": True} if self.given else {})
+        )
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> Answer:
@@ -77,6 +88,7 @@ class Answer:
             Conversation.from_json(value["conversation"]),
             FinishReason(value["finish"]),
             ThinkingEffort(value["mode"]) if "mode" in value else None,
+            given=value.get("given", False),
         )
 
 
@@ -222,14 +234,29 @@ class Teacher:
         """
         tokens = [self.renderer.render(c) for c in conversations]
         ids, loss_masks = [t.ids_T for t in tokens], [t.loss_mask_T for t in tokens]
+        yield from zip(tokens, self.score_token_ids(ids, loss_masks), strict=True)
+
+    def score_token_ids(
+        self,
+        sequences: Sequence[npt.NDArray[np.int32]],
+        loss_masks: Sequence[npt.NDArray[np.bool_]],
+    ) -> Iterator[npt.NDArray[np.float32]]:
+        """Compute the log-probability of each token in the mask, without any template.
+
+        Args:
+            sequences: Token ids, int32 [T] each.
+            loss_masks: True for the tokens to score, bool [T] each; never the first.
+
+        Yields:
+            Natural-log probabilities, float32 [N].
+
+        Raises:
+            TeacherError: The engine returns none (`is_text_only`), or failed on a sequence.
+        """
         if self.engine.capabilities.has_full_distributions:
-            scored = zip(tokens, self.engine.compute_logprobs(ids, loss_masks), strict=True)
-            for one, logprobs_NW in scored:
-                targets_N = one.ids_T[one.loss_mask_T]
-                yield one, logprobs_NW[np.arange(len(targets_N)), targets_N].numpy()
+            yield from self._score_with_full_distributions(sequences, loss_masks)
             return
-        distributions = self.engine.compute_sparse_distributions(ids, loss_masks)
-        for one, result in zip(tokens, distributions, strict=True):
+        for result in self.engine.compute_sparse_distributions(sequences, loss_masks):
             if (
                 not isinstance(result, SparseDistributions)
                 or np.isnan(result.target_logprob_N).any()
@@ -241,4 +268,22 @@ class Teacher:
                     where=self.name,
                     remedy="docs/engines.md lists what each engine supports",
                 )
-            yield one, result.target_logprob_N
+            yield result.target_logprob_N
+
+    def _score_with_full_distributions(
+        self,
+        sequences: Sequence[npt.NDArray[np.int32]],
+        loss_masks: Sequence[npt.NDArray[np.bool_]],
+    ) -> Iterator[npt.NDArray[np.float32]]:
+        """Keep one number of each row: the rows of a long text do not fit into memory together."""
+        targets = [ids_T[mask_T] for ids_T, mask_T in zip(sequences, loss_masks, strict=True)]
+        pieces: dict[int, list[npt.NDArray[np.float32]]] = {}
+        done = 0
+        for index, logprobs_NW in self.engine.iter_logprobs(sequences, loss_masks):
+            mine = pieces.setdefault(index, [])
+            begin = sum(map(len, mine))
+            target_N = targets[index][begin : begin + len(logprobs_NW)]
+            mine.append(logprobs_NW[np.arange(len(target_N)), target_N].numpy())
+            while done in pieces and sum(map(len, pieces[done])) == len(targets[done]):
+                yield np.concatenate(pieces.pop(done))
+                done += 1

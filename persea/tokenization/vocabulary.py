@@ -22,10 +22,19 @@ import numpy.typing as npt
 from tokenizers import AddedToken, Tokenizer, models
 
 from persea.errors import DataError
+from persea.tokenization.control_tokens import ControlFlags, read_control_flags
+from persea.tokenization.prefix_space import PrefixSpace, find_prefix_space, remove_prefix_space
 
 # An added token of this shape controls the model and is never text, also where its tokenizer does
 # not declare it special, such as DeepSeek's <｜User｜> with wide bars.
 CONTROL_MARKER = r"<([|｜]).*\1>"
+
+# A tokenizer may write a space before a text if a normaliser or pre-tokenizer of it matches.
+PREFIX_PATTERN = re.compile(r'"Prepend"|"Metaspace"|"add_prefix_space":\s*true')
+LOSSY_REMEDY = (
+    "no distribution of this model can be used: let it teach with its text alone, from a chat "
+    "server (`model: text_only`, docs/engines.md)"
+)
 
 # Encoded and decoded when a vocabulary is loaded: scripts, split characters, spaces, controls.
 ROUND_TRIP_PROBES = (
@@ -76,11 +85,16 @@ class Vocabulary:
 
     Attributes:
         name: Name in messages (a path or a model name).
-        backend: The `tokenizers` tokenizer. It encodes control tokens in a text as text.
+        backend: The `tokenizers` tokenizer. It encodes control tokens in a text as text, and writes
+            no space before a text.
         bytes_W: Bytes of each id; None for a control token and for an unused id.
         control_token_ids: Control token -> id.
         digest: sha256 of the tokenizer's whole definition.
         byte_level: True for byte-level BPE, False for SentencePiece with byte fallback.
+        prefix_space: Where the tokenizer itself writes a space before a text; None for nowhere.
+        control_flags: Control token -> its flags; only those that have any.
+        original: The tokenizer as it is, to compare renderings with; None where its control tokens
+            have no flags and it writes no space.
     """
 
     name: str
@@ -89,6 +103,9 @@ class Vocabulary:
     control_token_ids: Mapping[str, int] = field(repr=False)
     digest: str
     byte_level: bool
+    prefix_space: PrefixSpace | None = None
+    control_flags: Mapping[str, ControlFlags] = field(default_factory=dict, repr=False)
+    original: Tokenizer | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.bytes_W)
@@ -102,6 +119,15 @@ class Vocabulary:
     def control_names(self) -> dict[int, str]:
         """Id -> control token."""
         return {i: name for name, i in self.control_token_ids.items()}
+
+    def prefix_space_before(self, text: str, is_first: bool = True) -> str:
+        """Return the space that the tokenizer writes before a run of text, or "".
+
+        Args:
+            text: The text between two control tokens, not empty.
+            is_first: Whether no control token comes before it.
+        """
+        return "" if self.prefix_space is None else self.prefix_space.before(text, is_first)
 
     @cached_property
     def missing_bytes(self) -> bytes:
@@ -139,6 +165,9 @@ class Vocabulary:
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a plain text: no template, no BOS, never a control token.
+
+        A tokenizer that writes a space before a text writes none here: the ids have exactly the
+        text's bytes. `prefix_space_before` returns the space.
 
         Raises:
             DataError: The ids do not decode to the same bytes.
@@ -281,11 +310,8 @@ def load_vocabulary(
         elif bytes_W[i] is None:
             bytes_W[i] = added_token.content.encode()
     definition = backend.to_str()
-    plain = Tokenizer.from_str(definition)
-    plain.no_padding()
-    plain.no_truncation()
-    plain.add_special_tokens([AddedToken(c, special=True, normalized=False) for c in control])
-    plain.encode_special_tokens = True  # a control token in a text is encoded as text
+    plain, prefix_space = _open_plain(backend, definition, control, name)
+    flags = read_control_flags(added.values(), control)
     vocabulary = Vocabulary(
         name,
         plain,
@@ -293,6 +319,9 @@ def load_vocabulary(
         control,
         hashlib.sha256(definition.encode()).hexdigest(),
         byte_level,
+        prefix_space,
+        flags,
+        _copy(definition) if prefix_space or flags or _normalizes_any(backend, control) else None,
     )
     probes = [unicodedata.normalize("NFC", p) for p in ROUND_TRIP_PROBES]
     if vocabulary.missing_bytes:
@@ -300,6 +329,67 @@ def load_vocabulary(
         probes = ["".join(c for c in p if c not in unwritable) for p in probes]
     vocabulary.encode_batch(probes)
     return vocabulary
+
+
+def _copy(definition: str) -> Tokenizer:
+    """Return a tokenizer without padding and truncation."""
+    tokenizer = Tokenizer.from_str(definition)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _open_plain(
+    backend: Tokenizer, definition: str, control: Mapping[str, int], name: str
+) -> tuple[Tokenizer, PrefixSpace | None]:
+    """Return the tokenizer that encodes text alone, and where the original writes a space.
+
+    Raises:
+        DataError: The original writes spaces by a rule that is not known.
+    """
+    states = [
+        part.__getstate__().decode() if part else ""
+        for part in (backend.normalizer, backend.pre_tokenizer)
+    ]
+    if not PREFIX_PATTERN.search(" ".join(states)):
+        return _as_text_only(_copy(definition), control), None
+    spec = json.loads(definition)
+    if not remove_prefix_space(spec):
+        return _as_text_only(_copy(definition), control), None
+    plain, original = _as_text_only(_copy(json.dumps(spec)), control), _copy(definition)
+    lead = next(
+        (
+            t.content
+            for t in original.get_added_tokens_decoder().values()
+            if t.special and not (t.normalized or t.lstrip or t.rstrip or t.single_word)
+        ),
+        "",
+    )
+    probes = [unicodedata.normalize("NFC", p) for p in ROUND_TRIP_PROBES]
+    prefix_space = find_prefix_space(original, plain, lead, probes)
+    if prefix_space is None:
+        raise DataError(
+            "the tokenizer writes spaces that are not in the text, by no rule that persea knows",
+            where=name,
+            remedy=LOSSY_REMEDY,
+        )
+    return plain, prefix_space
+
+
+def _as_text_only(plain: Tokenizer, control: Mapping[str, int]) -> Tokenizer:
+    """Return the tokenizer, changed to encode a control token in a text as text."""
+    plain.add_special_tokens([AddedToken(c, special=True, normalized=False) for c in control])
+    plain.encode_special_tokens = True
+    return plain
+
+
+def _normalizes_any(backend: Tokenizer, control: Mapping[str, int]) -> bool:
+    """Return whether a normaliser changes the text before a control token is looked for in it."""
+    state = json.loads(backend.normalizer.__getstate__()) if backend.normalizer else {}
+    types = {n["type"] for n in state.get("normalizers", [state]) if n}
+    return bool(types - {"NFC"}) and any(
+        t.normalized and t.content in control for t in backend.get_added_tokens_decoder().values()
+    )
 
 
 def _is_byte_level(backend: Tokenizer, name: str) -> bool:

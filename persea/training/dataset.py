@@ -29,6 +29,7 @@ from persea.losses import BatchTargets, EventTargets, build_batch_targets, conca
 from persea.training.dataset_stats import DatasetStats, DatasetSurvey
 from persea.training.example import (
     Example,
+    TeachEnd,
     align_answer,
     build_example,
     render_answer,
@@ -101,6 +102,9 @@ class DistillDataset(torch.utils.data.Dataset[Example]):
         seed: seed of the order of `batch(step)`.
         max_length: longest example in student tokens.
         partial_tokens: whether student tokens that begin inside a teacher token get targets too.
+        teach_end: whether the teacher's distribution at the end of a text is used: "auto" = where
+            the teacher wrote the text, not at the end of given answers and documents; "always" or
+            "never".
 
     Attributes:
         stats: counts of examples and of skipped answers.
@@ -138,6 +142,7 @@ class DistillDataset(torch.utils.data.Dataset[Example]):
         seed: int = 0,
         max_length: int = 512,
         partial_tokens: bool = False,
+        teach_end: TeachEnd = "auto",
     ) -> None:
         maps = {
             **{name: load_event_map(one, student) for name, one in (teachers or {}).items()},
@@ -152,6 +157,7 @@ class DistillDataset(torch.utils.data.Dataset[Example]):
             seed=seed,
             max_length=max_length,
             partial_tokens=partial_tokens,
+            teach_end=teach_end,
         )
         vars(self).update(vars(built))
 
@@ -346,6 +352,7 @@ def build_dataset(
     seed: int,
     max_length: int,
     partial_tokens: bool = False,
+    teach_end: TeachEnd = "auto",
 ) -> DistillDataset:
     """Build the dataset of several caches; see `DistillDataset` for arguments and errors.
 
@@ -358,7 +365,7 @@ def build_dataset(
 
     def make(answer: CachedAnswer) -> Example:
         name = answer.answer.teacher
-        return build_example(answer, renderer, event_maps[name], projectors[name])
+        return build_example(answer, renderer, event_maps[name], projectors[name], teach_end)
 
     survey = DatasetSurvey(max_length)
     parts: list[tuple[AnswerSubset, float]] = []
@@ -379,7 +386,7 @@ def build_dataset(
                 survey.add_unrenderable(answer, error)
                 continue
             # aligned even if too long: an invalid distribution is an error wherever it is
-            example = align_answer(answer, tokens, event_maps[name], projectors[name])
+            example = align_answer(answer, tokens, event_maps[name], projectors[name], teach_end)
             if survey.add(answer, example):
                 usable.append(index)
         if len(usable):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,7 @@ from persea.alignment.partial_tokens import (
     require_projectable_kind,
     token_prefixes,
 )
-from persea.alignment.spans import Alignment, SupervisionKind, align
+from persea.alignment.spans import Alignment, CommonBoundaries, SupervisionKind, align
 from persea.alignment.token_order import UNRESTRICTED_CONTEXT
 from persea.cache.unit import CachedAnswer
 from persea.chat.messages import ThinkingEffort
@@ -23,6 +24,7 @@ from persea.losses import EventTargets, build_event_targets, concat_event_target
 from persea.tokenization.bpe import expand_groups
 from persea.tokenization.tokens import RenderedTokens
 
+TeachEnd: TypeAlias = Literal["auto", "always", "never"]  # the recipe's `capture.teach_end`
 NUM_COUNTS = len(SupervisionKind) + 3  # length of Example.counts
 
 
@@ -54,6 +56,7 @@ def build_example(
     renderer: ChatRenderer,
     event_map: EventMap,
     projector: PartialTokenProjector | None = None,
+    teach_end: TeachEnd = "auto",
 ) -> Example:
     """Render a cached answer with the student's template and align the teacher's distributions.
 
@@ -64,16 +67,22 @@ def build_example(
         event_map: map between the teacher's and the student's vocabulary.
         projector: gives targets to student tokens that begin inside a teacher token; None = such
             tokens are trained with cross-entropy.
+        teach_end: whether the teacher's distribution at the end of the text is a target: "auto" =
+            where the teacher wrote the text itself. A teacher that only scores a text has its own
+            view of where texts end, often a wrong one (a base model may give an end 10 bits).
 
     Raises:
         DataError: if the student's template or tokenizer cannot write the answer, or if the cached
             distributions are invalid.
     """
-    return align_answer(answer, render_answer(answer, renderer), event_map, projector)
+    return align_answer(answer, render_answer(answer, renderer), event_map, projector, teach_end)
 
 
 def render_answer(answer: CachedAnswer, renderer: ChatRenderer) -> RenderedTokens:
-    """Render a cached answer with the student's template; raises DataError if impossible."""
+    """Render a cached answer with the student's template; raises DataError if impossible.
+
+    A document is rendered by the student's rules for plain text.
+    """
     conversation = replace(answer.answer.conversation, effort=training_effort(answer))
     return renderer.render(conversation)
 
@@ -88,10 +97,14 @@ def align_answer(
     tokens: RenderedTokens,
     event_map: EventMap,
     projector: PartialTokenProjector | None,
+    teach_end: TeachEnd = "auto",
 ) -> Example:
     """Build the example of an answer that is already rendered; see `build_example`."""
     aligned = align(tokens, answer.tokens)
     boundaries, rows = aligned.boundaries, answer.distributions
+    boundaries, num_untaught_ends = _without_untaught_end(
+        boundaries, tokens, answer, event_map, teach_end
+    )
     index_S, index_T = supervised_index(tokens), supervised_index(answer.tokens)
     row_C, position_C = index_T[boundaries.teacher_C], index_S[boundaries.student_C]
     entry_M, which_M = expand_groups(rows.offsets_N1, row_C)
@@ -119,6 +132,8 @@ def align_answer(
     supervision = np.bincount(
         aligned.supervision_S[aligned.supervision_S >= 0], minlength=len(SupervisionKind)
     )
+    supervision[SupervisionKind.EVENT] -= num_untaught_ends
+    supervision[SupervisionKind.TEXT] += num_untaught_ends
     if rows.kind is DistributionKind.TEXT_ONLY:  # boundaries without a distribution
         supervision = np.bincount(
             [SupervisionKind.TEXT], [supervision.sum()], minlength=len(SupervisionKind)
@@ -130,6 +145,32 @@ def align_answer(
         targets = concat_event_targets([targets, more], [0, 0])
     one = answer.answer
     return Example(tokens, one.teacher, one.skill, one.language, targets, counts)
+
+
+def _without_untaught_end(
+    boundaries: CommonBoundaries,
+    tokens: RenderedTokens,
+    answer: CachedAnswer,
+    event_map: EventMap,
+    teach_end: TeachEnd,
+) -> tuple[CommonBoundaries, int]:
+    """Leave out the boundary at the end of the text where the end is learned from the text alone.
+
+    The end of a document is also left out where the two models' ends are different events: the
+    teacher's distribution would then teach another end than the text.
+
+    Returns:
+        The boundaries, and how many were left out: 0 or 1.
+    """
+    student_C, teacher_C = boundaries.student_C, boundaries.teacher_C
+    is_end_C = tokens.starts_T[student_C] == tokens.ends_T[student_C]
+    if teach_end == "always" or (teach_end == "auto" and answer.answer.is_own):
+        student_event_C = event_map.student_event_V[tokens.ids_T[student_C]]
+        teacher_event_C = event_map.teacher_event_W[answer.tokens.ids_T[teacher_C]]
+        differs_C = (student_event_C != teacher_event_C) | (student_event_C < 0)
+        is_end_C &= differs_C & answer.answer.conversation.is_document
+    kept = CommonBoundaries(student_C[~is_end_C], teacher_C[~is_end_C])
+    return kept, int(is_end_C.sum())
 
 
 def supervised_index(tokens: RenderedTokens) -> npt.NDArray[np.int64]:

@@ -226,7 +226,7 @@ class StudentModel:
             AutoTokenizer.from_pretrained(
                 self.source.tokenizer_name_or_path, trust_remote_code=False
             ).save_pretrained(folder)
-        if self.source.thinking:
+        if self.source.thinking or self.source.chat_template:
             _save_chat_template(folder, self.renderer.template_text)
 
 

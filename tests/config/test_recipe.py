@@ -607,9 +607,9 @@ BAD: list[tuple[str, str, str, str]] = [
     ),
     (
         "of another section",
-        TWO + REST + "training: {texts: {}}\n",
+        TWO + REST + "training: {max_lines_per_text: 3}\n",
         "4:12",
-        "training.texts: unknown key -> it belongs under `check:`",
+        "training.max_lines_per_text: unknown key -> it belongs under `check:`",
     ),
     (
         "of two others",
@@ -785,8 +785,8 @@ BAD: list[tuple[str, str, str, str]] = [
         "family",
         "student: {model: a/b, family: gptoss}\n" + T + REST,
         "1:23",
-        f"student.family: should be {', '.join(f.name for f in FAMILIES)} or generic (got "
-        "'gptoss') -> did you mean 'gpt-oss'?",
+        f"student.family: should be {', '.join(f.name for f in FAMILIES)}, generic or text "
+        "(got 'gptoss') -> did you mean 'gpt-oss'?",
     ),
     (
         "adapt",
@@ -841,7 +841,7 @@ BAD: list[tuple[str, str, str, str]] = [
         "broken lines of no file",
         TWO + "corpus: [{skill: code, generate: 10, on_malformed: quarantine}]\n",
         "3:38",
-        "corpus.0.on_malformed: given, but no `file` that could have malformed lines -> "
+        "corpus.0.on_malformed: given, but no file that could have malformed lines -> "
         "delete `on_malformed:`",
     ),
     (
@@ -1009,7 +1009,7 @@ BAD: list[tuple[str, str, str, str]] = [
         "no source",
         TWO + "corpus: [{skill: code}]\n",
         "3:10",
-        "corpus.0: neither `generate` nor `file` -> add `generate: 1000`",
+        "corpus.0: neither `generate` nor `file` nor `texts` -> add `generate: 1000`, ",
     ),
     (
         "wrong file",

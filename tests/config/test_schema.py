@@ -106,16 +106,13 @@ def test_every_field_has_a_description() -> None:
 
 def test_every_section_is_found_by_its_key() -> None:
     """SECTIONS is written by hand: it must name each section that a field of a section holds."""
-    held = {
-        key: (f.annotation, *get_args(f.annotation))
+    held = [
+        (key, (f.annotation, *get_args(f.annotation)))
         for s in (Recipe, *SECTION_CLASSES.values())
         for key, f in s.model_fields.items()
-    }
+    ]
     sections = {
-        key: kind
-        for key, kinds in held.items()
-        for kind in kinds
-        if kind in SECTION_CLASSES.values()
+        key: kind for key, kinds in held for kind in kinds if kind in SECTION_CLASSES.values()
     }
     assert sections == SECTION_CLASSES
     assert set(RecipeSection.__subclasses__()) | set(ModelRef.__subclasses__()) == {

@@ -18,7 +18,13 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from persea.alignment.event_map import build_event_map, event_map_digest
 from persea.cache.unit import CachedAnswer
-from persea.chat.messages import PINNED_DATE, Conversation, FinishReason, Text
+from persea.chat.messages import (
+    PINNED_DATE,
+    Conversation,
+    FinishReason,
+    Text,
+    ThinkingEffort,
+)
 from persea.chat.renderer import ChatRenderer
 from persea.distributions import SparseDistributions
 from persea.errors import DataError
@@ -155,11 +161,35 @@ def test_a_broken_tokenizer_is_refused(copy: Path, content: str):
         load_renderer(ModelSource(str(copy)), "w")
 
 
-def test_no_chat_template_is_refused(copy: Path):
+def test_a_model_without_a_chat_template_is_a_text_model(copy: Path):
+    template = copy / "chat_template.jinja"
+    mine = template.rename(copy / "mine.jinja")
+    renderer = load_renderer(ModelSource(str(copy)), "w")
+    assert renderer.is_text
+    assert renderer.family.efforts == (ThinkingEffort.NONE,)
+    named = load_renderer(ModelSource(str(copy), chat_template=str(mine)), "w")
+    assert named.family.name == "llama"
+    mine.rename(template)
+    assert named.digest == load_renderer(ModelSource(str(copy)), "w").digest
+    asked_for = load_renderer(ModelSource(str(copy), family="text"), "w")
+    assert asked_for.digest == renderer.digest
+
+
+@pytest.mark.parametrize("family", ["llama", "generic"])
+def test_a_family_needs_a_chat_template(copy: Path, family: str):
     (copy / "chat_template.jinja").unlink()
-    with pytest.raises(DataError, match="has no chat template") as caught:
-        load_renderer(ModelSource(str(copy)), "w")
-    assert "chat_template.jinja" in caught.value.remedy
+    with pytest.raises(DataError, match=f"no chat template, which `family: {family}` needs") as e:
+        load_renderer(ModelSource(str(copy), family=family), "w")
+    assert "chat_template: FILE.jinja" in e.value.remedy
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"])
+def test_a_chat_template_that_cannot_be_read_is_refused(copy: Path, content: bytes | None):
+    path = copy / "other.jinja"
+    if content:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match="cannot read the chat template"):
+        load_renderer(ModelSource(str(copy), chat_template=str(path)), "w")
 
 
 def test_several_chat_templates_are_refused(copy: Path):
@@ -267,7 +297,7 @@ def test_a_stop_token_needs_a_row(copy: Path, llama: tuple[Path, ChatRenderer]):
         token["id"] = rows if token["content"] == stop else token["id"]
     spec["model"]["vocab"][stop] = rows
     (copy / "tokenizer.json").write_text(json.dumps(spec))
-    with pytest.raises(DataError, match="which ends the assistant's turn, has no row of logits"):
+    with pytest.raises(DataError, match=r"writes <\|eot_id\|>, which has no row of logits"):
         load_renderer(ModelSource(str(copy), family="llama"), "w")
 
 

@@ -350,7 +350,6 @@ REFUSED = {
     "sentencepiece without bytes": (lambda: sentencepiece(fallback=False), "neither byte-level"),
     "lower case": (lambda: byte_level(normalizer=normalizers.Lowercase()), "byte 0"),
     "compatibility forms": (lambda: byte_level(normalizer=normalizers.NFKC()), "byte "),
-    "a space in front": (lambda: byte_level(prefix=True), "byte 0"),
 }
 
 

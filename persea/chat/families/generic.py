@@ -15,7 +15,6 @@ probes cannot find.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ from persea.chat.family import DecodedPieces, Family, edit_texts, pieces_to_text
 from persea.chat.messages import ContentPart, Conversation, Role, Text, Thinking, ThinkingEffort
 from persea.chat.template import ChatTemplate
 from persea.errors import DataError
+from persea.tokenization.name_pattern import compile_names
 from persea.tokenization.vocabulary import Vocabulary
 
 GENERIC_FAMILY_NAME = "generic"
@@ -206,10 +206,7 @@ def probe_template(
             remedy="write a file for this family, see docs/new_family.md",
         )
     prefix, suffix = full[len(prompt) :].split(answer[1])
-    control_pattern = re.compile(
-        "|".join(map(re.escape, sorted(vocabulary.control_token_ids, key=len, reverse=True)))
-        or r"(?!)"
-    )
+    control_pattern = compile_names(vocabulary.control_token_ids)
     if control_pattern.search(prefix):
         raise DataError(
             f"the chat template writes {prefix!r} between its prompt and the answer",

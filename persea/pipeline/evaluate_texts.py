@@ -1,0 +1,84 @@
+"""Measure student, base, teachers and reference models on the recipe's held-out texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from persea import storage
+from persea.errors import DataError
+from persea.evaluation.text_bits import (
+    DocumentBits,
+    TextReader,
+    measure_document_bits,
+    split_documents,
+)
+from persea.evaluation.text_report import TextReport, compare_on_texts, document_records
+from persea.pipeline.model_refs import BASE, STUDENT
+
+if TYPE_CHECKING:
+    from persea.evaluation.answering import EvaluatedModel
+    from persea.pipeline.run_context import RunContext
+    from persea.teachers.teacher import Teacher
+
+TEXTS_FILE, TEXT_DOCUMENTS_FILE = "texts.json", "texts.jsonl"
+TEXT_ONLY_REASON = "its engine returns no log-probabilities"
+
+
+def evaluate_texts(
+    context: RunContext,
+    folder: Path,
+    load: Callable[[str], Teacher],
+    progress: Callable[[float, str], None],
+) -> TextReport:
+    """Measure every model on the held-out texts; write texts.json and texts.jsonl.
+
+    Args:
+        context: The recipe and its run folder.
+        folder: Folder of the stage.
+        load: Loads the model of a name.
+        progress: Called with (share done, text).
+
+    Raises:
+        DataError: No document can be read by all models.
+    """
+    settings, models = context.recipe.evaluation, context.models
+    names = [STUDENT, BASE, *models.renderers]
+    evaluated: dict[str, EvaluatedModel] = {
+        name: models.evaluated_model(name, settings.batch_size, (), load) for name in names
+    }
+    measured = [name for name in names if not evaluated[name].is_text_only]
+    readers = [
+        TextReader(models.renderers.get(name, models.student_renderer), models.max_positions(name))
+        for name in measured
+    ]
+    windows = split_documents(context.held_out_texts, readers, settings.max_window_bytes)
+    if not windows.documents:
+        name, reason = next(iter(windows.left_out.items()))
+        raise DataError(
+            f"no document can be read by all models: {reason}",
+            where=f"evaluation.texts, {name}",
+            remedy="give texts that every tokenizer can represent",
+        )
+    bits: dict[str, DocumentBits] = {}
+
+    def model_progress(k: int, fraction: float, message: str) -> None:
+        progress((k + fraction) / len(measured), message)
+
+    for k, name in enumerate(measured):
+        found = measure_document_bits(evaluated[name], windows, partial(model_progress, k))
+        assert found is not None
+        bits[name] = found
+    report = compare_on_texts(
+        windows,
+        bits,
+        STUDENT,
+        BASE,
+        models.teacher_names,
+        {name: TEXT_ONLY_REASON for name in names if name not in bits},
+    )
+    storage.write_json(folder / TEXTS_FILE, report.to_json())
+    storage.write_json_lines(folder / TEXT_DOCUMENTS_FILE, document_records(windows, bits))
+    return report
