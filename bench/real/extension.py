@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from bench.objectives.vocabularies import Speaker
 from bench.real.models import student_speaker
-from bench.real.teacher import Scored
+from bench.real.teacher import RealTeacher, Scored
 from persea.tokenization.vocabulary import BYTE_TO_CHAR, Vocabulary
 from persea.vocab_extension.learn_merges import (
     count_words,
@@ -34,9 +34,7 @@ from persea.vocab_extension.learn_merges import (
 )
 from persea.vocab_extension.resize_model import initialize_new_embeddings
 
-WORDS = (
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}\p{M}]+| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
-)
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}\p{M}]+| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
 PENALTY = 0.1  # of the ridge, times the mean variance of the teacher's embeddings
 
 
@@ -117,7 +115,11 @@ def extended_spec(
 
 
 def ridge_rows(
-    model: Any, teacher_model: Any, student: Vocabulary, teacher: Vocabulary, new: Sequence[int],
+    model: Any,
+    teacher_model: Any,
+    student: Vocabulary,
+    teacher: Vocabulary,
+    new: Sequence[int],
     spelled: Sequence[Sequence[int]],
 ) -> torch.Tensor:
     """Return rows for new student tokens: their mapped teacher rows (the mean of several).
@@ -148,27 +150,33 @@ def ridge_rows(
         return mapped + mean_y
 
 
-def extend(
-    model: Any, old: Speaker, spec: str, rows: str, teacher: Speaker, teacher_model: Any
-) -> Speaker:
-    """Give the model the rows of the longer vocabulary; return the longer vocabulary."""
+def extend(model: Any, old: Speaker, spec: str, rows: str, teacher: RealTeacher | None) -> Speaker:
+    """Give the model the rows of the longer vocabulary; return the longer vocabulary.
+
+    rows: means (needs no teacher), ridge, or both (their mean).
+    """
     longer = student_speaker(spec)
     refuse_changed_tokens(old.vocabulary, longer.vocabulary, "the extended student")
     pieces = old_ids_of_new_tokens(old.vocabulary.backend, longer.vocabulary.backend)
     initialize_new_embeddings(model, pieces)
-    if rows != "means":
+    if teacher is not None:
         at, spelled = [], []
         for i in pieces:
             raw = longer.vocabulary.bytes_W[i]
             assert raw is not None
             try:
-                ids = teacher.vocabulary.encode(raw.decode())
+                ids = teacher.speaker.vocabulary.encode(raw.decode())
             except UnicodeDecodeError:
                 continue
             at.append(i)
             spelled.append(ids)
         found = ridge_rows(
-            model, teacher_model, longer.vocabulary, teacher.vocabulary, list(pieces), spelled
+            model,
+            teacher.model,
+            longer.vocabulary,
+            teacher.speaker.vocabulary,
+            list(pieces),
+            spelled,
         )
         with torch.no_grad():
             weight = model.get_input_embeddings().weight

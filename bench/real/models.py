@@ -88,7 +88,9 @@ class Trainee:
         self.model, self.half = model, half
         self.own = [p for p in model.parameters() if p.requires_grad]
         self.masters = (
-            [p.detach().float().clone().requires_grad_(True) for p in self.own] if half else self.own
+            [p.detach().float().clone().requires_grad_(True) for p in self.own]
+            if half
+            else self.own
         )
         for p in self.masters:
             p.grad = torch.zeros_like(p)

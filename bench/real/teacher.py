@@ -72,7 +72,10 @@ class RealTeacher:
             while at + n < len(todo) and sum(map(len, ids[at : at + n + 1])) <= AT_ONCE:
                 n += 1
             for k, own, one in zip(
-                todo[at : at + n], ids[at : at + n], self._score(ids[at : at + n], texts), strict=True
+                todo[at : at + n],
+                ids[at : at + n],
+                self._score(ids[at : at + n], texts),
+                strict=True,
             ):
                 drawn = sampled(self.head, one, own, f"{TAU} {texts[k]}")
                 realised = torch.from_numpy(drawn.target_logprob_N)

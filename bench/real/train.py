@@ -111,7 +111,7 @@ def train(
     ids: Sequence[Sequence[int]],
     sizes: Sequence[int],
     loss_of: Loss,
-    points: int = 4,
+    points: int = 3,
 ) -> tuple[Any, dict[str, Any]]:
     """Train a student; return it in float32, and what the run cost."""
     steps = batches(sizes, run.passes, run.seed)
@@ -169,9 +169,7 @@ def cross_entropy(logits_SV: torch.Tensor, packed: Packed, chosen: Sequence[int]
 
 def label_smoothing(amount: float) -> Loss:
     def loss(logits_SV: torch.Tensor, packed: Packed, chosen: Sequence[int]) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(
-            logits_SV, packed.labels_S, label_smoothing=amount
-        )
+        return torch.nn.functional.cross_entropy(logits_SV, packed.labels_S, label_smoothing=amount)
 
     return loss
 

@@ -68,9 +68,7 @@ class World:
     def texts(self, run: Run) -> list[Text]:
         out = [t for one in run.languages for t in train_texts(one, run.kilobytes)]
         if run.more:
-            out += [
-                t for one in run.languages for t in self.written(one, run.kilobytes, run.more)
-            ]
+            out += [t for one in run.languages for t in self.written(one, run.kilobytes, run.more)]
         return out
 
     def spec(self, count: int, languages: Sequence[str], kilobytes: int) -> str:
@@ -82,9 +80,7 @@ class World:
             scored = [self.teacher.scored(part) for part in texts]
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(
-                extended_spec(
-                    self.tokenizer, count, self.teacher.speaker.vocabulary, texts, scored
-                )
+                extended_spec(self.tokenizer, count, self.teacher.speaker.vocabulary, texts, scored)
             )
         return path.read_text()
 
@@ -95,8 +91,8 @@ class World:
             return model, self.student
         _, count, rows = run.student.split()
         spec = self.spec(int(count), run.languages, run.kilobytes)
-        teacher = self.teacher
-        return model, extend(model, self.student, spec, rows, teacher.speaker, teacher.model)
+        teacher = None if rows == "means" else self.teacher
+        return model, extend(model, self.student, spec, rows, teacher)
 
     def run(self, run: Run) -> dict[str, Any]:
         """Return the line of a run."""
