@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from bench.real.plan import next_run
+from bench.real.report import markdown, summary
 from bench.real.train import Run
 from bench.real.world import World
 
@@ -74,12 +75,19 @@ def main() -> None:
     parser.add_argument("--budget-minutes", type=float, default=60.0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--plan", action="store_true", help="print the next run only")
+    parser.add_argument("--report", action="store_true", help="write the tables only")
     options = parser.parse_args()
+    if options.report:
+        found = summary(list(read(options.results).values()))
+        options.results.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+        for part in ("test", "dev"):
+            print(f"\n{part}\n\n{markdown(found, part)}")
+        return
     torch.set_num_threads(options.threads)
     world, begun = World(options.models, options.cache), time.monotonic()
     ran = False
     while (run := next_run(read(options.results))) is not None:
-        if options.plan or ran and time.monotonic() - begun > 60 * options.budget_minutes:
+        if options.plan or (ran and time.monotonic() - begun > 60 * options.budget_minutes):
             print("next:", run)
             return
         go(world, run, options.results)

@@ -24,9 +24,16 @@ def screening(results: Mapping[str, Any]) -> Iterator[Run]:
     yield Run("cross-entropy", TWO, 12, 2, 2e-4, student=longer)
     yield Run(FULL, TWO, 12, 2, 2e-4, student=longer)
     yield Run("cross-entropy", TWO, 12, 0.75, 2e-4)  # about the CPU time of two passes above
-    yield Run("cross-entropy", TWO, 12, 2, 2e-4, student="taught 3000 ridge")
-    yield Run("cross-entropy", TWO, 12, 2, 5e-4, student=longer)
+    yield Run(FULL, TWO, 12, 2, 5e-4, student=longer)
+    yield Run(FULL, TWO, 12, 2, 2e-4, student="taught 3000 ridge")
     yield Run(FULL, TWO, 12, 0.75, 2e-4)
+    yield Run(FULL, TWO, 12, 2, 2e-4, student=longer, share=0.9)
+    yield Run("cross-entropy", TWO, 12, 2, 5e-4, student=longer)
+    yield Run(FULL, TWO, 12, 4, 2e-4, student=longer)
+    yield Run(FULL, TWO, 12, 1, 2e-4, student=longer, more=12)
+    yield Run("label smoothing .1", TWO, 12, 2, 2e-4, student=longer)
+    yield Run(FULL, TWO, 12, 2, 2e-4, student=longer, end="teacher")
+    yield Run("cross-entropy", TWO, 12, 2, 2e-4)
 
 
 def next_run(results: Mapping[str, Any]) -> Run | None:

@@ -18,6 +18,7 @@ from persea.storage import open_atomic_folder, write_atomic
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "real.yaml"
 NEW_TOKENS = 6000
+SCORED = 8  # kilobytes of each language in which the teacher finds likely tokens
 ASKED = (
     "What is the capital of France?",
     "Name three fruits.",
@@ -68,9 +69,9 @@ def write_student(world: World, folder: Path, count: int, kilobytes: int) -> Non
     from bench.real.extension import extend
     from bench.real.models import load
 
-    source = world.models / "smollm2"
+    source = world.student_folder
     model = load(source, torch.float32)
-    spec = world.spec(count, LANGUAGES, kilobytes)
+    spec = world.spec(count, LANGUAGES, min(kilobytes, SCORED))
     longer = extend(model, world.student, spec, "means", None)
     with open_atomic_folder(folder) as part:
         model.save_pretrained(part)

@@ -20,8 +20,16 @@ from bench.real.models import load, student_speaker, tokenizer_text
 from bench.real.teacher import RealTeacher, bits_per_byte
 from bench.real.texts import ENGLISH, LANGUAGES, Text, held_out, train_texts
 from bench.real.train import Run, finish, mean, train
+from persea.models.gguf_header import find_gguf
+from persea.models.gguf_model import model_folder
 
 AT_ONCE = 48  # texts that the teacher continues at a time
+
+
+def hf_folder(folder: Path) -> Path:
+    """Return a folder in Hugging Face form: the folder itself, or its GGUF file's, dequantised."""
+    file = find_gguf(str(folder), str(folder))
+    return model_folder(file, str(folder)) if file else folder
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +41,15 @@ class World:
 
     @cached_property
     def teacher(self) -> RealTeacher:
-        return RealTeacher(self.models / "gemma3-270m", self.cache / "teacher")
+        return RealTeacher(hf_folder(self.models / "gemma3-270m"), self.cache / "teacher")
+
+    @cached_property
+    def student_folder(self) -> Path:
+        return hf_folder(self.models / "smollm2")
 
     @cached_property
     def tokenizer(self) -> str:
-        return tokenizer_text(self.models / "smollm2")
+        return tokenizer_text(self.student_folder)
 
     @cached_property
     def student(self) -> Speaker:
@@ -86,7 +98,7 @@ class World:
 
     def begun(self, run: Run) -> tuple[Any, Speaker]:
         """Return the student before training, in float32, and its tokenizer."""
-        model = load(self.models / "smollm2", torch.float32)
+        model = load(self.student_folder, torch.float32)
         if run.student == "plain":
             return model, self.student
         _, count, rows = run.student.split()
