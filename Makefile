@@ -15,6 +15,8 @@
 # make bench-bias   how far each method moves a perfect student (10 to 20 minutes; installs TRL for its GOLD)
 # make bench-objectives   every method with trained models on real text, size xs (hours; resumes; installs TRL)
 # make bench-extension  tokens a byte of real tokenizers with more tokens, by language (below two minutes; needs PERSEA_DATA)
+# make engines      real servers as teachers: vLLM, llama.cpp (PERSEA_GGUF names its model), transformers serve, persea serve
+#                   (about 20 minutes after downloads of 2 GB)
 # make soak         a bad minute for `persea serve` (about 2 minutes)
 # make saplings     train the bundled models anew (about 40 minutes)
 # python bench/audition.py, mask_cost.py, coverage.py, masks.py, sandbox.py have no target: their first lines describe result and time
@@ -27,7 +29,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint docs chaos results bench bench-bias bench-cache bench-rollouts bench-train bench-onpolicy bench-objectives bench-extension bench-real real soak saplings clean
+.PHONY: quickstart test lint docs chaos results bench bench-bias bench-cache bench-rollouts bench-train bench-onpolicy bench-objectives bench-extension bench-real real engines soak saplings clean
 .DELETE_ON_ERROR:
 
 .venv/persea: pyproject.toml
@@ -112,6 +114,10 @@ bench-bias: .venv/persea
 bench-extension: .venv/persea
 	$(BIN)/python bench/extension.py
 
+engines: .venv/persea
+	$(BIN)/pip install -q 'transformers[serving]'
+	$(BIN)/python bench/engines.py .engines
+
 soak: .venv/persea
 	$(BIN)/python bench/soak.py
 
@@ -119,4 +125,4 @@ saplings: .venv/persea
 	$(BIN)/python saplings/grow.py
 
 clean:
-	rm -rf .venv runs .grown
+	rm -rf .venv .engines runs .grown

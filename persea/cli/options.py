@@ -108,7 +108,9 @@ def load_checked_recipe(path: Path, overrides: list[str]) -> Recipe:
     if os.environ.get("RANK", "0") == "0":  # one process of torchrun's prints for all
         for notice in recipe.notices:
             typer.echo(notice, err=True)
-    refuse_unknown_names(recipe.evaluation.benchmarks, recipe.corpus, str(path))
+    refuse_unknown_names(
+        recipe.evaluation.benchmarks, recipe.corpus, str(path), bool(recipe.evaluation.texts)
+    )
     refuse_unknown_engines(recipe.teachers, str(path))
     return recipe
 

@@ -255,6 +255,8 @@ def _show_stage(stage: str, context: RunContext) -> None:
         from persea.pipeline.progress import print_table
 
         print_table(CAST_TABLE_COLUMNS, cast_table(context.cast))
+        for gain in context.cast.gains:
+            typer.echo(gain.sentence)
     elif stage == "capture":
         _show_left_out(context.folder)
     elif stage == "evaluate":

@@ -211,12 +211,34 @@ class AuditionSection(RecipeSection):
         le=MAX_COUNT,
         description="questions of each language before the ranking of a skill may be final",
     )
+    compare_with_base: bool = Field(
+        default=True,
+        description="ask the student's base the same questions, to find out whether any teacher "
+        "is better than the student already is",
+    )
+    without_gain: Literal["warn", "skip", "refuse"] = Field(
+        default="warn",
+        description="a part where no teacher is better than the student's base with confidence: "
+        "warn = distil it all the same, skip = leave it out, refuse = end the run with exit code 4",
+    )
     round_growth: float = Field(
         default=0.5,
         ge=0,
         le=100,
         description="questions of a later round, as a share of all asked before it",
     )
+
+    @model_validator(mode="after")
+    def _check_base_is_measured(self) -> Self:
+        return check_contradictions(
+            self,
+            (
+                self.without_gain != "warn" and not self.compare_with_base,
+                ("without_gain",),
+                f"{self.without_gain}, but `compare_with_base` is false",
+                "delete `compare_with_base:`",
+            ),
+        )
 
 
 class CaptureSection(RecipeSection):

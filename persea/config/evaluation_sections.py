@@ -116,7 +116,12 @@ class HeldOutTextsSection(RecipeSection):
 
     texts: str = Field(
         min_length=1,
-        description="a .jsonl file with a `text` on every line, or FILE#key for another key",
+        description="a file of documents: .jsonl, one a line; .txt, one in all",
+    )
+    column: str = Field(
+        default="text",
+        min_length=1,
+        description="key of the text in the lines of a .jsonl file",
     )
     language: str = Field(default="", description="language of the documents, such as id")
     skill: str = Field(
@@ -135,12 +140,12 @@ class EvaluationSection(RecipeSection):
         description="held-out documents of your own: bits per byte of every model, and kept out "
         "of the training",
     )
-    max_window_bytes: int = Field(
-        default=8192,
-        ge=64,
+    max_window_tokens: int = Field(
+        default=2048,
+        ge=16,
         le=MAX_COUNT,
-        description="longest part of a held-out document that models read at once; shorter if a "
-        "model has fewer positions, equal for all models",
+        description="longest part of a held-out document that models read at once, in the tokens "
+        "of any model; shorter if a model has fewer positions, and the same bytes for all",
     )
     generated_tasks: bool | None = Field(
         default=None,

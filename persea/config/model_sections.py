@@ -184,7 +184,7 @@ class EndpointSection(RecipeSection):
 
     url: str = Field(
         pattern=r"^https?://[^/@\s]+(/[^@\s]*)?$",
-        description="address of the server, without the route: http://127.0.0.1:8000",
+        description="address of the server: http://127.0.0.1:8000; a /v1 at its end may stay",
     )
     protocol: str = Field(
         default="tokens",
@@ -213,7 +213,8 @@ class EndpointSection(RecipeSection):
         default_factory=lambda seen: False if seen["protocol"] == "chat" else None,
         validate_default=True,
         description="send the thinking effort as reasoning_effort and enable_thinking; false = "
-        "the server sets it; only with `protocol: chat`",
+        "the server sets it, and a model that thinks although `effort` is none is asked not to; "
+        "only with `protocol: chat`",
     )
     concurrency: int = Field(default=8, ge=1, le=1024, description="requests at once")
     max_attempts: int = Field(
@@ -228,11 +229,18 @@ class EndpointSection(RecipeSection):
         le=86400,
         description="seconds without a token after which a request is cancelled and repeated",
     )
+    max_answer_s: float = Field(
+        default=3600,
+        gt=0,
+        le=86400,
+        description="seconds that one answer may take in all, however steadily tokens come",
+    )
     give_up_after_s: float = Field(
         default=600,
         gt=0,
         le=86400,
-        description="seconds without any answer after which the run stops using the server",
+        description="seconds without any answer after which the run stops using the server; while "
+        "it restarts or is too busy, requests wait so long",
     )
     max_total_tokens: int = Field(
         default=0,
@@ -335,6 +343,11 @@ class TeacherSection(ModelRef):
         pattern=SLUG_PATTERN,
         description="library that runs its weights on this machine",
     )
+    engine_options: dict[str, str | int | float | bool] = Field(
+        default={},
+        description="further arguments of that library, such as {dtype: float32, max_model_len: "
+        "4096, tensor_parallel_size: 2} for vllm.LLM",
+    )
     endpoint: EndpointSection | None = Field(
         default=None, description="a server that runs it; then no weights are loaded here"
     )
@@ -358,6 +371,14 @@ class TeacherSection(ModelRef):
                 ("quantize" if self.quantize != "none" else "offload",),
                 "given, but persea does not load these weights",
                 "set it where the server is started",
+            ),
+            (
+                bool(self.engine_options) and self.engine == "local",
+                ("engine_options",),
+                "given, but persea itself runs these weights"
+                if self.endpoint is None
+                else "given, but a server runs these weights",
+                "name an `engine:`, or delete `engine_options:`",
             ),
             (
                 is_random and self.quantize != "none",

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from persea.data.text_files import read_text_lines
+from persea.data.text_files import DEFAULT_TEXT_COLUMN, read_documents
 from persea.errors import DataError
-
-TEXT_KEY = "text"  # of a JSON line, where the recipe names no key
 
 
 @dataclass(frozen=True)
@@ -34,38 +32,34 @@ class HeldOutText:
 
 
 def read_held_out_texts(
-    file_ref: str, skill: str, language: str, where: str
+    path: Path, skill: str, language: str, where: str, column: str = DEFAULT_TEXT_COLUMN
 ) -> tuple[HeldOutText, ...]:
-    r"""Read the documents of a file, one a line.
+    r"""Read the documents of a file; empty ones are left out.
 
     Args:
-        file_ref: A .jsonl file with a `text` on every line, `FILE#key` for another key, or a plain
-            text file with a document on every line.
+        path: A .jsonl file with a document on every line, or a text file that is one document.
         skill: Skill under which they are reported.
         language: Their language.
-        where: Location for error messages.
+        where: Key of the recipe, for messages.
+        column: Key of the text in a line of a .jsonl file.
 
     Raises:
-        DataError: The file is missing, not UTF-8 or empty, or a line has no text.
+        DataError: The file is missing, not UTF-8 or has no text, or a line is no document.
 
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "id.dev.jsonl"
         >>> _ = path.write_text('{"text": "Selamat pagi."}\n')
-        >>> [t.text for t in read_held_out_texts(str(path), "languages", "id", "evaluation.texts")]
+        >>> [t.text for t in read_held_out_texts(path, "languages", "id", "evaluation.texts.0")]
         ['Selamat pagi.']
     """
-    name, _, key = file_ref.partition("#")
-    if not key and name.endswith((".jsonl", ".ndjson")):
-        key = TEXT_KEY
-    lines = read_text_lines(f"{name}#{key}" if key else name, f"{where}, {name}")
     texts = tuple(
-        HeldOutText(f"{Path(name).name}:{number}", text, skill, language)
-        for number, text in lines
+        HeldOutText(name, text, skill, language)
+        for name, text in read_documents(path, column)
         if text.strip()
     )
     if not texts:
         raise DataError(
-            "no line with a text", where=f"{where}, {name}", remedy="give one document a line"
+            "no text in the file", where=f"{where}, {path}", remedy="give one document a line"
         )
     return texts

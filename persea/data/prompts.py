@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import accumulate
@@ -102,6 +102,7 @@ class RemovalReason(StrEnum):
     TEST_ITEM = "test item"
     CONTAMINATED = "holds a test item"
     EMPTY = "empty"
+    NO_GAIN = "no teacher is better than the student"
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,17 @@ class Corpus:
     prompts: tuple[Prompt, ...]
     removed: tuple[RemovedPrompt, ...]
     malformed: tuple[MalformedLine, ...] = ()
+
+    def without(self, is_left_out: Callable[[Prompt], bool], reason: RemovalReason) -> Corpus:
+        """Return the corpus with some prompts moved to `removed`."""
+        left_out = [p for p in self.prompts if is_left_out(p)]
+        if not left_out:
+            return self
+        return replace(
+            self,
+            prompts=tuple(p for p in self.prompts if not is_left_out(p)),
+            removed=(*self.removed, *(RemovedPrompt(p, reason) for p in left_out)),
+        )
 
     def count_removed(self) -> dict[str, int]:
         """Return reason -> number of prompts, documents and lines that were left out."""

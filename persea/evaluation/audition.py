@@ -7,13 +7,15 @@ shares of the prompts.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from persea.chat.messages import ThinkingEffort
 from persea.data.prompts import GOLDEN_RATIO_STEP, pick_by_share
 from persea.errors import RefusedError
+from persea.evaluation.gain import Gain, GainDecision
 from persea.evaluation.racing import EffortComparison, StopReason, TaskRace, find_eliminated, mean
+from persea.evaluation.text_contest import TextContest, TextScore
 from persea.tasks.task import Score, score_results
 
 MIN_TEACHING_SCORE = 1e-9  # a teacher with a score of 0 teaches nothing, also with min_score 0
@@ -46,6 +48,10 @@ class Cast:
         decisions: Part -> how it was decided; only measured skills.
         effort_comparisons: Teachers at other efforts, for information: prompts are asked at a
             teacher's own effort.
+        gains: The best teacher of each part compared with the student's base.
+        skipped: Parts that `without_gain: skip` leaves out of the distillation.
+        text_scores: Bits per byte of the teachers of given texts.
+        worse_on_texts: Part of given texts -> teacher -> the teacher that needs fewer bits.
     """
 
     parts: Mapping[str, tuple[tuple[str, float], ...]]
@@ -53,15 +59,41 @@ class Cast:
     pinned: tuple[str, ...] = ()
     decisions: Mapping[str, PartDecision] = field(default_factory=dict)
     effort_comparisons: tuple[EffortComparison, ...] = ()
+    gains: tuple[GainDecision, ...] = ()
+    skipped: tuple[str, ...] = ()
+    text_scores: tuple[TextScore, ...] = ()
+    worse_on_texts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def part_of(self, skill: str, language: str) -> str:
         """Return the part that a prompt belongs to."""
         part = f"{skill}/{language}"
-        return part if part in self.parts else skill
+        return part if part in self.parts or part in self.skipped else skill
 
     def teacher_of(self, part: str, number: int) -> str:
         """Return the teacher of a part's prompt number; shares hold in any run of prompts."""
         return pick_by_share(self.parts[part], number, GOLDEN_RATIO_STEP)
+
+    def with_text_contests(self, contests: Sequence[TextContest]) -> Cast:
+        """Return the cast with the teachers of given texts."""
+        parts, worse = dict(self.parts), dict(self.worse_on_texts)
+        for contest in contests:
+            for score in contest.scores:  # every language is a part of its own
+                parts.pop(score.skill, None)
+        for contest in contests:
+            parts |= contest.parts
+            worse |= contest.worse_than
+        scores = tuple(s for contest in contests for s in contest.scores)
+        return replace(
+            self,
+            parts=parts,
+            text_scores=(*self.text_scores, *scores),
+            worse_on_texts=worse,
+        )
+
+    def with_gains(self, gains: Sequence[GainDecision], skipped: Sequence[str] = ()) -> Cast:
+        """Return the cast with the comparisons to the student's base, without skipped parts."""
+        parts = {part: shares for part, shares in self.parts.items() if part not in skipped}
+        return replace(self, parts=parts, gains=tuple(gains), skipped=tuple(skipped))
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON; keys are the field names."""
@@ -71,6 +103,10 @@ class Cast:
             "decisions": {part: asdict(d) for part, d in self.decisions.items()},
             "scores": [s.to_json() for s in self.scores],
             "effort_comparisons": [asdict(c) for c in self.effort_comparisons],
+            "gains": [g.to_json() for g in self.gains],
+            "skipped": list(self.skipped),
+            "text_scores": [s.to_json() for s in self.text_scores],
+            "worse_on_texts": {k: dict(v) for k, v in self.worse_on_texts.items()},
         }
 
     @staticmethod
@@ -94,6 +130,10 @@ class Cast:
                 )
                 for c in value.get("effort_comparisons", ())
             ),
+            tuple(map(GainDecision.from_json, value.get("gains", ()))),
+            tuple(value.get("skipped", ())),
+            tuple(TextScore(**s) for s in value.get("text_scores", ())),
+            value.get("worse_on_texts", {}),
         )
 
 
@@ -201,6 +241,54 @@ def _equal_shares(teachers: Sequence[str]) -> tuple[tuple[str, float], ...]:
     return tuple((t, 1 / len(teachers)) for t in teachers)
 
 
+# --- teachers that are not better than the student ---
+
+
+def apply_gains(cast: Cast, gains: Sequence[GainDecision], without_gain: str) -> Cast:
+    """Record how the best teachers compare with the student's base, and act on it.
+
+    A part whose teacher the recipe pinned is reported only: the recipe wants that teacher.
+
+    Args:
+        cast: The cast.
+        gains: One decision for each part that was measured.
+        without_gain: For a part without a better teacher: "warn" keeps it, "skip" leaves it out of
+            the distillation, "refuse" ends the run.
+
+    Raises:
+        RefusedError: A part has no better teacher and `without_gain` is "refuse"; or "skip" leaves
+            nothing to distil.
+    """
+    lacking = [g for g in gains if g.gain_kind is not Gain.BETTER and not g.pinned]
+    if lacking and without_gain == "refuse":
+        raise RefusedError(
+            "; ".join(g.sentence for g in lacking),
+            where="audition",
+            remedy="add a better teacher, leave the part out of the corpus, or write "
+            "audition.without_gain: warn (teach it all the same) or skip (leave it out)",
+        )
+    skipped = tuple(g.part for g in lacking) if without_gain == "skip" else ()
+    result = cast.with_gains(gains, skipped)
+    if skipped and not result.parts:
+        raise RefusedError(
+            "; ".join(g.sentence for g in lacking),
+            where="audition",
+            remedy="nothing is left to distil: add a better teacher, or write "
+            "audition.without_gain: warn",
+        )
+    return result
+
+
+def gain_sentences(cast: Cast) -> list[str]:
+    """Return a line for each part without a better teacher."""
+    left_out = "; left out (audition.without_gain: skip)"
+    return [
+        g.sentence + (left_out if g.part in cast.skipped else "")
+        for g in cast.gains
+        if g.gain_kind is not Gain.BETTER
+    ]
+
+
 # --- tables ---
 
 
@@ -222,6 +310,7 @@ def cast_table(cast: Cast) -> list[tuple[str, ...]]:
                     _cast_reason(cast, part, score.model_name, share),
                 )
             )
+        rows += _text_rows(cast, part, dict(shares))
     for c in cast.effort_comparisons:
         if c.low > 0 or c.high < 0:
             verdict = f"{'better' if c.low > 0 else 'worse'} than at {c.own_effort}"
@@ -240,6 +329,31 @@ def cast_table(cast: Cast) -> list[tuple[str, ...]]:
     return rows
 
 
+def _text_rows(
+    cast: Cast, part: str, share_by_teacher: Mapping[str, float]
+) -> Iterator[tuple[str, ...]]:
+    """Yield the rows of a part of given texts, the fewest bits per byte first."""
+    skill, _, language = part.partition("/")
+    scores = [
+        s for s in cast.text_scores if s.skill == skill and (not language or s.language == language)
+    ]
+    for s in sorted(scores, key=lambda s: s.bits_per_byte):
+        share = share_by_teacher.get(s.model_name, 0)
+        interval = "" if s.low is None or s.high is None else f" ({s.low:.3f}-{s.high:.3f})"
+        better = cast.worse_on_texts.get(part, {}).get(s.model_name)
+        reason = "tied" if 0 < share < 1 else "strongest" if share else f"worse than {better}"
+        if skill in cast.pinned:
+            reason = "pinned" if share else "another is pinned"
+        yield (
+            part,
+            s.model_name,
+            f"{s.bits_per_byte:.3f} bits/byte{interval}",
+            str(s.n),
+            f"{share:.0%}" if share else "-",
+            reason,
+        )
+
+
 def _format_score(score: Score) -> str:
     return f"{score.value:.2f} ({score.low:.2f}-{score.high:.2f})"
 
@@ -250,7 +364,8 @@ def _cast_reason(cast: Cast, part: str, teacher: str, share: float) -> str:
     if skill in cast.pinned:
         return "pinned" if share else "another is pinned"
     if share:
-        return "tied" if share < 1 else "strongest"
+        is_only = len({s.model_name for s in cast.scores if s.skill == skill}) == 1
+        return "tied" if share < 1 else "only teacher" if is_only else "strongest"
     decision = cast.decisions.get(part)
     if decision and teacher in decision.eliminated:
         return f"worse than {decision.eliminated[teacher]}"
@@ -274,4 +389,5 @@ def cast_markdown(cast: Cast) -> str:
         for part, d in cast.decisions.items()
         if "/" not in part
     ]
-    return "\n".join(["# audition", "", *lines, "", *counts, ""])
+    gains = [f"- {g.sentence}" for g in cast.gains]
+    return "\n".join(["# audition", "", *lines, "", *counts, *gains, ""])

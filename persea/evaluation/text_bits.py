@@ -7,9 +7,8 @@ different numbers of positions are compared on equal bytes with equal context.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,13 +17,11 @@ import numpy.typing as npt
 from persea.chat.messages import Conversation
 from persea.chat.renderer import ChatRenderer
 from persea.data.held_out_texts import HeldOutText
+from persea.data.windows import MIN_WINDOW_TOKENS, TokenLimit, split_document
 from persea.errors import DataError
 from persea.evaluation.answering import ITEMS_PER_ANSWER_FILE, EvaluatedModel, load_or_compute
 
-MAX_WINDOW_BYTES = 8192
-# Part of a window at its end in which a cut is moved back to a white space.
-MAX_CUT_SHIFT_SHARE = 0.25
-RESERVED_POSITIONS = 2  # of the token that begins a text, and of the one that ends it
+MAX_WINDOW_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -84,25 +81,10 @@ class DocumentBits:
     end_D: npt.NDArray[np.float64]
 
 
-def encode_window(
-    renderer: ChatRenderer, window: TextWindow
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_], int]:
-    """Return the token ids of a window, the mask of scored tokens, and how many of them are ends.
-
-    The window is rendered as documents are in training (`persea.chat.documents`).
-
-    Raises:
-        DataError: The tokenizer does not reproduce the text.
-    """
-    tokens = renderer.render(Conversation.from_document(window.text, ends=window.is_last))
-    num_ends = int(window.is_last and renderer.document_tokens.end_id is not None)
-    return tokens.ids_T, tokens.loss_mask_T, num_ends
-
-
 def split_documents(
     documents: Sequence[HeldOutText],
     readers: Iterable[TextReader],
-    max_window_bytes: int = MAX_WINDOW_BYTES,
+    max_window_tokens: int = MAX_WINDOW_TOKENS,
 ) -> TextWindows:
     """Split documents into windows that every model can read at once.
 
@@ -111,115 +93,105 @@ def split_documents(
     Args:
         documents: The documents.
         readers: How each model reads.
-        max_window_bytes: Longest window.
+        max_window_tokens: Longest window, in the tokens of any model.
     """
+    limits = {
+        (limit.vocabulary.digest, limit.max_tokens): limit
+        for limit in (_token_limit(reader, max_window_tokens) for reader in readers)
+    }
     kept: list[HeldOutText] = []
     windows: list[TextWindow] = []
     left_out: dict[str, str] = {}
-    distinct = {(r.renderer.vocabulary.digest, r.max_positions): r for r in readers}
     for document in documents:
         try:
-            pieces = _split_until_read(document.text, distinct.values(), max_window_bytes)
+            for limit in limits.values():
+                limit.vocabulary.encode(document.text)
         except DataError as error:
             left_out[document.id] = f"{error.where}: {error.message}"
             continue
+        pieces = split_document(document.text, list(limits.values()))
         windows += [
-            TextWindow(len(kept), piece, k == len(pieces) - 1) for k, piece in enumerate(pieces)
+            TextWindow(len(kept), piece, k == len(pieces)) for k, piece in enumerate(pieces, 1)
         ]
         kept.append(document)
     return TextWindows(tuple(kept), tuple(windows), left_out)
 
 
-def _split_until_read(
-    text: str, readers: Collection[TextReader], max_window_bytes: int
-) -> list[str]:
-    limit = max_window_bytes
-    while True:
-        pieces = _split_text(text, limit)
-        excess = max(_positions_used(pieces, reader) for reader in readers)
-        if excess <= 1 or limit <= 1:
-            return pieces
-        limit = max(1, min(limit - 1, int(limit / excess)))
-
-
-def _positions_used(pieces: Sequence[str], reader: TextReader) -> float:
-    """Return the tokens of the longest part, as a share of the positions of the model."""
-    longest = max(map(len, reader.renderer.vocabulary.encode_batch(pieces)))
-    if not reader.max_positions:
-        return 0.0
-    return longest / (reader.max_positions - RESERVED_POSITIONS)
-
-
-def _split_text(text: str, max_bytes: int) -> list[str]:
-    """Cut a text into parts of about equal length, before a white space where one is near."""
-    total = len(text.encode())
-    num_parts = math.ceil(total / max_bytes)
-    if num_parts <= 1:
-        return [text]
-    size = total / num_parts
-    ends_C = np.cumsum([len(c.encode()) for c in text])
-    cuts = [0]
-    for k in range(1, num_parts):
-        at = int(np.searchsorted(ends_C, k * size, side="right"))
-        nearest = range(at, max(cuts[-1], at - int(MAX_CUT_SHIFT_SHARE * size)), -1)
-        cuts.append(next((i for i in nearest if text[i : i + 1].isspace()), at))
-    return [text[a:b] for a, b in pairwise([*cuts, len(text)]) if a < b]
+def _token_limit(reader: TextReader, max_window_tokens: int) -> TokenLimit:
+    longest = min(max_window_tokens, reader.max_positions or max_window_tokens)
+    around = reader.renderer.document_tokens.count
+    return TokenLimit(reader.renderer.vocabulary, max(MIN_WINDOW_TOKENS, longest - around))
 
 
 def measure_document_bits(
     model: EvaluatedModel,
     windows: TextWindows,
     progress: Callable[[float, str], None] = lambda share, text: None,
-) -> DocumentBits | None:
+) -> DocumentBits:
     """Measure the bits that a model needs for each document.
+
+    Args:
+        model: The model, with log-probabilities.
+        windows: The documents.
+        progress: Called with (share done, text).
+    """
+    conversations = [Conversation.from_document(w.text, ends=w.is_last) for w in windows.windows]
+    content_D = np.zeros(len(windows.documents))
+    end_D = np.zeros(len(windows.documents))
+    bits = measure_text_bits(model, conversations, progress)
+    for window, (content, end) in zip(windows.windows, bits, strict=True):
+        content_D[window.document] += content
+        end_D[window.document] += end
+    return DocumentBits(content_D, end_D)
+
+
+def measure_text_bits(
+    model: EvaluatedModel,
+    conversations: Sequence[Conversation],
+    progress: Callable[[float, str], None] = lambda share, text: None,
+) -> Iterator[tuple[float, float]]:
+    """Measure the bits that a model needs for given texts: documents, or answers in its template.
 
     Results are kept on disk like answers, so that a killed evaluation continues.
 
     Args:
-        model: The model.
-        windows: The documents.
+        model: The model, with log-probabilities.
+        conversations: Documents, or conversations that end with an answer.
         progress: Called with (share done, text).
 
-    Returns:
-        The bits; None for a model without log-probabilities.
+    Yields:
+        (bits of the bytes, bits of the token that ends the text) of each.
     """
-    if model.is_text_only:
-        return None
-    content_D = np.zeros(len(windows.documents))
-    end_D = np.zeros(len(windows.documents))
-    for begin in range(0, len(windows.windows), ITEMS_PER_ANSWER_FILE):
-        batch = windows.windows[begin : begin + ITEMS_PER_ANSWER_FILE]
+    for begin in range(0, len(conversations), ITEMS_PER_ANSWER_FILE):
+        batch = conversations[begin : begin + ITEMS_PER_ANSWER_FILE]
 
-        def score(batch: Sequence[TextWindow] = batch) -> list[Any]:
-            return list(_score_windows(model, batch))
+        def score(batch: Sequence[Conversation] = batch) -> list[Any]:
+            return _score_texts(model, batch)
 
-        key = ["texts", model.identity, dict(model.settings), [[w.text, w.is_last] for w in batch]]
+        key = ["texts", model.identity, dict(model.settings), [c.to_json() for c in batch]]
         values, was_cached = load_or_compute(key, score)
-        for window, (content, end) in zip(batch, values, strict=True):
-            content_D[window.document] += content / math.log(2)
-            end_D[window.document] += end / math.log(2)
+        yield from ((content / math.log(2), end / math.log(2)) for content, end in values)
         note = ", from disk" if was_cached else ""
         done = begin + len(batch)
-        progress(done / len(windows.windows), f"{model.name} {done:,} texts{note}")
-    return DocumentBits(content_D, end_D)
+        progress(done / len(conversations), f"{model.name} {done:,} texts{note}")
 
 
-def _score_windows(
-    model: EvaluatedModel, windows: Sequence[TextWindow]
-) -> Iterator[tuple[float, float]]:
-    """Yield (nats of the content, nats of the end token) of each window.
+def _score_texts(
+    model: EvaluatedModel, conversations: Sequence[Conversation]
+) -> list[tuple[float, float]]:
+    """Return (nats of the bytes, nats of the end) of each text.
 
-    Windows are computed in the order of their lengths, so that little is padded.
+    Texts are computed in the order of their lengths, so that little is padded.
     """
-    teacher = model.load()
-    encoded = [encode_window(teacher.renderer, w) for w in windows]
-    order = sorted(range(len(windows)), key=lambda i: -len(encoded[i][0]))
-    logprobs = teacher.score_token_ids(
-        [encoded[i][0] for i in order], [encoded[i][1] for i in order]
+    order = sorted(
+        range(len(conversations)), key=lambda i: -len(conversations[i].messages[-1].text)
     )
+    scored = model.load().compute_target_logprobs([conversations[i] for i in order])
     nats: dict[int, tuple[float, float]] = {}
-    for i, logprob_N in zip(order, logprobs, strict=True):
-        values_N = -logprob_N.astype(np.float64)
-        num_content = len(values_N) - encoded[i][2]
-        nats[i] = (float(values_N[:num_content].sum()), float(values_N[num_content:].sum()))
-    yield from (nats[i] for i in range(len(windows)))
+    for i, (tokens, logprob_N) in zip(order, scored, strict=True):
+        nats_N = -logprob_N.astype(np.float64)
+        starts_N, ends_N = (x_T[tokens.loss_mask_T] for x_T in (tokens.starts_T, tokens.ends_T))
+        has_bytes_N = (starts_N >= 0) & (ends_N > starts_N)
+        is_end_N = (starts_N >= 0) & (ends_N == starts_N)
+        nats[i] = (float(nats_N[has_bytes_N].sum()), float(nats_N[is_end_N].sum()))
+    return [nats[i] for i in range(len(conversations))]

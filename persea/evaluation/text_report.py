@@ -23,11 +23,13 @@ class TextGroup:
         documents: Number of documents.
         num_bytes: Bytes of the documents.
         bits_per_byte: Model -> bits per byte. Lower is better.
-        end_bits: Model -> bits of the token that ends a document, on average.
-        best_teacher: Teacher with the fewest bits per byte; "" if no teacher was measured. In a
-            mean over languages with several best teachers, their names.
+        end_bits: Model -> bits of the token that ends a document, on average; without the models
+            whose tokenizer has none.
+        best_teachers: The teacher with the fewest bits per byte; none if no teacher was measured.
+            In a mean over languages, the best teacher of each.
         student_minus: Model -> the student's bits per byte minus the model's, on the same
-            documents; "best teacher" is the best teacher of each language.
+            documents.
+        minus_best: The student's bits per byte minus those of the best teacher of each language.
         gap_closed: Share of the gap from base to best teacher that the student closed; None if the
             best teacher is not better than the base.
         no_gap_reason: Why there is no gap to close; "" if there is one.
@@ -39,8 +41,9 @@ class TextGroup:
     num_bytes: int
     bits_per_byte: Mapping[str, Interval]
     end_bits: Mapping[str, float]
-    best_teacher: str
+    best_teachers: tuple[str, ...]
     student_minus: Mapping[str, Interval]
+    minus_best: Interval | None
     gap_closed: Interval | None
     no_gap_reason: str = ""
 
@@ -100,9 +103,6 @@ class TextReport:
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON; keys are the field names."""
         return asdict(self)
-
-
-BEST_TEACHER = "best teacher"
 
 
 def compare_on_texts(
@@ -186,14 +186,13 @@ def _group(
     teachers: Sequence[str],
 ) -> TextGroup:
     found = BitsPerByte.from_groups([(c.bits_NM, c.bytes_N) for c in columns])
-    best_teachers = list(dict.fromkeys(c.best_teacher for c in columns if c.best_teacher))
-    best_name = " and ".join(best_teachers)
+    best_teachers = tuple(dict.fromkeys(c.best_teacher for c in columns if c.best_teacher))
     minus = {name: found.difference(0, m) for m, name in enumerate(names) if m}
-    gap, reason = None, "no teacher was measured"
+    minus_best, gap, reason = None, None, "no teacher was measured"
     if best_teachers:
-        minus[BEST_TEACHER] = found.difference(0, len(names))
+        minus_best = found.difference(0, len(names))
         gap = found.gap_closed(0, 1, len(names))
-        reason = "" if gap else _no_gap_reason(found, best_name, len(names))
+        reason = "" if gap else _no_gap_reason(found, " and ".join(best_teachers), len(names))
     member_D = np.logical_or.reduce(members)
     return TextGroup(
         skill,
@@ -201,9 +200,10 @@ def _group(
         int(member_D.sum()),
         int(sum(c.bytes_N.sum() for c in columns)),
         {name: found.rate(m) for m, name in enumerate(names)},
-        {name: float(bits[name].end_D[member_D].mean()) for name in names},
-        best_name,
+        {n: float(bits[n].end_D[member_D].mean()) for n in names if bits[n].end_D.any()},
+        best_teachers,
         minus,
+        minus_best,
         gap,
         reason,
     )

@@ -117,7 +117,9 @@ def distill(
         loaded, where = recipe, recipe.name
     else:
         loaded, where = load_recipe(Path(recipe), list(overrides)), str(recipe)
-    refuse_unknown_names(loaded.evaluation.benchmarks, loaded.corpus, where)
+    refuse_unknown_names(
+        loaded.evaluation.benchmarks, loaded.corpus, where, bool(loaded.evaluation.texts)
+    )
     refuse_unknown_engines(loaded.teachers, where)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     silence_transformers()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from persea.teachers.teacher import Teacher
 
 TEXTS_FILE, TEXT_DOCUMENTS_FILE = "texts.json", "texts.jsonl"
+NO_START_REASON = "it has no token before a document, so its first bytes have no probability"
 TEXT_ONLY_REASON = "its engine returns no log-probabilities"
 
 
@@ -49,12 +50,21 @@ def evaluate_texts(
     evaluated: dict[str, EvaluatedModel] = {
         name: models.evaluated_model(name, settings.batch_size, (), load) for name in names
     }
-    measured = [name for name in names if not evaluated[name].is_text_only]
-    readers = [
-        TextReader(models.renderers.get(name, models.student_renderer), models.max_positions(name))
-        for name in measured
-    ]
-    windows = split_documents(context.held_out_texts, readers, settings.max_window_bytes)
+    renderers = {name: models.renderers.get(name, models.student_renderer) for name in names}
+    unmeasured = {name: TEXT_ONLY_REASON for name in names if evaluated[name].is_text_only}
+    for name, renderer in renderers.items():
+        if not renderer.document_tokens.prefix_ids:
+            unmeasured.setdefault(name, NO_START_REASON)
+    if STUDENT in unmeasured:
+        raise DataError(
+            f"the student cannot be measured on texts: {unmeasured[STUDENT]}",
+            where="evaluation.texts",
+            remedy="delete `evaluation.texts:`, or choose a student with a token that begins or "
+            "ends a document",
+        )
+    measured = [name for name in names if name not in unmeasured]
+    readers = [TextReader(renderers[name], models.max_positions(name)) for name in measured]
+    windows = split_documents(context.held_out_texts, readers, settings.max_window_tokens)
     if not windows.documents:
         name, reason = next(iter(windows.left_out.items()))
         raise DataError(
@@ -68,16 +78,14 @@ def evaluate_texts(
         progress((k + fraction) / len(measured), message)
 
     for k, name in enumerate(measured):
-        found = measure_document_bits(evaluated[name], windows, partial(model_progress, k))
-        assert found is not None
-        bits[name] = found
+        bits[name] = measure_document_bits(evaluated[name], windows, partial(model_progress, k))
     report = compare_on_texts(
         windows,
         bits,
         STUDENT,
         BASE,
         models.teacher_names,
-        {name: TEXT_ONLY_REASON for name in names if name not in bits},
+        unmeasured,
     )
     storage.write_json(folder / TEXTS_FILE, report.to_json())
     storage.write_json_lines(folder / TEXT_DOCUMENTS_FILE, document_records(windows, bits))

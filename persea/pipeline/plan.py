@@ -18,6 +18,8 @@ from persea.config.schema import StudentSection
 from persea.errors import RefusedError
 from persea.models.gguf_header import find_gguf
 from persea.models.gguf_model import gguf_header
+from persea.pipeline.audition_stage import contestants, is_contested_on_texts
+from persea.pipeline.base_contest import asks_base, measures_base
 from persea.pipeline.model_refs import BASE, STUDENT
 from persea.pipeline.preflight import (
     refuse_asking_text_models,
@@ -127,12 +129,10 @@ def plan_run(context: RunContext) -> RunPlan:
     captured += [f"{num_scored:,} given texts"] if num_scored else []
     work = {
         "check": f"{num_teachers} tokenizer pairs",
-        "audition": f"at most {num_audition:,} answers by {num_teachers} teachers"
-        if context.needs_audition
-        else "no question: each skill has one possible teacher",
+        "audition": _audition_work(context, num_audition),
         "capture": f"{' and '.join(captured) or 'nothing'}, at most {captured_bytes / 1e9:.2f} GB",
         "train": f"{recipe.training.steps:,} steps of {recipe.training.batch_size} conversations",
-        "evaluate": f"{num_test:,} answers by {len(context.models.renderers) + 2} models",
+        "evaluate": _evaluation_work(context, num_test),
         "lineage": "one record",
         "report": "one page",
     }
@@ -156,6 +156,29 @@ def plan_run(context: RunContext) -> RunPlan:
     )
 
 
+def _audition_work(context: RunContext, num_answers: int) -> str:
+    names = f"{len(context.models.teacher_names)} teachers"
+    names += " and the student's base" * measures_base(context)
+    num_texts = sum(
+        len(one.conversations)
+        for skill in context.scored_skills
+        if is_contested_on_texts(context, skill)
+        for one in context.audition_texts(skill)
+    )
+    work = [f"at most {num_answers:,} answers"] * (num_answers > 0)
+    work += [f"{num_texts:,} texts read"] * (num_texts > 0)
+    if not work:
+        return "no question: each skill has one possible teacher"
+    return f"{' and '.join(work)} by {names}"
+
+
+def _evaluation_work(context: RunContext, num_answers: int) -> str:
+    texts = f"{len(context.held_out_texts):,} texts" if context.held_out_texts else ""
+    answers = f"{num_answers:,} answers" if num_answers or not texts else ""
+    work = " and ".join(filter(None, (answers, texts)))
+    return f"{work} by {len(context.models.renderers) + 2} models"
+
+
 def _count_captured_tokens(context: RunContext) -> int:
     """Return the most tokens that teachers write or score: a text has at most one a byte."""
     max_new_tokens = context.recipe.capture.max_new_tokens
@@ -171,12 +194,14 @@ def _count_captured_tokens(context: RunContext) -> int:
 
 
 def _count_audition_answers(context: RunContext) -> int:
-    if not context.needs_audition:
-        return 0
-    num_items = sum(len(items) for _, items in context.held_out_items(Split.AUDITION))
     efforts, models = context.recipe.audition.efforts, context.models
-    asked = [n for n in models.teacher_names if not models.renderers[n].is_text]
-    return num_items * sum(len(models.measured_efforts(n, efforts)) for n in asked)
+    count = 0
+    for task, items in context.held_out_items(Split.AUDITION):
+        names = contestants(context, task.name) if task.name in context.asked_skills else ()
+        if names:
+            asked = sum(len(models.measured_efforts(n, efforts)) for n in names)
+            count += len(items) * (asked + asks_base(context))
+    return count
 
 
 def _count_test_answers(context: RunContext) -> int:
@@ -195,7 +220,9 @@ def _count_test_answers(context: RunContext) -> int:
 
 def _stage_state(context: RunContext, stage: Stage, earlier_states: Mapping[str, str]) -> str:
     needed = {
-        "capture": ("audition",) if context.needs_audition else (),
+        "capture": ("audition",)
+        if context.needs_audition or context.recipe.audition.without_gain != "warn"
+        else (),
         "train": ("capture",),
         "evaluate": ("train",),
         "lineage": ("train",),

@@ -53,7 +53,8 @@ def refuse_asking_text_models(context: RunContext) -> None:
     for name in models.teacher_names:
         if not models.renderers[name].is_text:
             continue
-        if context.needs_audition and name not in pinned.values():
+        can_win = any(skill not in pinned for skill in context.scored_skills)
+        if context.needs_audition and not can_win and name not in pinned.values():
             raise DataError(
                 f"{name} has no chat template, so an audition cannot ask it",
                 where="audition",

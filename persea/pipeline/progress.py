@@ -32,6 +32,9 @@ TOKEN_SHARES = {
 }
 
 
+WARNING_PREFIX = "warning: "  # of a message of progress that stays on the screen
+
+
 @contextmanager
 def progress_bars(quiet: bool = False) -> Iterator[ProgressCallback]:
     """Yield a progress callback that draws on stderr: stdout is for the result.
@@ -54,6 +57,9 @@ def progress_bars(quiet: bool = False) -> Iterator[ProgressCallback]:
         tasks: dict[str, TaskID] = {}
 
         def draw(stage: str, fraction: float, message: str) -> None:
+            if message.startswith(WARNING_PREFIX):  # stays on the screen, above the bars
+                bars.console.print(f"{stage:>9} {message}", highlight=False, soft_wrap=True)
+                return
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=1.0, message="")
             bars.update(tasks[stage], completed=fraction, message=message)
@@ -66,6 +72,9 @@ def _line_progress(console: Console) -> ProgressCallback:
     printed_tenths: dict[str, int] = {}
 
     def print_line(stage: str, fraction: float, message: str) -> None:
+        if message.startswith(WARNING_PREFIX):
+            console.print(f"{stage:>9} {message}", highlight=False, soft_wrap=True)
+            return
         tenth = int(fraction * 10)
         if printed_tenths.get(stage) != tenth or fraction in (0.0, 1.0):
             console.print(f"{stage:>9} {fraction:4.0%} {message}", highlight=False)

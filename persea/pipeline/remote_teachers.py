@@ -68,7 +68,9 @@ def generation_identity(ref: TeacherSection) -> list[Any]:
     Default settings add nothing, so that the identity of such a teacher stays the same.
     """
     return ([ref.generation.model_dump()] if ref.generation != GenerationSection() else []) + (
-        [ref.engine] if ref.engine != "local" else []
+        [ref.engine, *([ref.engine_options] if ref.engine_options else [])]
+        if ref.engine != "local"
+        else []
     )
 
 
@@ -105,7 +107,11 @@ def open_remote_engine(ref: TeacherSection, renderer: ChatRenderer, handshake_fi
     endpoint = ref.endpoint
     spec = find_engine(ref.engine if endpoint is None else endpoint.protocol)
     options = EngineOptions(
-        ref.name, renderer, sampling_of(ref.generation), ModelSource(ref.model, ref.revision)
+        ref.name,
+        renderer,
+        sampling_of(ref.generation),
+        ModelSource(ref.model, ref.revision),
+        engine_options=ref.engine_options,
     )
     if endpoint is None:
         return spec.open(options)
@@ -154,5 +160,7 @@ def _open_client(name: str, endpoint: EndpointSection) -> HttpClient:
         endpoint.give_up_after_s,
         endpoint.max_total_tokens,
         endpoint.max_failed_share,
+        endpoint.max_answer_s,
     )
-    return HttpClient(endpoint.url, name, policy, key)
+    url = endpoint.url.rstrip("/").removesuffix("/v1")  # OpenAI's clients are given it with /v1
+    return HttpClient(url, name, policy, key)

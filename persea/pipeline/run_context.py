@@ -18,10 +18,11 @@ from persea.chat.messages import ThinkingEffort
 from persea.config.recipe import Recipe
 from persea.data.dedup import DedupOptions
 from persea.data.held_out_texts import HeldOutText, read_held_out_texts
-from persea.data.prompts import Corpus, MalformedLine, Prompt, build_corpus
-from persea.errors import DataError, RecipeError
+from persea.data.prompts import Corpus, MalformedLine, Prompt, RemovalReason, build_corpus
+from persea.errors import DataError, RecipeError, RefusedError
 from persea.evaluation.audition import Cast
 from persea.evaluation.compatibility import ConversationSample
+from persea.evaluation.text_contest import GivenTexts
 from persea.pipeline import tasks_and_prompts
 from persea.pipeline.model_refs import BASE, ModelRefs
 from persea.pipeline.stage_keys import STAGE_VERSIONS
@@ -65,7 +66,7 @@ class RunContext:
             text
             for k, part in enumerate(self.recipe.evaluation.texts)
             for text in read_held_out_texts(
-                part.texts, part.skill, part.language, f"evaluation.texts.{k}"
+                Path(part.texts), part.skill, part.language, f"evaluation.texts.{k}", part.column
             )
         )
 
@@ -91,8 +92,16 @@ class RunContext:
 
     @cached_property
     def tasks(self) -> tuple[Task, ...]:
-        """The skills of the corpus in its order, then the tasks that only benchmarks measure."""
-        return tasks_and_prompts.measured_tasks(self.recipe.skills, self.benchmarks)
+        """The skills of the corpus in its order, then the tasks that only benchmarks measure.
+
+        Without skills that are taught from texts alone, where held-out texts measure them.
+        """
+        evaluation = self.recipe.evaluation
+        only_prompts = evaluation.texts and not evaluation.generated_tasks
+        skills = [
+            s for s in self.recipe.skills if s in self.skills_with_prompts or not only_prompts
+        ]
+        return tasks_and_prompts.measured_tasks(skills, self.benchmarks)
 
     @cached_property
     def evaluated_tasks(self) -> tuple[Task, ...]:
@@ -207,6 +216,9 @@ class RunContext:
         """The prompts that teachers answer and the texts that they score.
 
         Without held-out items and near-duplicates; long texts are split into windows.
+
+        Raises:
+            RefusedError: Everything is left out.
         """
         held_out = [
             i.prompt
@@ -238,6 +250,13 @@ class RunContext:
             [(text.id, text.text) for text in self.held_out_texts],
             self.are_answers_given,
         )
+        if not corpus.prompts and corpus.removed:
+            counts = ", ".join(f"{n:,} {why}" for why, n in corpus.count_removed().items())
+            raise RefusedError(
+                f"nothing is left to teach: {counts}",
+                where="corpus",
+                remedy="give prompts or texts that do not hold the held-out ones",
+            )
         return replace(
             corpus,
             prompts=tuple(self.split_documents(corpus.prompts)),
@@ -278,9 +297,9 @@ class RunContext:
         path = self.folder / "audition" / "cast.json"
         if path.is_file():
             return Cast.from_json(storage.read_json(path))
-        if self.needs_audition:
+        if self.needs_audition or self.recipe.audition.without_gain != "warn":
             raise DataError(
-                "no teacher is chosen yet",
+                "no teacher is chosen yet, or compared with the student",
                 where=str(path),
                 remedy=f"run `persea audition {self.recipe.source_path}` first, or pin a teacher "
                 "of each skill under audition.pinned",
@@ -296,14 +315,46 @@ class RunContext:
         )
 
     @property
+    def single_teachers(self) -> dict[str, str]:
+        """Skill -> its teacher, of the skills that only one teacher may teach."""
+        pinned, names = self.recipe.audition.pinned, self.models.teacher_names
+        only = dict.fromkeys(self.recipe.skills, names[0]) if len(names) == 1 else {}
+        return only | dict(pinned)
+
+    @property
     def cast_without_audition(self) -> Cast:
         """The cast where each skill has one possible teacher."""
-        pinned = self.recipe.audition.pinned
-        teacher = self.models.teacher_names[0]
+        pinned, single = self.recipe.audition.pinned, self.single_teachers
         return Cast(
-            {skill: ((pinned.get(skill, teacher), 1.0),) for skill in self.recipe.skills},
+            {skill: ((single[skill], 1.0),) for skill in self.recipe.skills},
             (),
             tuple(skill for skill in self.recipe.skills if skill in pinned),
+        )
+
+    @property
+    def scored_skills(self) -> tuple[str, ...]:
+        """Skills whose texts or answers are given, so that teachers are compared by bits."""
+        return tuple(skill for skill in self.recipe.skills if skill not in self.asked_skills)
+
+    def audition_texts(self, skill: str) -> list[GivenTexts]:
+        """Return at most `audition.items` given texts of each language of a skill.
+
+        Every teacher and the student can render them.
+        """
+        renderers = [self.models.student_renderer, *self.models.renderers.values()]
+        samples = tasks_and_prompts.given_samples(
+            (p for p in self.corpus.prompts if p.skill == skill),
+            self.are_answers_given,
+            self.recipe.audition.items,
+        )
+        return tasks_and_prompts.texts_by_language(samples, renderers)
+
+    @cached_property
+    def captured_corpus(self) -> Corpus:
+        """The corpus without the parts that the audition leaves out of the distillation."""
+        skipped = set(self.cast.skipped)
+        return self.corpus.without(
+            lambda p: self.cast.part_of(p.skill, p.language) in skipped, RemovalReason.NO_GAIN
         )
 
     @cached_property
@@ -334,7 +385,7 @@ class RunContext:
             t.generation.max_new_tokens or capture.max_new_tokens for t in self.recipe.teachers
         )
         units = plan_units(
-            self.corpus.prompts,
+            self.captured_corpus.prompts,
             self.cast,
             self.models.teacher_identities,
             capture.prompts_per_unit,

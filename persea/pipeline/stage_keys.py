@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # of each stage's output at its number. Records without a number are version 0.
 STAGE_VERSIONS = {
     "check": 1,
-    "audition": 1,
+    "audition": 2,
     "capture": 1,
     "train": 1,
     "evaluate": 1,
@@ -51,15 +51,22 @@ def check_inputs(context: RunContext) -> object:
 
 def audition_inputs(context: RunContext) -> object:
     """Return the inputs of `audition`, as JSON: everything that its output depends on."""
-    if not context.needs_audition:  # no question is asked
+    audition = context.recipe.audition
+    if not context.needs_audition and not audition.compare_with_base:  # nothing is measured
         return ["without questions", context.cast_without_audition.to_json()]
     return [
         context.models.teacher_identities,
         context.items_digest(Split.AUDITION),
         context.recipe.skills,
-        context.recipe.audition.model_dump(),
+        audition.model_dump(),
         context.recipe.evaluation.grading.model_dump(),
         context.recipe.capture.max_new_tokens,
+        *([context.models.student_identity] if audition.compare_with_base else []),
+        *(
+            [one.skill, one.language, [c.to_json() for c in one.conversations]]
+            for skill in context.scored_skills
+            for one in context.audition_texts(skill)
+        ),
     ]
 
 
@@ -68,6 +75,7 @@ def capture_inputs(context: RunContext) -> object:
     return [
         *(u.name for u in context.capture_units),
         *([b.location, b.reason] for b in context.corpus.malformed),
+        *(["skipped", *context.cast.skipped] if context.cast.skipped else []),
         *(
             ["verify", context.recipe.evaluation.grading.model_dump()]
             if context.recipe.capture.drop_wrong_answers

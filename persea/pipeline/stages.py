@@ -136,65 +136,15 @@ def _check_teacher(
 
 
 def run_audition(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
-    """Measure every teacher on every skill, and cast the best teacher for each.
+    """Measure every teacher and the student's base, and cast the best teacher for each skill.
 
-    Teachers answer in rounds until the ranking of a skill is settled. Where each skill has one
-    possible teacher, no question is asked. A model without a chat template takes no part: it
-    teaches the skills that it is pinned to.
+    Raises:
+        RefusedError: A skill has no teacher, or none that is better than the student's base and
+            the recipe refuses that.
     """
-    from persea.evaluation.answering import answer_items, single_model_loader
-    from persea.evaluation.audition import build_cast, cast_markdown
-    from persea.evaluation.racing import RaceSettings, compare_efforts, race_teachers
+    from persea.pipeline.audition_stage import audition_teachers
 
-    if not context.needs_audition:
-        cast = context.cast_without_audition
-        storage.write_json(folder / "cast.json", cast.to_json())
-        storage.write_atomic(folder / "table.md", cast_markdown(cast).encode())
-        progress("audition", 1.0, "no question: each skill has one possible teacher")
-        return
-
-    settings, max_new_tokens = context.recipe.audition, context.recipe.capture.max_new_tokens
-    load = single_model_loader(lambda name: context.models.load_teacher(name, settings.batch_size))
-    models = {
-        name: context.models.evaluated_model(name, settings.batch_size, settings.efforts, load)
-        for name in context.models.teacher_names
-        if not context.models.renderers[name].is_text
-    }
-    own_efforts = {name: model.efforts[0] for name, model in models.items()}
-    tasks = context.held_out_items(Split.AUDITION)
-    races = race_teachers(
-        list(models),
-        tasks,
-        context.recipe.seed,
-        lambda name, task, items: answer_items(
-            models[name], own_efforts[name], task, items, max_new_tokens
-        )[0],
-        lambda fraction, message: progress("audition", fraction, message),
-        RaceSettings(settings.first_round, settings.min_items_per_language, settings.round_growth),
-    )
-    effort_comparisons, results_by_effort = compare_efforts(
-        races,
-        [task for task, _ in tasks],
-        {name: model.efforts for name, model in models.items()},
-        lambda name, effort, task, items: answer_items(
-            models[name], effort, task, items, max_new_tokens
-        )[0],
-    )
-    for (name, skill, effort), results in results_by_effort.items():
-        suffix = "" if effort is own_efforts[name] else f".{effort}"
-        storage.write_json_lines(
-            folder / f"{name}.{skill}{suffix}.jsonl", (r.to_json() for r in results)
-        )
-    cast = build_cast(
-        races,
-        own_efforts,
-        settings.pinned,
-        settings.min_score,
-        effort_comparisons,
-        context.recipe.skills,
-    )
-    storage.write_json(folder / "cast.json", cast.to_json())
-    storage.write_atomic(folder / "table.md", cast_markdown(cast).encode())
+    audition_teachers(context, folder, progress)
 
 
 def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
@@ -215,7 +165,11 @@ def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -
     from persea.cache.answer_filter import verify_answers
     from persea.cache.capture import capture_teacher, open_teacher_caches
 
-    settings, units, corpus = context.recipe.capture, context.capture_units, context.corpus
+    settings, units, corpus = (
+        context.recipe.capture,
+        context.capture_units,
+        context.captured_corpus,
+    )
     budget = CaptureBudget(
         len(corpus.prompts), settings.max_total_tokens or 0, settings.max_hours or 0
     )

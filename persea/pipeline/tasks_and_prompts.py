@@ -17,6 +17,7 @@ from persea.data.text_files import read_documents
 from persea.data.windows import MIN_WINDOW_TOKENS, TokenLimit, split_document
 from persea.errors import DataError, TeacherError
 from persea.evaluation.compatibility import ConversationSample, read_texts, reference_samples
+from persea.evaluation.text_contest import GivenTexts
 from persea.tasks import benchmarks as benchmark_tasks
 from persea.tasks import generated
 from persea.tasks.benchmarks.benchmark import Benchmark, BenchmarkSource, GradingOptions
@@ -279,6 +280,37 @@ def given_samples(
         labels, conversations = zip(*chosen, strict=True)
         samples.append(ConversationSample(skill, language, conversations, labels))
     return samples
+
+
+def texts_by_language(
+    samples: Iterable[ConversationSample], renderers: Sequence[ChatRenderer]
+) -> list[GivenTexts]:
+    """Return the texts of samples, by skill and language, without those that a model cannot render.
+
+    Args:
+        samples: Given answers and documents.
+        renderers: Chat renderers of all models.
+    """
+    found: dict[tuple[str, str], list[tuple[Conversation, str]]] = {}
+    for sample in samples:
+        for conversation, label in zip(sample.conversations, sample.labels, strict=True):
+            if conversation.messages[-1].text and all(
+                _can_render(renderer, conversation) for renderer in renderers
+            ):
+                texts = found.setdefault((sample.skill, sample.language), [])
+                texts.append((conversation, label.partition("@")[0]))
+    return [
+        GivenTexts(skill, language, *map(tuple, zip(*texts, strict=True)))
+        for (skill, language), texts in found.items()
+    ]
+
+
+def _can_render(renderer: ChatRenderer, conversation: Conversation) -> bool:
+    try:
+        renderer.render(conversation)
+    except DataError:
+        return False
+    return True
 
 
 def make_check_samples(

@@ -195,7 +195,7 @@ def _load_rollouts(
     held_out = frozenset(held_out_dataset.prompt_ids()) if held_out_dataset else frozenset()
     assignments = (
         (prompt, name)
-        for prompt, name in assign_prompts(context.corpus.prompts, context.cast)
+        for prompt, name in assign_prompts(context.captured_corpus.prompts, context.cast)
         if prompt.id not in held_out and not prompt.conversation.is_document
     )
     return build_rollouts(

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from persea.evaluation.text_report import TextReport
 from persea.report.run_files import RunFiles
 
 # Licence names that the hub knows; every other licence is "other" there.
@@ -30,7 +31,7 @@ HUB_LICENCES = (
 )
 
 
-def model_card_front_matter(files: RunFiles) -> str:
+def model_card_front_matter(files: RunFiles, texts: TextReport | None = None) -> str:
     """Return the YAML front matter of the card.
 
     `base_model` names the base alone: on the hub it means "made from these weights", which is not
@@ -50,5 +51,6 @@ def model_card_front_matter(files: RunFiles) -> str:
     card["base_model"] = [base] if is_hub_name else []  # the hub cannot link to a local folder
     card["tags"] = ["persea", "distillation"]
     languages = {s.language for s in files.evaluation.scores} | {x.language for x in files.examples}
+    languages |= {g.language for g in texts.groups} if texts else set()
     card["language"] = sorted(name for name in languages if re.fullmatch(r"[a-z]{2,3}", name))
     return yaml.safe_dump(card, sort_keys=False, allow_unicode=True)

@@ -297,7 +297,7 @@ def _template_context(
             for skill in dict.fromkeys(skill for by_skill in bits for skill in by_skill)
         },
         "lineage_text": json.dumps(files.lineage_json, indent=1, ensure_ascii=False),
-        "front_matter": model_card_front_matter(files),
+        "front_matter": model_card_front_matter(files, texts),
         "difference_order": difference_order,
         "swatch": lambda name: Markup(svg.swatch(evaluation.mark(name))),
         "check_columns": check_columns(files.pairs or ()),

@@ -70,7 +70,7 @@ def overview_charts(
                 language,
                 [
                     scores[name].value if name in scores and scores[name].n else None
-                    for name in evaluation.model_names
+                    for name in evaluation.asked_models
                 ],
             )
             for language, scores in table.items()

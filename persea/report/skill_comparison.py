@@ -163,7 +163,7 @@ def scores_by_language(evaluation: EvaluationRecord) -> dict[str, dict[str, dict
     table: dict[str, dict[str, dict[str, Score]]] = {}
     for skill, language in sorted({(s.skill, s.language) for s in evaluation.scores if s.language}):
         scores = {
-            name: _pick_score(evaluation, name, skill, language) for name in evaluation.model_names
+            name: _pick_score(evaluation, name, skill, language) for name in evaluation.asked_models
         }
         table.setdefault(skill, {})[language] = {
             name: s for name, s in scores.items() if s is not None

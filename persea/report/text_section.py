@@ -13,7 +13,7 @@ from markupsafe import Markup
 from pydantic import TypeAdapter, ValidationError
 
 from persea.errors import DataError
-from persea.evaluation.text_report import BEST_TEACHER, TextGroup, TextReport
+from persea.evaluation.text_report import TextGroup, TextReport
 from persea.report import svg
 from persea.report.run_files import EvaluationRecord, rerun_remedy, validation_error
 from persea.report.text import NBSP, format_percent, join_list, spell_count
@@ -129,10 +129,9 @@ def text_verdict(report: TextReport) -> str:
 def _gap_words(group: TextGroup) -> str:
     if group.gap_closed is None:
         return f"no gap to close: {group.no_gap_reason}"
-    return (
-        f"{format_percent(group.gap_closed.value)} of the gap to {group.best_teacher} closed "
-        f"({_gap_range(group.gap_closed)})"
-    )
+    share = format_percent(group.gap_closed.value)
+    teachers = join_list(group.best_teachers)
+    return f"{share} of the gap to {teachers} closed ({_gap_range(group.gap_closed)})"
 
 
 def text_headline(report: TextReport) -> str:
@@ -167,9 +166,9 @@ def _language_sentence(report: TextReport, group: TextGroup) -> str:
         f"{_label(group)}: the student needs {group.bits_per_byte[report.student].value:.3f} bits "
         f"a byte, {change}{f' [{interval}]' if interval else ''}"
     )
-    if versus_teacher := group.student_minus.get(BEST_TEACHER):
-        more = f"{abs(versus_teacher.value):.3f} {'more' if versus_teacher.value > 0 else 'fewer'}"
-        sentence += f" and {more} than {group.best_teacher}"
+    if versus_best := group.minus_best:
+        more = f"{abs(versus_best.value):.3f} {'more' if versus_best.value > 0 else 'fewer'}"
+        sentence += f" and {more} than {join_list(group.best_teachers)}"
     return f"{sentence}; {_gap_words(group)}."
 
 
@@ -198,7 +197,7 @@ def text_rows(report: TextReport, best_only: bool = False) -> list[tuple[str, ..
     """
     rows = []
     for g in report.groups:
-        best = g.best_teacher.split(" and ")
+        best = g.best_teachers
         cells = [g.skill] if _has_several_skills(report) else []
         cells += [g.language or ALL_LANGUAGES]
         cells += [f"{g.bits_per_byte[name].value:.3f}" for name in (report.base, report.student)]
@@ -218,11 +217,11 @@ def text_rows(report: TextReport, best_only: bool = False) -> list[tuple[str, ..
 
 
 def _best_teacher_cell(report: TextReport, group: TextGroup) -> str:
-    if BEST_TEACHER not in group.student_minus:
+    if group.minus_best is None:
         return "\u2013"
     # student - (student - best teacher): also right for a mean over languages
     student = group.bits_per_byte[report.student].value
-    return f"{student - group.student_minus[BEST_TEACHER].value:.3f}\n{group.best_teacher}"
+    return f"{student - group.minus_best.value:.3f}\n{join_list(group.best_teachers)}"
 
 
 def _has_several_skills(report: TextReport) -> bool:
@@ -236,12 +235,12 @@ TEXT_TABLE_NOTE = (
 
 def end_bits_sentence(report: TextReport) -> str:
     """Return a sentence on the bits of the token that ends a document, which is reported apart."""
-    count = sum(g.documents for g in report.languages)
-    values = [
-        f"{name} "
-        f"{sum(g.end_bits[name] * g.documents for g in report.languages) / count:.1f}{NBSP}bits"
-        for name in report.model_names
-    ]
+    values = []
+    for name in report.model_names:
+        groups = [g for g in report.languages if name in g.end_bits]
+        if count := sum(g.documents for g in groups):
+            mean = sum(g.end_bits[name] * g.documents for g in groups) / count
+            values.append(f"{name} {mean:.1f}{NBSP}bits")
     return f"The token that ends a document is not counted above; it costs {join_list(values)}."
 
 
@@ -264,13 +263,15 @@ def text_chart(report: TextReport, evaluation: EvaluationRecord) -> str:
     """Return the chart of base, student and best teacher on every language."""
     rows = []
     for g in report.groups:
-        best = g.best_teacher.split(" and ")[0]
-        names = [report.base, report.student, *([best] if best else [])]
         dots = [
-            svg.Dot(n, evaluation.mark(n), i.value, _end(i.low, i), _end(i.high, i))
-            for n in names
-            for i in [g.bits_per_byte[n]]
+            svg.Dot(name, evaluation.mark(name), i.value, _end(i.low, i), _end(i.high, i))
+            for name in (report.base, report.student, *g.best_teachers)
+            for i in [g.bits_per_byte[name]]
         ]
+        if len(g.best_teachers) > 1 and g.minus_best:  # one dot: the best teacher of each language
+            best = g.bits_per_byte[report.student].value - g.minus_best.value
+            name = join_list(g.best_teachers)
+            dots[2:] = [svg.Dot(name, evaluation.mark(g.best_teachers[0]), best, best, best)]
         label = g.language or "all"
         gap = format_percent(g.gap_closed.value) if g.gap_closed else "\u2013"
         rows.append((f"{g.skill} {label}" if _has_several_skills(report) else label, dots, gap))

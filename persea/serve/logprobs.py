@@ -122,6 +122,41 @@ def encode_candidate_logprobs(
     return base64.b64encode(file.getvalue()).decode()
 
 
+def build_chat_logprobs(
+    renderer: ChatRenderer, ids: Sequence[int], logprobs: torch.Tensor, num_top_logprobs: int
+) -> list[dict[str, Any]]:
+    """Build OpenAI's `logprobs.content` of a chat answer.
+
+    Args:
+        renderer: The model's chat renderer.
+        ids: Generated token ids, N of them, with the stop token if there is one.
+        logprobs: Natural-log probabilities [N, W].
+        num_top_logprobs: Tokens to list per position.
+
+    Returns:
+        For each token its text, bytes (none for a control token) and log-probability, and the most
+        likely tokens.
+    """
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        return {
+            "token": format_token(renderer, token, False),
+            "bytes": list(renderer.vocabulary.bytes_W[token] or b""),
+            "logprob": logprob,
+        }
+
+    return [
+        entry(token, float(row_W[token]))
+        | {
+            "top_logprobs": [
+                entry(i, x)
+                for i, x in (top_k_logprobs(row_W, num_top_logprobs) if num_top_logprobs else [])
+            ]
+        }
+        for token, row_W in zip(ids, logprobs, strict=True)
+    ]
+
+
 def build_completion_logprobs(
     renderer: ChatRenderer,
     ids: Sequence[int],

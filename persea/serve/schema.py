@@ -1,5 +1,6 @@
 """Request bodies. An unknown key is refused by name: ignoring it would return something else than
-requested.
+requested. Keys that clients always send are accepted with the value that changes nothing, and keys
+that never change an answer (`metadata`, `service_tier`) are ignored.
 """
 
 from __future__ import annotations
@@ -29,8 +30,13 @@ from persea.teachers.engines import Sampling
 
 TokenId: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 31)]
 TokenIds: TypeAlias = Annotated[list[TokenId], Field(max_length=1 << 20)]
-# A penalty may be sent, and must be 0.
+# Fields that may be sent with the value that changes nothing.
 ZeroPenalty: TypeAlias = Annotated[float, Field(ge=0, le=0)]
+UnitPenalty: TypeAlias = Annotated[float, Field(ge=1, le=1)]
+# Texts before which an answer ends.
+StopText: TypeAlias = Annotated[str, Field(min_length=1, max_length=1000)]
+StopTexts: TypeAlias = StopText | Annotated[list[StopText], Field(max_length=64)]
+MAX_CHOICES = 64  # prompts of a request, times `n`
 
 
 class StrictRequestModel(BaseModel):
@@ -45,6 +51,11 @@ class SamplingFields(StrictRequestModel):
     temperature: float | None = Field(default=None, ge=0, le=100)
     top_p: float | None = Field(default=None, gt=0, le=1)
     seed: int | None = Field(default=None, ge=0, lt=1 << 62)
+    top_k: Literal[0, -1] | None = None
+    min_p: ZeroPenalty | None = None
+    repetition_penalty: UnitPenalty | None = None
+    presence_penalty: ZeroPenalty | None = None
+    frequency_penalty: ZeroPenalty | None = None
 
     @property
     def sampling(self) -> Sampling:
@@ -66,10 +77,21 @@ class OpenAIRequest(SamplingFields):
     model: str
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: Literal[1] | None = None
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    stop: StopTexts | None = None
+    ignore_eos: bool = False
+    logit_bias: dict[str, Any] | None = Field(default=None, max_length=0)
     user: str | None = None
-    presence_penalty: ZeroPenalty | None = None
-    frequency_penalty: ZeroPenalty | None = None
+    metadata: dict[str, Any] | None = None
+    service_tier: str | None = None
+    store: bool | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """The texts before which the answer ends."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
 class CompletionRequest(OpenAIRequest):
@@ -77,16 +99,39 @@ class CompletionRequest(OpenAIRequest):
     BOS.
     """
 
-    prompt: str | TokenIds
+    prompt: (
+        str
+        | TokenIds
+        | Annotated[list[str], Field(max_length=MAX_CHOICES)]
+        | Annotated[list[TokenIds], Field(max_length=MAX_CHOICES)]
+    )
+    best_of: Literal[1] | None = None
+    suffix: Literal[""] | None = None
     max_tokens: int | None = Field(default=None, ge=0)
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0)
     prompt_logprobs: int | None = Field(default=None, ge=0)
     stop_token_ids: TokenIds | None = None
-    ignore_eos: bool = False
     add_special_tokens: Literal[False] | None = None
     return_tokens_as_token_ids: bool = False
     return_token_ids: bool = False
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts, one or several."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        first = self.prompt[0] if self.prompt else 0
+        return [self.prompt] if isinstance(first, int) else self.prompt  # type: ignore[list-item,return-value]
+
+
+class TokenizeRequest(StrictRequestModel):
+    """/tokenize, as vLLM has it, for a text. Like the other routes it adds no BOS."""
+
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
 
 
 class TokenParams(SamplingFields):
@@ -177,6 +222,12 @@ class ToolDefinition(StrictRequestModel):
     function: FunctionDefinition
 
 
+class ResponseFormat(StrictRequestModel):
+    """Form of an answer: text."""
+
+    type: Literal["text"]
+
+
 class ChatTemplateKwargs(StrictRequestModel):
     """Arguments of the chat template."""
 
@@ -191,6 +242,10 @@ class ChatCompletionRequest(OpenAIRequest):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     tools: list[ToolDefinition] | None = Field(default=None, max_length=1000)
     tool_choice: Literal["auto", "none"] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0)
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
     chat_template_kwargs: ChatTemplateKwargs | None = None
 

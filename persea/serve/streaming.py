@@ -155,17 +155,21 @@ class StreamingAnswerParser:
         renderer: The model's chat renderer.
         effort: Thinking effort of the prompt.
         tools: Tools of the prompt.
+        stop_texts: Texts before which the answer ends; they are not searched for in its thinking.
         ids: Tokens so far.
         emitted: Text returned so far, by field.
+        is_stopped: Whether a stop text has come.
     """
 
     renderer: ChatRenderer
     effort: ThinkingEffort
     tools: tuple[Tool, ...]
+    stop_texts: tuple[str, ...] = ()
     ids: list[int] = field(default_factory=list)
     emitted: dict[str, str] = field(
         default_factory=lambda: {"reasoning_content": "", "content": ""}
     )
+    is_stopped: bool = False
 
     def add_token(self, token: int) -> dict[str, str]:
         """Add a token, and return the new text of each field.
@@ -185,6 +189,7 @@ class StreamingAnswerParser:
             None,
         )
         texts = _text_by_field(parts or ())
+        texts["content"], self.is_stopped = cut_at_stop(texts["content"], self.stop_texts)
         content, thinking = texts["content"].lstrip(), texts["reasoning_content"]
         # Where thought markers are plain text, the answer may begin with a part of one.
         opening, closing = self.renderer.family.text_thought_markers
@@ -196,6 +201,8 @@ class StreamingAnswerParser:
 
     def finish(self) -> tuple[dict[str, str], tuple[ToolCall, ...], FinishReason]:
         """Return the remaining text, the tool calls and the finish reason."""
+        if self.is_stopped:  # what was held back before the stop text is part of the answer
+            return self._take_new_text(self._stopped_texts()), (), FinishReason.STOP
         parts, finish = self.renderer.parse(self.ids, self.effort, self.tools)
         texts = _text_by_field(parts)
         if any(not texts[key].startswith(sent) for key, sent in self.emitted.items()):
@@ -205,6 +212,12 @@ class StreamingAnswerParser:
             tuple(p for p in parts if isinstance(p, ToolCall)),
             finish,
         )
+
+    def _stopped_texts(self) -> dict[str, str]:
+        """Return the texts of an answer that ends at a stop text."""
+        pieces = self.renderer.vocabulary.decode_pieces(self.ids)
+        texts = _text_by_field(self._parse_pieces(pieces) or ())
+        return texts | {"content": cut_at_stop(texts["content"], self.stop_texts)[0]}
 
     def _take_new_text(self, text_by_field: dict[str, str]) -> dict[str, str]:
         new = {
@@ -229,6 +242,25 @@ def _text_by_field(parts: Sequence[ContentPart]) -> dict[str, str]:
         "reasoning_content": "".join(p.text for p in parts if isinstance(p, Thinking)),
         "content": "".join(p.text for p in parts if isinstance(p, Text)),
     }
+
+
+def cut_at_stop(text: str, stop_texts: Sequence[str]) -> tuple[str, bool]:
+    r"""Return the text before the first stop text, and whether there is one.
+
+    Without one, an end that may be the beginning of a stop text is held back.
+
+    Example:
+        >>> cut_at_stop("one. two", ["."]), cut_at_stop("one\n", ["\n\n"])
+        (('one', True), ('one', False))
+    """
+    found = [at for stop in stop_texts if (at := text.find(stop)) >= 0]
+    if found:
+        return text[: min(found)], True
+    held = max(
+        (n for stop in stop_texts for n in range(1, len(stop)) if text.endswith(stop[:n])),
+        default=0,
+    )
+    return text[: len(text) - held], False
 
 
 def content_bytes(renderer: ChatRenderer, ids: Sequence[int] | npt.NDArray[np.integer]) -> bytes:

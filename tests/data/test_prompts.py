@@ -429,3 +429,66 @@ def test_null_counts_as_missing(tmp_path: Path) -> None:
     )
     (other,) = read(tmp_path, json.dumps({"prompt": "Why?"}))
     assert one == other
+
+
+# --- given answers and documents ---
+
+
+def test_given_answers_of_one_prompt_are_compared_with_their_prompt() -> None:
+    rows = [
+        prompt_of(k, "Berita:", answer=f"Harga beras naik {k} persen di pasar kota.")
+        for k in range(120)
+    ]
+    again = prompt_of(120, " BERITA: ", answer=rows[3].answer.upper())
+    given = build_corpus([[*rows, again]], [], are_answers_given=True)
+    assert len(given.prompts) == 120
+    assert [(r.reason, r.matched_id) for r in given.removed] == [(RemovalReason.DUPLICATE, "3")]
+    assert given.count_removed() == {"duplicate": 1}
+    asked = build_corpus([[*rows, again]], [])
+    assert len(asked.prompts) == 1
+
+
+def test_near_duplicates_of_given_answers_are_compared_with_their_answers() -> None:
+    answer = "one two three four five six seven eight nine ten eleven twelve"
+    rows = [
+        prompt_of(0, "News:", answer=answer),
+        prompt_of(1, "News:", answer=answer + " thirteen"),
+        prompt_of(2, "News:", answer="nothing of the first is said in this one at all, is it"),
+    ]
+    corpus = build_corpus([rows], [], [0.7], are_answers_given=True)
+    assert [p.id for p in corpus.prompts] == ["0", "2"]
+    assert corpus.removed[0].reason is RemovalReason.NEAR_DUPLICATE
+
+
+def test_documents_are_compared_with_documents_and_held_out_texts() -> None:
+    words = "the price of rice in the market of the town rose by seven percent on monday"
+    texts = ["a text", "A  TEXT", " \n", words, f"news: {words} said the minister", "2 + 2?"]
+    documents = [
+        Prompt(str(k), Conversation.from_document(t), "languages", "en")
+        for k, t in enumerate(texts)
+    ]
+    question = prompt_of(9, "a text")
+    corpus = build_corpus(
+        [[*documents, question]], [prompt_of(10, "2 + 2?")], held_out_texts=[("held", words)]
+    )
+    assert [p.id for p in corpus.prompts] == ["0", "9"]  # a question is no document
+    assert corpus.count_removed() == {
+        "duplicate": 1,
+        "empty": 1,
+        "test item": 2,
+        "holds a test item": 1,
+    }
+
+
+def test_an_empty_prompt_with_a_given_answer_stays() -> None:
+    rows = [prompt_of(0, "", answer="Once upon a time."), prompt_of(1, "", answer=" ")]
+    assert [p.id for p in build_corpus([rows], [], are_answers_given=True).prompts] == ["0"]
+
+
+def test_malformed_lines_are_counted_with_the_reasons() -> None:
+    line = MalformedLine("a.jsonl:1", "not JSON", 3, "{")
+    assert Corpus((), (), (line, line)).count_removed() == {"malformed line": 2}
+
+
+def prompt_of(k: int, text: str, **changes: Any) -> Prompt:
+    return Prompt(str(k), Conversation.from_question(text), "languages", "id", **changes)

@@ -40,8 +40,10 @@ def but(**others: str) -> dict[str, str]:
 
 def test_before_anything_the_later_stages_wait(tmp_path: Path) -> None:
     recipe(tmp_path)
-    waits = dict.fromkeys(("capture", "train", "evaluate", "lineage", "report"), "waits")
-    assert states(tmp_path) == {"check": "to do", "audition": "to do"} | waits
+    waits = dict.fromkeys(("train", "evaluate", "lineage", "report"), "waits")
+    to_do = dict.fromkeys(("check", "audition", "capture"), "to do")
+    assert states(tmp_path) == to_do | waits  # every skill is pinned: capture needs no audition
+    assert states(tmp_path, "audition.pinned={}")["capture"] == "waits"
     flowed_copy(tmp_path, "check", "audition")
     assert states(tmp_path) == but(**waits | {"capture": "to do"})
 
@@ -88,18 +90,18 @@ def test_a_damaged_output_is_to_do(tmp_path: Path) -> None:
 
 def test_answers_are_counted_and_the_disk_is_enough(tmp_path: Path) -> None:
     told = plan_run(river(flowed_copy(tmp_path, *STAGES)))
-    assert told.answers == 3 * 8 * 3 + 72 + 3 * 8 * 5
+    assert told.answers == 3 * 8 * 2 + 72 + 3 * 8 * 5  # pinned teachers and the base
     units = sum(p.stat().st_size for p in (tmp_path / "run" / "capture" / "units").iterdir())
     used = sum(p.stat().st_size for p in (tmp_path / "run").rglob("*") if p.is_file())
     assert 0 < units < 72 * 48 * SAMPLED_BYTES_PER_TOKEN
     assert units < used < told.disk_bytes < told.disk_free
     work = {c.stage: c.work for c in told.stages}
-    assert work["audition"] == "at most 72 answers by 3 teachers"
-    assert work["capture"].startswith("72 answers, at most 0.00 GB (0 prompts left out)")
+    assert work["audition"] == "at most 48 answers by 3 teachers and the student's base"
+    assert work["capture"] == "72 answers, at most 0.00 GB"
     assert work["train"] == "8 steps of 4 conversations"
     assert work["evaluate"] == "120 answers by 5 models"
     assert [r[0] for r in told.table_rows()] == [*STAGES, "total"]
-    assert told.table_rows()[-1][2].startswith("264 answers, at most 0.0")
+    assert told.table_rows()[-1][2].startswith("240 answers, at most 0.0")
     assert told.to_json()["stages"][0] == {
         "stage": "check",
         "state": "up to date",
@@ -111,9 +113,9 @@ def test_a_prompt_that_is_left_out_is_told(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "one"}\n{"prompt": " ONE "}\n{"prompt": "two"}\n')
     recipe(tmp_path, corpus=[{"skill": "languages", "file": "p.jsonl"}], audition={"items": 8})
     told = plan_run(river(tmp_path))
-    assert next(c.work for c in told.stages if c.stage == "capture").startswith(
-        "2 answers, at most 0.00 GB (1 prompts left out)"
-    )
+    assert next(c.work for c in told.stages if c.stage == "capture").startswith("2 answers, ")
+    assert told.left_out == {"duplicate": 1}
+    assert ("", "", "1 left out: duplicate") in told.table_rows()
 
 
 def test_the_likeliest_tokens_within_a_kl_cost_more_disk(tmp_path: Path) -> None:

@@ -519,7 +519,35 @@ HEAD = {"authorization": "Bearer a-secret"}
             422,
             "best_of",
         ),
-        ("/v1/completions", {"model": "llama-sapling", "prompt": "x", "n": 2}, 422, "n"),
+        ("/v1/completions", {"model": "llama-sapling", "prompt": "x", "n": 65}, 422, "n"),
+        (
+            "/v1/completions",
+            {"model": "llama-sapling", "prompt": ["x", "y"], "n": 40},
+            400,
+            "80 answers were requested",
+        ),
+        ("/v1/completions", {"model": "llama-sapling", "prompt": "x", "stop": [""]}, 422, "stop"),
+        (
+            "/v1/chat/completions",
+            {
+                "model": "llama-sapling",
+                "messages": [{"role": "user", "content": "x"}],
+                "response_format": {"type": "json_object"},
+            },
+            422,
+            "response_format",
+        ),
+        (
+            "/v1/chat/completions",
+            {
+                "model": "llama-sapling",
+                "messages": [{"role": "user", "content": "x"}],
+                "top_logprobs": 2,
+            },
+            400,
+            "send logprobs: true",
+        ),
+        ("/v1/models/other", None, 404, "no model 'other'"),
         (
             "/v1/completions",
             {"model": "llama-sapling", "prompt": [1, 10_000_000]},
@@ -581,8 +609,9 @@ HEAD = {"authorization": "Bearer a-secret"}
 def test_what_cannot_be_obeyed_is_refused_with_the_reason(
     strict: Served, path: str, body: object, status: int, words: str
 ) -> None:
-    sent = {"content": body} if isinstance(body, bytes) else {"json": body}
-    answer = httpx2.post(
+    sent = {"content": body} if isinstance(body, bytes) else {"json": body} if body else {}
+    answer = httpx2.request(
+        "GET" if body is None else "POST",
         strict.url + path,
         headers=HEAD | {"content-type": "application/json"},
         trust_env=False,

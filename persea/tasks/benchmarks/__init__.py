@@ -90,7 +90,10 @@ def find_benchmark(name: str) -> Benchmark:
 
 
 def refuse_unknown_names(
-    refs: Sequence[BenchmarkSection], corpus: Sequence[CorpusSection], where: str
+    refs: Sequence[BenchmarkSection],
+    corpus: Sequence[CorpusSection],
+    where: str,
+    has_held_out_texts: bool = False,
 ) -> None:
     """Check the names of benchmarks and skills in a recipe. Opens no file.
 
@@ -98,6 +101,8 @@ def refuse_unknown_names(
         refs: The recipe's `evaluation.benchmarks`.
         corpus: The recipe's `corpus`.
         where: File of the recipe, for the message.
+        has_held_out_texts: Whether the recipe names `evaluation.texts`. A skill that is taught
+            from texts alone may then have any name: these texts measure it, and no task.
 
     Raises:
         RecipeError: If a benchmark is unknown, or else if a skill of the corpus is; one line for
@@ -118,6 +123,7 @@ def refuse_unknown_names(
             *(t.name for t in GENERATED_TASKS),
             *(r.skill or known[r.benchmark].skill or r.benchmark for r in refs),
         ]
+        with_prompts = {part.skill for part in corpus if part.texts is None}
         wrong = [
             (
                 f"corpus.{k}.skill",
@@ -126,6 +132,7 @@ def refuse_unknown_names(
             )
             for k, part in enumerate(corpus)
             if part.skill not in skills
+            and not (has_held_out_texts and part.skill not in with_prompts)
         ]
     errors = [
         RecipeError(message, where=f"{where}: {key}", remedy=remedy)

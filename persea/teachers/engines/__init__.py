@@ -7,10 +7,10 @@ docs/new_engine.md shows how to add one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING, NoReturn, Protocol, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -194,6 +194,7 @@ class EngineOptions:
         send_effort: Whether a chat route is sent the thinking effort.
         handshake_effort: Thinking effort of the handshake of a chat route.
         max_fingerprint_drift: Mean difference in nats at which two fingerprints are two models.
+        engine_options: Further arguments of the library that runs the weights.
     """
 
     teacher_name: str
@@ -207,6 +208,7 @@ class EngineOptions:
     send_effort: bool = False
     handshake_effort: ThinkingEffort = ThinkingEffort.NONE
     max_fingerprint_drift: float = DEFAULT_MAX_FINGERPRINT_DRIFT_NATS
+    engine_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,7 @@ ENGINES = (
     EngineSpec("tokens", "token_server", is_server=True),
     EngineSpec("completions", "token_server", is_server=True),
     EngineSpec("sglang", "token_server", is_server=True),
+    EngineSpec("llamacpp", "llamacpp_server", is_server=True),
     EngineSpec("chat", "chat_server", is_server=True),
 )
 

@@ -1,13 +1,18 @@
 """Engine for chat routes: conversations in, text out. There are no distributions, so such a teacher
 teaches by its text alone.
+
+The handshake asks fixed questions as capture asks prompts: streamed, greedily. It finds out which
+sampling fields the server takes, switches off thinking that the recipe does not ask for, and keeps
+the digests of the answers, which identify the model.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +28,8 @@ from persea.chat.messages import (
     ToolCall,
 )
 from persea.distributions import DistributionKind, SparseDistributions, text_only_distributions
+from persea.errors import TeacherError
+from persea.storage import digest_json
 from persea.teachers.engines import (
     GREEDY,
     EngineCapabilities,
@@ -33,10 +40,19 @@ from persea.teachers.engines import (
 from persea.teachers.engines.http_client import HttpClient, Request
 from persea.teachers.engines.response_validation import (
     MalformedResponseError,
+    RejectedRequestError,
     require_list,
     require_object,
 )
-from persea.teachers.engines.server import ServerEngine, ServerFingerprint, resolve_served_model
+from persea.teachers.engines.server import (
+    HANDSHAKE_TEMPERATURE,
+    HANDSHAKE_TOKENS,
+    NUM_HANDSHAKE_DRAWS,
+    ServerEngine,
+    ServerFingerprint,
+    list_served_models,
+    resolve_served_model,
+)
 from persea.teachers.engines.wire_formats import single_choice
 
 FINISH_BY_SERVER_REASON = {
@@ -47,6 +63,41 @@ FINISH_BY_SERVER_REASON = {
     "malformed": FinishReason.MALFORMED,
 }
 CHAT_PATH = "/v1/chat/completions"
+# Parts, how the answer ended, tokens used, name of the model that answered.
+_ChatAnswer: TypeAlias = "tuple[tuple[ContentPart, ...], FinishReason, int, str]"
+# Questions whose greedy answers identify a model. The first one is asked again before each batch.
+HANDSHAKE_QUESTIONS = (
+    "Count from one to five in French.",
+    "Name the largest ocean, and say why it is called so.",
+    "Write a Python function that returns the sum of a list.",
+)
+# Sampling fields that change nothing, most first: servers apply the defaults of the model's
+# generation_config.json (vLLM) or their own (llama.cpp: min_p .05, top_k 40) to fields that are not
+# sent, and some refuse those that they do not know. The handshake takes the first set that passes.
+NEUTRAL_SAMPLING_FIELDS: tuple[Mapping[str, Any], ...] = (
+    {
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+    },
+    {"top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0},
+    {},
+)
+# Marks around a thought that a server without a reasoning parser leaves in the text.
+TEXT_THOUGHT_MARKS = (
+    ("<think>", "</think>"),
+    ("<seed:think>", "</seed:think>"),
+    ("<mm:think>", "</mm:think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|channel>thought", "<channel|>"),
+)
+UNASKED_THOUGHT = "the model thinks unasked"
+THINKING_REMEDY = (
+    "set the teacher's `effort:` to the effort it thinks at, or switch thinking off at the server"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +112,7 @@ class ChatServerEngine(ServerEngine):
             `chat_template_kwargs`. Servers that know neither key refuse the request.
         handshake_effort: Thinking effort of the handshake.
         fingerprints: See ServerEngine.
+        handshake_fields: Fields of every request that the handshake found out.
     """
 
     client: HttpClient
@@ -70,36 +122,134 @@ class ChatServerEngine(ServerEngine):
     handshake_effort: ThinkingEffort = ThinkingEffort.NONE
     fingerprints: list[ServerFingerprint] = field(default_factory=list)
     max_fingerprint_drift: float = 0.0  # fingerprints of this route have no log-probabilities
+    handshake_fields: dict[str, Any] = field(default_factory=dict)
 
     @property
     def capabilities(self) -> EngineCapabilities:
         """Capabilities of this engine."""
         return EngineCapabilities(DistributionKind.TEXT_ONLY, takes_token_ids=False)
 
+    def handshake(self) -> ServerFingerprint:
+        """Find out what the server takes, and record its fingerprint.
+
+        Raises:
+            TeacherError: The server refuses the questions, thinks unasked, or does not sample where
+                a temperature is asked for.
+        """
+        self.handshake_fields.clear()
+        self._choose_sampling_fields()
+        if self.handshake_effort is ThinkingEffort.NONE:
+            self._switch_off_thinking()
+        if self.sampling.temperature:
+            draws = [
+                replace(self.sampling, temperature=HANDSHAKE_TEMPERATURE, seed=seed)
+                for seed in range(NUM_HANDSHAKE_DRAWS)
+            ]
+            requests = [self._handshake_request(HANDSHAKE_QUESTIONS[1], s) for s in draws]
+            self.refuse_equal_draws([a[:2] for a in self._send_questions(requests)])
+        questions = [self._handshake_request(q) for q in HANDSHAKE_QUESTIONS]
+        first, second = self._send_questions(questions), self._send_questions(questions)
+        model = first[0][3]
+        self._refuse_unknown_model(model)
+        fingerprint = ServerFingerprint(model, nonce=uuid.uuid4().hex)
+        if [a[:2] for a in first] == [a[:2] for a in second]:
+            fingerprint = ServerFingerprint(model, answers=tuple(map(_digest_answer, first)))
+        self.fingerprints.append(fingerprint)
+        return fingerprint
+
     def compute_fingerprint(self) -> ServerFingerprint:
-        """Generate one token, and return the name of the model that did."""
-        question = Conversation.from_question("Hi", effort=self.handshake_effort)
-        body = self._build_request_body(question, 1) | {"stream": False}
-        request = Request(CHAT_PATH, body, _parse_model_name)
-        return ServerFingerprint(self.send_handshake(request, "see docs/engines.md"))
+        """Ask the first question of the handshake again."""
+        expected = self.fingerprints[0].answers[:1] if self.fingerprints else ()
+        for _ in range(3):  # a server that computes other requests too may round differently once
+            request = self._handshake_request(HANDSHAKE_QUESTIONS[0])
+            (answer,) = self._send_questions([request])
+            fingerprint = ServerFingerprint(answer[3], answers=(_digest_answer(answer),))
+            if fingerprint.answers == expected:
+                break
+        return fingerprint
+
+    def _choose_sampling_fields(self) -> None:
+        """Take the largest set of neutral sampling fields that the server accepts."""
+        failure = ""
+        for fields in NEUTRAL_SAMPLING_FIELDS:
+            self.handshake_fields.update(fields)
+            answer = self.client.probe(self._handshake_request(HANDSHAKE_QUESTIONS[0]))
+            if not isinstance(answer, EngineFailure) or answer.reason.startswith(UNASKED_THOUGHT):
+                return
+            self.handshake_fields.clear()
+            failure = answer.reason
+            if not failure.startswith(("status 400", "status 422")):
+                break
+        self.refuse_handshake(f"the handshake failed: {failure}", "see docs/engines.md")
+
+    def _switch_off_thinking(self) -> None:
+        """Switch off thinking at the server if it thinks unasked.
+
+        Raises:
+            TeacherError: It still thinks.
+        """
+        first = self.client.probe(self._handshake_request(HANDSHAKE_QUESTIONS[0]))
+        if not isinstance(first, EngineFailure):
+            return
+        if first.reason.startswith(UNASKED_THOUGHT):
+            self.handshake_fields["chat_template_kwargs"] = {"enable_thinking": False}
+            again = self.client.probe(self._handshake_request(HANDSHAKE_QUESTIONS[0]))
+            if not isinstance(again, EngineFailure):
+                return
+        self.refuse_handshake(f"the handshake failed: {first.reason}", THINKING_REMEDY)
+
+    def _handshake_request(
+        self, question: str, sampling: Sampling = GREEDY
+    ) -> Request[_ChatAnswer]:
+        conversation = Conversation.from_question(question, effort=self.handshake_effort)
+        return replace(self, sampling=sampling)._build_request(
+            conversation, HANDSHAKE_TOKENS, any_model=True
+        )
+
+    def _send_questions(self, requests: Sequence[Request[_ChatAnswer]]) -> list[_ChatAnswer]:
+        return self.send_handshakes(requests, "see docs/engines.md")
+
+    def _refuse_unknown_model(self, answering_model: str) -> None:
+        """Check a name that the server may ignore: llama.cpp takes any name.
+
+        Services without a list of models, and aliases that are listed, pass.
+        """
+        if answering_model == self.served_model_name:
+            return
+        try:
+            models = list_served_models(self.client)
+        except TeacherError:  # no such list: only the answer names a model
+            return
+        if models and self.served_model_name not in models:
+            self.refuse_handshake(
+                f"the server has {', '.join(models[:5])}, not {self.served_model_name}; "
+                f"{answering_model} answered",
+                "name one of them as `served_model_name:` of the endpoint",
+            )
 
     def chat(
         self, conversations: Sequence[Conversation], max_new_tokens: int
     ) -> list[tuple[tuple[ContentPart, ...], FinishReason] | EngineFailure]:
         """Answer one conversation each. See Engine."""
-        requests = [
-            Request(
-                CHAT_PATH,
-                self._build_request_body(conversation, max_new_tokens)
-                | {"stream": True, "stream_options": {"include_usage": True}},
-                self._parse_stream,
-                _count_response_tokens,
-                _event_has_content,
-            )
-            for conversation in conversations
-        ]
-        answers = self.send_verified(requests)
+        answers = self.send_verified(
+            [self._build_request(c, max_new_tokens) for c in conversations]
+        )
         return [a if isinstance(a, EngineFailure) else a[:2] for a in answers]
+
+    def _build_request(
+        self, conversation: Conversation, max_new_tokens: int, any_model: bool = False
+    ) -> Request[_ChatAnswer]:
+        """Build a streamed request; its answer is (parts, finish reason, tokens used, model)."""
+        return Request(
+            CHAT_PATH,
+            self._build_request_body(conversation, max_new_tokens)
+            | {"stream": True, "stream_options": {"include_usage": True}},
+            lambda events: self._parse_stream(events, conversation.effort, any_model),
+            _count_response_tokens,
+            _event_has_content,
+            _event_is_final,
+            8 * max_new_tokens + 64,  # some services send a token in several events
+        )
 
     def _build_request_body(
         self, conversation: Conversation, max_new_tokens: int
@@ -114,6 +264,7 @@ class ChatServerEngine(ServerEngine):
             "model": self.served_model_name,
             "messages": messages,
             "max_tokens": max_new_tokens,
+            **self.handshake_fields,
             "temperature": self.sampling.temperature,
         }
         if self.sampling.temperature:
@@ -128,16 +279,28 @@ class ChatServerEngine(ServerEngine):
                 body["reasoning_effort"] = conversation.effort.value
         return body
 
-    def _parse_stream(self, events: list[Any]) -> tuple[tuple[ContentPart, ...], FinishReason, int]:
-        """Join the events of a stream: content parts, finish reason, tokens used."""
+    def _parse_stream(
+        self, events: list[Any], effort: ThinkingEffort, any_model: bool = False
+    ) -> _ChatAnswer:
+        """Join the events of a stream: content parts, finish reason, tokens used, model.
+
+        Args:
+            events: The events.
+            effort: Thinking effort of the question. At NONE a thought is refused: the student
+                would learn an answer that follows from a thought it does not see.
+            any_model: Whether the first event decides which model answers, as in a handshake.
+        """
         expected_model = self.fingerprints[0].model if self.fingerprints else self.served_model_name
         texts = {"reasoning_content": "", "content": ""}
         calls: dict[int, dict[str, str]] = {}
         finish_reason, num_tokens = "", 0
-        for event in events:
-            if require_object(event, "an event").get("model") != expected_model:
+        for k, event in enumerate(events):
+            model = require_object(event, "an event").get("model")
+            if any_model and k == 0 and isinstance(model, str) and model:
+                expected_model = model
+            if model != expected_model:
                 raise MalformedResponseError(
-                    f"{event.get('model')!r} answered, {expected_model!r} was requested"
+                    f"{model!r} answered, {expected_model!r} was requested"
                 )
             usage = event.get("usage")
             if isinstance(usage, dict) and type(usage.get("total_tokens")) is int:
@@ -155,11 +318,12 @@ class ChatServerEngine(ServerEngine):
             raise MalformedResponseError(
                 "half characters: the server decodes token by token, and bytes are lost"
             )
-        parts = tuple(
-            make(texts[key])
-            for key, make in (("reasoning_content", Thinking), ("content", Text))
-            if texts[key]
-        )
+        thinking, text = _separate_thought(texts["reasoning_content"], texts["content"])
+        if thinking and effort is ThinkingEffort.NONE:
+            raise RejectedRequestError(
+                f"{UNASKED_THOUGHT}: {thinking[:40]!r}... came at effort none"
+            )
+        parts = tuple(make(t) for make, t in ((Thinking, thinking), (Text, text)) if t)
         parsed = [
             ToolCall.from_generated(c["name"], c["arguments"] or "{}")
             for _, c in sorted(calls.items())
@@ -170,7 +334,7 @@ class ChatServerEngine(ServerEngine):
             if len(tool_calls) == len(parsed)
             else FinishReason.MALFORMED
         )
-        return (*parts, *tool_calls) or (Text(""),), finish, num_tokens
+        return (*parts, *tool_calls) or (Text(""),), finish, num_tokens, expected_model
 
     def compute_sparse_distributions(
         self,
@@ -181,12 +345,31 @@ class ChatServerEngine(ServerEngine):
         yield from (text_only_distributions(int(mask_T.sum())) for mask_T in loss_masks)
 
 
-def _parse_model_name(response: Any) -> str:
-    model = require_object(response, "the answer").get("model")
-    if not isinstance(model, str) or not model:
-        raise MalformedResponseError("the answer does not name the model that generated it")
-    require_object(single_choice(response).get("message"), "message")
-    return model
+def _separate_thought(reasoning: str, content: str) -> tuple[str, str]:
+    """Return (thought, text) without the line breaks that the template puts around them.
+
+    A server without a reasoning parser leaves the thought in the text. Where its template opens the
+    thought in the prompt, only the closing mark is there.
+    """
+    if not reasoning:
+        for opening, closing in TEXT_THOUGHT_MARKS:
+            start = content.lstrip().removeprefix(opening)
+            is_open = len(start) < len(content.lstrip())
+            if is_open or closing in content:
+                reasoning, _, content = start.partition(closing)
+                break
+    thought = reasoning.strip("\n")
+    return thought, content.lstrip("\n") if reasoning else content
+
+
+def _digest_answer(answer: _ChatAnswer) -> str:
+    """Return the digest of what a model wrote."""
+    parts = [[type(part).__name__, str(part)] for part in answer[0]]
+    return digest_json([parts, answer[1].value])[:16]
+
+
+def _event_is_final(event: Any) -> bool:
+    return bool(single_choice(event).get("finish_reason"))
 
 
 def _event_has_content(event: Any) -> bool:
@@ -197,7 +380,7 @@ def _event_has_content(event: Any) -> bool:
     )
 
 
-def _count_response_tokens(answer: tuple[tuple[ContentPart, ...], FinishReason, int]) -> int:
+def _count_response_tokens(answer: _ChatAnswer) -> int:
     return answer[2]
 
 

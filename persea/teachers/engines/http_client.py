@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 from persea.errors import RefusedError, TeacherError
 from persea.teachers.engines import EngineFailure
 from persea.teachers.engines.response_validation import (
+    RETRYABLE_STATUS_CODES,
     MalformedResponseError,
+    RejectedRequestError,
     parse_json,
     refuse_error_body,
 )
@@ -33,12 +35,20 @@ MAX_RETRY_AFTER_S = 300.0
 INITIAL_BACKOFF_S = 0.5
 MAX_BACKOFF_S = 30.0
 MAX_RESPONSE_BYTES = 256 << 20  # 32k positions with 20 tokens each are 60 MB of JSON
-RETRYABLE_STATUS_CODES = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+# The server is overloaded, or starts: the same request is repeated for as long as it may take.
+UNAVAILABLE_STATUS_CODES = frozenset({429, 502, 503})
 FATAL_STATUS_REASONS = {
     401: "the key is missing or wrong",
     403: "the key has no permission for this request",
     404: "no such route or model",
     405: "no such route",
+}
+# Text in the body of a fatal status -> (reason, remedy), where the usual reason would be wrong.
+KNOWN_STATUS_BODIES = {
+    "--enable-scale-out": (
+        "the server's token route is switched off",
+        "start `vllm serve` with --enable-scale-out, or use `protocol: completions`",
+    ),
 }
 MIN_REQUESTS_BEFORE_GIVING_UP = 20  # the share of failed requests is not judged below it
 
@@ -57,6 +67,7 @@ class RetryPolicy:
             is checked before each request, so requests in flight can exceed it.
         max_failed_share: Share of failed requests above which the server counts as broken, from
             MIN_REQUESTS_BEFORE_GIVING_UP requests on.
+        max_answer_s: Seconds that one answer may take in all, however steadily tokens come.
     """
 
     concurrency: int = 8
@@ -65,6 +76,7 @@ class RetryPolicy:
     give_up_after_s: float = 600.0
     max_total_tokens: int = 0
     max_failed_share: float = 0.05
+    max_answer_s: float = 3600.0
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,9 @@ class Request(Generic[T]):
             MalformedResponseError.
         count_tokens: Number of tokens of prompt and answer, for the budget.
         event_has_token: Whether an event holds a token; None if the answer is not streamed.
+        event_is_final: Whether an event ends a streamed answer: some servers close the connection
+            after it, without [DONE].
+        max_token_events: Most events with a token that an answer may have; 0 = no limit.
     """
 
     path: str
@@ -85,6 +100,8 @@ class Request(Generic[T]):
     parse_response: Callable[[Any], T]
     count_tokens: Callable[[T], int] = lambda answer: 0
     event_has_token: Callable[[Any], bool] | None = None
+    event_is_final: Callable[[Any], bool] = lambda event: False
+    max_token_events: int = 0
 
 
 class RetryableError(Exception):
@@ -93,17 +110,19 @@ class RetryableError(Exception):
     Attributes:
         retry_after_s: Seconds to wait before it; None if the server names none.
         connection_lost: Whether the connection broke.
+        unavailable: Whether the server is not there, or too busy to look at the request.
     """
 
     def __init__(
-        self, reason: str, retry_after_s: float | None = None, connection_lost: bool = False
+        self,
+        reason: str,
+        retry_after_s: float | None = None,
+        connection_lost: bool = False,
+        unavailable: bool = False,
     ) -> None:
         super().__init__(reason)
         self.retry_after_s, self.connection_lost = retry_after_s, connection_lost
-
-
-class RejectedRequestError(Exception):
-    """The server rejected a request; repeating it is useless."""
+        self.unavailable = unavailable
 
 
 @dataclass(eq=False)
@@ -154,6 +173,14 @@ class HttpClient:
             self._raise_server_error(answer.reason, "look at the server's own log")
         return answer
 
+    def probe(self, request: Request[T]) -> T | EngineFailure:
+        """Send a request that may fail: it does not count among the failed ones."""
+        before = self.num_requests, self.num_failed_requests
+        (answer,) = self.send_all([request])
+        if isinstance(answer, EngineFailure):
+            self.num_requests, self.num_failed_requests = before
+        return answer
+
     async def _send_all_async(self, requests: Sequence[Request[T]]) -> list[T | EngineFailure]:
         tasks: list[asyncio.Task[T | EngineFailure]] = []
         self._last_response_at = self.clock()
@@ -187,8 +214,8 @@ class HttpClient:
     async def _send_with_retries(
         self, client: httpx2.AsyncClient, slots: asyncio.Semaphore, request: Request[T]
     ) -> T | EngineFailure:
-        reason = ""
-        for attempt in range(self.retry_policy.max_attempts):
+        attempt, failures, begin = 0, 0, self.clock()
+        while True:
             async with slots:
                 # All requests wait, not only this one: the server is overloaded by their sum.
                 while (wait := self._paused_until - self.clock()) > 0:
@@ -198,7 +225,9 @@ class HttpClient:
                     answer = await self._attempt(client, request)
                 except RetryableError as error:
                     reason = str(error)
-                    delay = self._handle_retryable(error, attempt)
+                    delay = self._handle_retryable(error, failures)
+                    failures += 1
+                    attempt += not self._is_worth_waiting(error, begin)
                 except RejectedRequestError as error:
                     return self._record_failure(str(error))
                 else:
@@ -206,10 +235,20 @@ class HttpClient:
                     self.num_requests += 1
                     self.num_tokens_used += request.count_tokens(answer)
                     return answer
-            if attempt + 1 < self.retry_policy.max_attempts:
-                await self.sleep(delay)
-        return self._record_failure(
-            f"{self.retry_policy.max_attempts} attempts failed, the last: {reason}"
+            if attempt == self.retry_policy.max_attempts:
+                return self._record_failure(f"{attempt} attempts failed, the last: {reason}")
+            await self.sleep(delay)
+
+    def _is_worth_waiting(self, error: RetryableError, begin: float) -> bool:
+        """Return whether a failed attempt costs its request none of its attempts.
+
+        So it is while a server that has answered before restarts, or is too busy. A server that
+        has never answered may have another address: there every attempt counts.
+        """
+        return (
+            error.unavailable
+            and self.num_requests > self.num_failed_requests
+            and self.clock() - begin <= self.retry_policy.give_up_after_s
         )
 
     def _handle_retryable(self, error: RetryableError, attempt: int) -> float:
@@ -263,8 +302,10 @@ class HttpClient:
     async def _attempt(self, client: httpx2.AsyncClient, request: Request[T]) -> T:
         import httpx2
 
+        limit = asyncio.timeout(self.retry_policy.max_answer_s)
         try:
             async with (
+                limit,
                 asyncio.timeout(self.retry_policy.stall_timeout_s) as watch,
                 self._open_response(client, request) as response,
             ):
@@ -273,11 +314,18 @@ class HttpClient:
                     body = parse_json(await _read_body(response))
                     refuse_error_body(body)
                     return request.parse_response(body)
-                events = []
-                async for event in _iter_events(response):
+                events: list[Any] = []
+                num_token_events = 0
+                async for event in _iter_events(response, request.event_is_final):
                     refuse_error_body(event)
                     events.append(event)
                     if request.event_has_token(event):
+                        num_token_events += 1
+                        if 0 < request.max_token_events < num_token_events:
+                            raise MalformedResponseError(
+                                f"more than {request.max_token_events} tokens came, which is the "
+                                "limit of the request"
+                            )
                         watch.reschedule(
                             asyncio.get_running_loop().time() + self.retry_policy.stall_timeout_s
                         )
@@ -285,12 +333,18 @@ class HttpClient:
         except MalformedResponseError as error:
             raise RetryableError(str(error)) from error
         except TimeoutError as error:
+            if limit.expired():
+                raise RejectedRequestError(
+                    f"the answer had no end after {self.retry_policy.max_answer_s:g} s"
+                ) from error
             raise RetryableError(f"no token for {self.retry_policy.stall_timeout_s:g} s") from error
         except httpx2.TimeoutException as error:
             raise RetryableError(f"no byte for {self.retry_policy.stall_timeout_s:g} s") from error
         except httpx2.TransportError as error:
             raise RetryableError(
-                f"{type(error).__name__}: {error}", connection_lost=True
+                f"{type(error).__name__}: {error}",
+                connection_lost=True,
+                unavailable=isinstance(error, httpx2.ConnectError),
             ) from error
         except httpx2.InvalidURL as error:
             self._raise_server_error(f"{error}", "give `url:` as http://host:port")
@@ -315,12 +369,20 @@ class HttpClient:
         body = (await _read_body(response))[:300].decode(errors="replace")
         reason = f"status {code}: {body}"
         if code in RETRYABLE_STATUS_CODES:
-            raise RetryableError(reason, _parse_retry_after(response.headers))
-        if code in FATAL_STATUS_REASONS:
-            self._raise_server_error(
-                f"{FATAL_STATUS_REASONS[code]}: {reason}",
-                "look at `url:`, `served_model_name:` and the variable that `key_env:` names",
+            raise RetryableError(
+                reason,
+                _parse_retry_after(response.headers),
+                unavailable=code in UNAVAILABLE_STATUS_CODES,
             )
+        if code in FATAL_STATUS_REASONS:
+            why, remedy = next(
+                (known for text, known in KNOWN_STATUS_BODIES.items() if text in body),
+                (
+                    FATAL_STATUS_REASONS[code],
+                    "look at `url:`, `served_model_name:` and the variable that `key_env:` names",
+                ),
+            )
+            self._raise_server_error(f"{why}: {reason}", remedy)
         raise RejectedRequestError(reason)
 
 
@@ -362,9 +424,14 @@ async def _read_body(response: httpx2.Response) -> bytes:
     return b"".join(parts)
 
 
-async def _iter_events(response: httpx2.Response) -> AsyncIterator[Any]:
-    """Yield the events of a server-sent stream as JSON. A stream without [DONE] was cut off."""
-    rest, size = b"", 0
+async def _iter_events(
+    response: httpx2.Response, is_final: Callable[[Any], bool]
+) -> AsyncIterator[Any]:
+    """Yield the events of a server-sent stream as JSON.
+
+    A stream that ends neither with [DONE] nor after a final event was cut off.
+    """
+    rest, size, has_ended = b"", 0, False
     async for part in response.aiter_raw():
         size += len(part)
         if size > MAX_RESPONSE_BYTES:
@@ -375,6 +442,10 @@ async def _iter_events(response: httpx2.Response) -> AsyncIterator[Any]:
             if data == b"[DONE]":
                 return
             if data:
-                yield parse_json(data)
+                event = parse_json(data)
+                yield event
+                has_ended = has_ended or is_final(event)
+    if has_ended and not rest.strip():
+        return
     cut = f": {rest[:60]!r}" if rest.strip() else ""
-    raise MalformedResponseError(f"the stream ended without [DONE]{cut}")
+    raise MalformedResponseError(f"the stream ended without [DONE] or a finish reason{cut}")

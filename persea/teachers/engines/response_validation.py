@@ -26,6 +26,7 @@ from persea.storage import parse_strict_json
 
 # A log-probability may exceed 0 by the rounding of float32.
 POSITIVE_LOGPROB_TOLERANCE_NATS = 1e-6
+RETRYABLE_STATUS_CODES = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 # vLLM and SGLang write -9999 for minus infinity: the server truncated its distributions.
 LOGPROB_SENTINEL_THRESHOLD = -9000.0
 # Two values of one token in one answer may differ by the rounding of float16.
@@ -37,6 +38,10 @@ class MalformedResponseError(ValueError):
 
     The request may be repeated.
     """
+
+
+class RejectedRequestError(Exception):
+    """The server rejected a request, or cannot answer it rightly; repeating it is useless."""
 
 
 @dataclass(frozen=True)
@@ -240,11 +245,21 @@ def require_token_ids(value: Any, vocab_size: int, label: str) -> list[int]:
 
 
 def refuse_error_body(body: Any) -> None:
-    """Raise MalformedResponseError for an error that comes with status 200."""
+    """Raise for an error that comes with status 200.
+
+    Raises:
+        RejectedRequestError: The error has a code 4xx: the request is at fault, such as a prompt
+            that is too long.
+        MalformedResponseError: Any other error.
+    """
     if isinstance(body, dict) and (body.get("error") or body.get("object") == "error"):
         error = body.get("error") or body
-        message = error.get("message", error) if isinstance(error, dict) else error
-        raise MalformedResponseError(f"an error instead of an answer: {_shorten_repr(message)}")
+        details = error if isinstance(error, dict) else {}
+        reason = f"an error instead of an answer: {_shorten_repr(details.get('message', error))}"
+        code = details.get("code")
+        if type(code) is int and 400 <= code < 500 and code not in RETRYABLE_STATUS_CODES:
+            raise RejectedRequestError(f"{reason} (code {code})")
+        raise MalformedResponseError(reason)
 
 
 def _shorten_repr(value: Any) -> str:

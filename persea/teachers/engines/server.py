@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -26,6 +26,11 @@ from persea.teachers.engines.response_validation import (
     require_object,
 )
 
+# Temperature and number of the draws that show whether a server samples. 1 is allowed everywhere.
+HANDSHAKE_TEMPERATURE = 1.0
+NUM_HANDSHAKE_DRAWS = 4
+HANDSHAKE_TOKENS = 32  # tokens of an answer of the handshake
+
 
 @dataclass(frozen=True)
 class ServerFingerprint:
@@ -35,10 +40,16 @@ class ServerFingerprint:
         model: Name that the server reports.
         handshake_logprobs: Log-probabilities in nats of the supervised tokens of the handshake
             conversation, rounded to 4 digits; () for a chat route, which returns none.
+        answers: Digests of a chat route's greedy answers to fixed questions; () for a server that
+            answers the same question differently from one time to the next.
+        nonce: Random text of the first handshake where nothing else identifies the model: answers
+            of another run are then never taken for this one's. "" otherwise.
     """
 
     model: str
     handshake_logprobs: tuple[float, ...] = ()
+    answers: tuple[str, ...] = ()
+    nonce: str = ""
 
     def refuse_other_model(
         self,
@@ -54,20 +65,22 @@ class ServerFingerprint:
             max_drift: Largest mean absolute difference in nats that one model may show.
 
         Raises:
-            TeacherError: The names, the number of log-probabilities or their values differ.
+            TeacherError: The names, the number of log-probabilities or their values differ, or an
+                answer that both have.
         """
         same_size = len(self.handshake_logprobs) == len(other.handshake_logprobs)
         drift = 0.0
         if self.handshake_logprobs and same_size:
             differences = np.subtract(self.handshake_logprobs, other.handshake_logprobs)
             drift = float(np.abs(differences).mean())
-        if self.model == other.model and same_size and drift <= max_drift:
+        same_answers = all(a == b for a, b in zip(self.answers, other.answers, strict=False))
+        if self.model == other.model and same_size and drift <= max_drift and same_answers:
             return
-        change = (
-            f"{other.model!r} answers, it was {self.model!r}"
-            if self.model != other.model
-            else f"its log-probabilities moved by {drift:.2f} nats"
-        )
+        change = f"its log-probabilities moved by {drift:.2f} nats"
+        if self.model != other.model:
+            change = f"{other.model!r} answers, it was {self.model!r}"
+        elif not same_answers:
+            change = "it answers a fixed question in other words"
         raise TeacherError(
             f"another model is there now: {change}",
             where=where,
@@ -77,12 +90,22 @@ class ServerFingerprint:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON; a part of a teacher's identity, so keys must not change."""
-        return {"model": self.model, "logs": list(self.handshake_logprobs)}
+        value: dict[str, Any] = {"model": self.model, "logs": list(self.handshake_logprobs)}
+        return (
+            value
+            | ({"answers": list(self.answers)} if self.answers else {})
+            | ({"nonce": self.nonce} if self.nonce else {})
+        )
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> ServerFingerprint:
         """Read the result of `to_json`."""
-        return ServerFingerprint(str(value["model"]), tuple(float(x) for x in value["logs"]))
+        return ServerFingerprint(
+            str(value["model"]),
+            tuple(float(x) for x in value["logs"]),
+            tuple(str(a) for a in value.get("answers", ())),
+            str(value.get("nonce", "")),
+        )
 
 
 class ServerEngine(Engine):
@@ -137,19 +160,48 @@ class ServerEngine(Engine):
 
     def send_handshake(self, request: Request[Any], remedy: str) -> Any:
         """Send one request of the handshake, and mark a failure as the handshake's."""
+        (response,) = self.send_handshakes([request], remedy)
+        return response
+
+    def send_handshakes(self, requests: Sequence[Request[Any]], remedy: str) -> list[Any]:
+        """Send requests of the handshake at once. Raises TeacherError if one of them fails."""
         try:
-            return self.client.send(request)
+            responses = self.client.send_all(requests)
         except TeacherError as error:
             raise TeacherError(
-                f"the handshake failed: {error.message}", where=error.where, remedy=remedy
+                f"the handshake failed: {error.message}",
+                where=error.where,
+                remedy=error.remedy or remedy,
             ) from error
+        for response in responses:
+            if isinstance(response, EngineFailure):
+                self.refuse_handshake(f"the handshake failed: {response.reason}", remedy)
+        return responses
+
+    def refuse_handshake(self, reason: str, remedy: str) -> NoReturn:
+        """Raise TeacherError for a server that cannot be used."""
+        raise TeacherError(reason, where=f"{self.client.name}, {self.client.url}", remedy=remedy)
+
+    def refuse_equal_draws(self, draws: Sequence[Any]) -> None:
+        """Check that draws with different seeds differ, where the recipe asks for a temperature.
+
+        Raises:
+            TeacherError: All draws are equal: the server does not sample.
+        """
+        if all(draw == draws[0] for draw in draws):
+            self.refuse_handshake(
+                f"{len(draws)} draws at temperature {HANDSHAKE_TEMPERATURE:g} with different "
+                "seeds are equal: the server does not sample",
+                "let it sample (`transformers serve`: do_sample: true in the model's "
+                "generation_config.json), or delete `generation.temperature:`",
+            )
 
 
-def resolve_served_model(client: HttpClient, requested_name: str) -> str:
-    """Return the name of the model to ask for: the requested one, or the server's only one.
+def list_served_models(client: HttpClient) -> list[str]:
+    """Return the names of the server's models.
 
     Raises:
-        TeacherError: The server does not have the model, or has several and none was requested.
+        TeacherError: The server has no list of models.
     """
 
     def parse_models(response: Any) -> list[str]:
@@ -159,7 +211,16 @@ def resolve_served_model(client: HttpClient, requested_name: str) -> str:
             raise MalformedResponseError("a model without a name")
         return [str(name) for name in names]
 
-    models = client.send(Request("/v1/models", None, parse_models))
+    return client.send(Request("/v1/models", None, parse_models))
+
+
+def resolve_served_model(client: HttpClient, requested_name: str) -> str:
+    """Return the name of the model to ask for: the requested one, or the server's only one.
+
+    Raises:
+        TeacherError: The server does not have the model, or has several and none was requested.
+    """
+    models = list_served_models(client)
     if requested_name in models if requested_name else len(models) == 1:
         return requested_name or models[0]
     raise TeacherError(

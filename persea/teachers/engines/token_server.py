@@ -10,7 +10,7 @@ teacher's own tokenizer, never from the server.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,14 @@ from persea.teachers.engines.response_validation import (
     require_token_ids,
     to_sparse_distributions,
 )
-from persea.teachers.engines.server import ServerEngine, ServerFingerprint, resolve_served_model
+from persea.teachers.engines.server import (
+    HANDSHAKE_TEMPERATURE,
+    HANDSHAKE_TOKENS,
+    NUM_HANDSHAKE_DRAWS,
+    ServerEngine,
+    ServerFingerprint,
+    resolve_served_model,
+)
 from persea.teachers.engines.wire_formats import (
     TOKENS_FORMAT,
     WIRE_FORMATS,
@@ -46,9 +53,8 @@ from persea.teachers.engines.wire_formats import (
 
 # Changing either of the two asks every server for a new handshake: stored fingerprints stop
 # matching.
-HANDSHAKE_CONVERSATION = Conversation.from_question("What is 17 + 25?").with_answer(
-    Text("17 + 25 = 42.")
-)
+HANDSHAKE_QUESTION = Conversation.from_question("What is 17 + 25?")
+HANDSHAKE_CONVERSATION = HANDSHAKE_QUESTION.with_answer(Text("17 + 25 = 42."))
 HANDSHAKE_TEXT = "Xin chào, 你好, 17 + 25 = 42.\n"
 HANDSHAKE_REMEDY = (
     "docs/engines.md lists what each server supports; `protocol: chat` needs no log-probabilities"
@@ -93,7 +99,61 @@ class TokenServerEngine(ServerEngine):
                 where=f"{self.client.name}, {self.client.url}",
                 remedy="`model:` must name the folder or hub id that the server runs",
             )
-        return super().handshake()
+        fingerprint = self.compute_fingerprint()
+        self._refuse_unstable_scores(fingerprint)
+        self._refuse_changed_sampling()
+        self.fingerprints.append(fingerprint)
+        return fingerprint
+
+    def _refuse_unstable_scores(self, fingerprint: ServerFingerprint) -> None:
+        """Check that the same conversation, scored twice at once, gets the same values."""
+        tokens = self.renderer.render(HANDSHAKE_CONVERSATION)
+        request = self._build_logprobs_request(tokens.ids_T, tokens.loss_mask_T)
+        expected_N = np.array(fingerprint.handshake_logprobs)
+        for scored in self.send_handshakes([request, request], HANDSHAKE_REMEDY):
+            drift = float(np.abs(scored.target_logprob_N - expected_N).mean())
+            if drift > self.max_fingerprint_drift:
+                self.refuse_handshake(
+                    f"the handshake failed: the same text, scored again, differs by {drift:.2f} "
+                    "nats",
+                    "switch the server's prefix cache off; docs/engines.md lists the options",
+                )
+
+    def _refuse_changed_sampling(self) -> None:
+        """Check that a greedy answer consists of most likely tokens, and that draws differ.
+
+        Servers that apply another temperature, penalties or a top-k of their own are refused.
+        """
+        prompt_ids = self.renderer.render_prompt(HANDSHAKE_QUESTION).ids_T
+        greedy = replace(self, sampling=GREEDY)
+        (answer,) = self.send_handshakes(
+            [greedy._build_generate_request(prompt_ids, HANDSHAKE_TOKENS)], HANDSHAKE_REMEDY
+        )
+        ids_T = np.concatenate([prompt_ids, answer])
+        is_generated_T = np.arange(len(ids_T)) >= len(prompt_ids)
+        scored: SparseDistributions = self.send_handshake(
+            self._build_logprobs_request(ids_T, is_generated_T), HANDSHAKE_REMEDY
+        )
+        for n in range(len(scored)):
+            start, end = scored.offsets_N1[n : n + 2]
+            best = float(np.log(scored.probs_M[start:end].max()))
+            if scored.target_logprob_N[n] < best - self.max_fingerprint_drift:
+                self.refuse_handshake(
+                    f"the handshake failed: token {n} of a greedy answer has a log-probability of "
+                    f"{scored.target_logprob_N[n]:.2f}, another token {best:.2f}: the server "
+                    "changes how tokens are drawn",
+                    "start vLLM with --generation-config vllm and without penalties of its own",
+                )
+        if self.sampling.temperature:
+            draws = [
+                replace(
+                    self,
+                    sampling=replace(self.sampling, temperature=HANDSHAKE_TEMPERATURE, seed=seed),
+                )._build_generate_request(prompt_ids, HANDSHAKE_TOKENS)
+                for seed in range(NUM_HANDSHAKE_DRAWS)
+            ]
+            answers = self.send_handshakes(draws, HANDSHAKE_REMEDY)
+            self.refuse_equal_draws([a.tolist() for a in answers])
 
     def compute_fingerprint(self) -> ServerFingerprint:
         """Score the handshake conversation."""
@@ -110,20 +170,30 @@ class TokenServerEngine(ServerEngine):
         self, prompts: Sequence[npt.NDArray[np.int32]], stop_ids: Sequence[int], max_new_tokens: int
     ) -> list[npt.NDArray[np.int32] | EngineFailure]:
         """Generate one answer per prompt, streamed. See Engine."""
+        return self.send_verified(
+            [self._build_generate_request(p, max_new_tokens, stop_ids) for p in prompts]
+        )
 
-        def build_request(prompt: npt.NDArray[np.int32]) -> Request[npt.NDArray[np.int32]]:
-            body = self.wire_format.build_generate_request(
-                self.served_model_name, prompt.tolist(), stop_ids, max_new_tokens, self.sampling
-            )
-            return Request(
-                self.wire_format.path,
-                body,
-                lambda events: self._parse_generated_ids(events, stop_ids, max_new_tokens),
-                lambda ids: len(prompt) + len(ids),
-                lambda event: bool(self.wire_format.parse_event_token_ids(event)),
-            )
-
-        return self.send_verified([build_request(p) for p in prompts])
+    def _build_generate_request(
+        self,
+        prompt_ids: npt.NDArray[np.int32],
+        max_new_tokens: int,
+        stop_ids: Sequence[int] | None = None,
+    ) -> Request[npt.NDArray[np.int32]]:
+        """Build a streamed request; no `stop_ids` are the renderer's."""
+        stop_ids = self.renderer.stop_ids if stop_ids is None else stop_ids
+        body = self.wire_format.build_generate_request(
+            self.served_model_name, prompt_ids.tolist(), stop_ids, max_new_tokens, self.sampling
+        )
+        return Request(
+            self.wire_format.path,
+            body,
+            lambda events: self._parse_generated_ids(events, stop_ids, max_new_tokens),
+            lambda ids: len(prompt_ids) + len(ids),
+            lambda event: bool(self.wire_format.parse_event_token_ids(event)),
+            lambda event: bool(self.wire_format.parse_finish_reason(event)),
+            max_new_tokens + 1,
+        )
 
     def _parse_generated_ids(
         self, events: list[Any], stop_ids: Sequence[int], max_new_tokens: int

@@ -7,7 +7,7 @@ yet.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from persea.distributions import DistributionKind, SparseDistributions
-from persea.errors import MissingRequirementError
+from persea.errors import MissingRequirementError, RecipeError
 from persea.teachers.engines import (
     DEFAULT_TOP_LOGPROBS,
     GREEDY,
@@ -57,7 +57,7 @@ class VllmEngine(Engine):
 
     def generate(
         self, prompts: Sequence[npt.NDArray[np.int32]], stop_ids: Sequence[int], max_new_tokens: int
-    ) -> list[npt.NDArray[np.int32]]:
+    ) -> list[npt.NDArray[np.int32] | EngineFailure]:
         """Generate one answer per prompt. See Engine."""
         s = self.sampling
         drawn: dict[str, Any] = {"top_p": s.top_p, "seed": s.seed} if s.temperature else {}
@@ -69,7 +69,12 @@ class VllmEngine(Engine):
             ignore_eos=True,
             **drawn,
         )
-        return [np.array(output.outputs[0].token_ids, np.int32) for output in outputs]
+        return [
+            output
+            if isinstance(output, EngineFailure)
+            else np.array(output.outputs[0].token_ids, np.int32)
+            for output in outputs
+        ]
 
     def compute_sparse_distributions(
         self,
@@ -81,6 +86,9 @@ class VllmEngine(Engine):
             sequences, max_tokens=1, temperature=0.0, prompt_logprobs=self.num_top_logprobs
         )
         for ids_T, loss_mask_T, output in zip(sequences, loss_masks, outputs, strict=True):
+            if isinstance(output, EngineFailure):
+                yield output
+                continue
             positions = [
                 None
                 if position is None
@@ -98,12 +106,23 @@ class VllmEngine(Engine):
             except MalformedResponseError as error:
                 yield EngineFailure(str(error))
 
-    def _run_llm(self, prompts: Sequence[npt.NDArray[np.int32]], **params: Any) -> list[Any]:
+    def _run_llm(
+        self, prompts: Sequence[npt.NDArray[np.int32]], **params: Any
+    ) -> list[Any | EngineFailure]:
+        """Run a batch. vLLM refuses a whole batch for one prompt that is too long.
+
+        Then each prompt is run on its own, and the ones that are refused are failures.
+        """
         settings = import_module("vllm").SamplingParams(detokenize=False, **params)
         if not prompts:
             return []
         inputs = [{"prompt_token_ids": p.tolist()} for p in prompts]
-        return list(self.llm.generate(inputs, settings, use_tqdm=False))
+        try:
+            return list(self.llm.generate(inputs, settings, use_tqdm=False))
+        except ValueError as error:  # vLLM's validation errors are ValueErrors
+            if len(prompts) == 1:
+                return [EngineFailure(f"vLLM refuses the prompt: {error}")]
+        return [result for prompt in prompts for result in self._run_llm([prompt], **params)]
 
 
 def load_vllm_engine(
@@ -112,6 +131,7 @@ def load_vllm_engine(
     vocab_size: int,
     sampling: Sampling,
     num_top_logprobs: int = DEFAULT_TOP_LOGPROBS,
+    engine_options: Mapping[str, Any] | None = None,
 ) -> VllmEngine:
     """Load a model into vLLM in this process.
 
@@ -121,9 +141,11 @@ def load_vllm_engine(
         vocab_size: Number of token ids of the tokenizer.
         sampling: How answers are drawn.
         num_top_logprobs: Tokens listed per position.
+        engine_options: Further arguments of vllm.LLM.
 
     Raises:
         MissingRequirementError: vLLM is not installed.
+        RecipeError: vLLM does not know an option.
     """
     if find_spec("vllm") is None:
         raise MissingRequirementError(
@@ -132,13 +154,28 @@ def load_vllm_engine(
             remedy="install it into persea's environment (docs/engines.md), or run `vllm serve` "
             "and give the teacher an `endpoint:`",
         )
-    llm = import_module("vllm").LLM(
-        model=model,
-        revision=revision or None,
-        max_logprobs=num_top_logprobs,
-        enable_prefix_caching=False,
-        logprobs_mode="raw_logprobs",
-    )
+    options = dict(engine_options or {})
+    fixed = {
+        "model": model,
+        "revision": revision or None,
+        "max_logprobs": num_top_logprobs,
+        "enable_prefix_caching": False,
+        "logprobs_mode": "raw_logprobs",
+    }
+    if taken := sorted(fixed.keys() & options):
+        raise RecipeError(
+            f"persea itself sets {', '.join(taken)}",
+            where="teachers: engine_options",
+            remedy="delete it there",
+        )
+    try:
+        llm = import_module("vllm").LLM(**fixed, **options)
+    except TypeError as error:  # an unknown argument
+        raise RecipeError(
+            f"vLLM does not take these options: {error}",
+            where="teachers: engine_options",
+            remedy="use the names of vllm.LLM's arguments",
+        ) from error
     return VllmEngine(llm, vocab_size, num_top_logprobs, sampling)
 
 
@@ -151,4 +188,5 @@ def open_engine(name: str, options: EngineOptions) -> VllmEngine:
         len(options.renderer.vocabulary),
         options.sampling,
         options.num_top_logprobs,
+        options.engine_options,
     )

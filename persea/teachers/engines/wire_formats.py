@@ -63,11 +63,22 @@ def single_choice(response: Any) -> dict[str, Any]:
     return require_object(choices[0], "a choice") if choices else {}
 
 
+# Sent with every request: vLLM's OpenAI routes apply the model's generation_config.json to fields
+# that are not sent.
+NEUTRAL_VLLM_FIELDS: Mapping[str, Any] = {
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+
+
 def _sampling_fields(sampling: Sampling) -> dict[str, Any]:
     return (
         {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed}
         if sampling.temperature
-        else {"temperature": 0.0}
+        else {"temperature": 0.0, "top_p": 1.0}
     )
 
 
@@ -99,6 +110,7 @@ def _tokens_generate_request(
         "stop_token_ids": list(stop_ids),
         "ignore_eos": True,
         "detokenize": False,
+        **NEUTRAL_VLLM_FIELDS,
         **_sampling_fields(sampling),
     }
     return {
@@ -207,6 +219,7 @@ def _completions_generate_request(
         "ignore_eos": True,
         "stream": True,
         "return_token_ids": True,
+        **NEUTRAL_VLLM_FIELDS,
         **_sampling_fields(sampling),
     }
 
@@ -281,6 +294,8 @@ def _sglang_generate_request(
         "max_new_tokens": max_new_tokens,
         "stop_token_ids": list(stop_ids),
         "skip_special_tokens": False,
+        **NEUTRAL_VLLM_FIELDS,
+        "top_k": -1,  # SGLang's value for all tokens
         **_sampling_fields(sampling),
     }
     params.pop("seed", None)

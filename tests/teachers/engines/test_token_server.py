@@ -40,7 +40,7 @@ from persea.distributions import (
     DistributionKind,
     SparseDistributions,
 )
-from persea.errors import MissingRequirementError, RefusedError, TeacherError
+from persea.errors import MissingRequirementError, RecipeError, RefusedError, TeacherError
 from persea.tasks.generated import GENERATED_TASKS
 from persea.tasks.task import Split
 from persea.teachers.engines import FULL_DISTRIBUTIONS, GREEDY, EngineFailure, Sampling
@@ -183,7 +183,8 @@ def test_a_chat_route_gives_the_local_engines_words_and_thoughts() -> None:
         send_effort=True,
         handshake_effort=ThinkingEffort.HIGH,
     )
-    assert talk.handshake() == ServerFingerprint(name)
+    fingerprint = talk.handshake()
+    assert (fingerprint.model, len(fingerprint.answers)) == (name, 3)
     far = Teacher("far", renderer, talk, ThinkingEffort.HIGH)
     here = Teacher("here", renderer, engine(name), ThinkingEffort.HIGH)
     prompts = [
@@ -327,7 +328,10 @@ def test_with_a_fifth_of_faults_all_work_is_done_once() -> None:
         return rng.choice(faults)
 
     with playing(Script(truth, fault)) as script:
+        script.fault = lambda n, path, body: None
         far = endpoint(script.url, QWEN, sleep=no_sleep)
+        script.asked.clear()
+        script.fault = fault
         many = [prompts[k % len(prompts)] for k in range(500)]
         answers = far.generate(many, stops, 3)
         done = [k for k, a in enumerate(answers) if not isinstance(a, EngineFailure)]
@@ -410,26 +414,25 @@ def test_a_server_that_says_no_token_is_left_however_alive_it_looks() -> None:
         for k in range(100)
     )
 
+    def is_question(body: Any) -> bool:
+        return bool(body) and body["messages"][-1]["content"] == "q"
+
     def fault(n: int, path: str, body: Any) -> Any:
-        return (
-            Answer(pieces=alive)
-            if body
-            and body.get("stream")
-            and not any(b and b.get("stream") for _, _, b in script.asked[:-1])
-            else None
-        )
+        first = not any(is_question(b) for _, _, b in script.asked[:-1])
+        return Answer(pieces=alive) if is_question(body) and first else None
 
     with playing(Script(Truth(), fault)) as script:
         talk = ChatServerEngine(
             HttpClient(script.url, "far", replace(QUICK, stall_timeout_s=0.5), sleep=no_sleep), "m"
         )
         talk.handshake()
+        used = talk.client.num_tokens_used
         begin = time.monotonic()
         assert talk.chat([Conversation.from_question("q")], 5) == [
             ((Text("an answer"),), FinishReason.STOP)
         ]
         assert 0.5 <= time.monotonic() - begin < 2.5
-        assert talk.client.num_tokens_used == 7
+        assert talk.client.num_tokens_used == used + 7 + 7  # the model is verified before it
 
 
 @pytest.mark.parametrize(
@@ -803,6 +806,11 @@ def test_sglang_streams_all_ids_or_the_new_ones() -> None:
         "temperature": 0.5,
         "top_p": 0.9,
         "sampling_seed": 4,
+        "top_k": -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
     }
 
 
@@ -832,7 +840,8 @@ def test_a_chat_answer_is_put_together_and_half_characters_are_refused() -> None
     def read(*deltas: Any, ended: str = "stop", model: str = "m") -> Any:
         said = [{"model": model, "choices": [{"delta": d, "finish_reason": None}]} for d in deltas]
         return talk._parse_stream(
-            [*said, {"model": model, "choices": [{"delta": {}, "finish_reason": ended}]}]
+            [*said, {"model": model, "choices": [{"delta": {}, "finish_reason": ended}]}],
+            ThinkingEffort.HIGH,
         )[:2]
 
     assert read({"reasoning_content": "h"}, {"reasoning": "m"}, {"content": "yes"}) == (
@@ -945,6 +954,8 @@ def test_vllms_answers_become_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def generate(self, prompts: Any, params: Any, use_tqdm: bool) -> list[Any]:
             seen.append((prompts, params))
+            if any(len(p["prompt_token_ids"]) > 8 for p in prompts):
+                raise ValueError("the prompt is longer than the model's context")
             logs = [None, {8: Thing(logprob=-1.0), 9: Thing(logprob=-0.5)}]
             return [
                 Thing(
@@ -971,6 +982,15 @@ def test_vllms_answers_become_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(good, SparseDistributions)
     assert good.ids_M.tolist() == [8, 9]
     assert isinstance(bad, EngineFailure)  # the realised token is not among what was told
+    short, long = far.generate([np.array([7], np.int32), np.zeros(9, np.int32)], (2,), 5)
+    assert short.tolist() == [4, 2]
+    assert long == EngineFailure(
+        "vLLM refuses the prompt: the prompt is longer than the model's context"
+    )
+    load_vllm_engine("m", "", 10, GREEDY, engine_options={"dtype": "float32"})
+    assert seen[-1]["dtype"] == "float32"
+    with pytest.raises(RecipeError, match="persea itself sets model"):
+        load_vllm_engine("m", "", 10, GREEDY, engine_options={"model": "n"})
 
 
 # --- real servers, where somebody has them ---

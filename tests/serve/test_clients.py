@@ -1,0 +1,176 @@
+"""What ordinary clients send to `persea serve`: OpenAI's own, lm-eval 0.4.13, vllm bench serve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx2
+import numpy as np
+import openai
+import pytest
+
+from persea.serve.streaming import cut_at_stop
+from tests.servers import serving
+from tests.teachers.engines.test_transformers import engine, opened
+
+NAME = "llama-sapling"
+
+
+def post(path: str, **body: Any) -> dict[str, Any]:
+    answer = httpx2.post(
+        serving(NAME) + path, json={"model": NAME} | body, trust_env=False, timeout=60
+    )
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def client() -> openai.OpenAI:
+    return openai.OpenAI(
+        base_url=f"{serving(NAME)}/v1", api_key="x", http_client=openai.DefaultHttpxClient()
+    )
+
+
+def test_the_openai_client_may_send_every_value_that_changes_nothing() -> None:
+    messages: Any = [{"role": "user", "content": "To Vietnamese: seventy-eight"}]
+    plain = client().chat.completions.create(model=NAME, messages=messages, max_tokens=8)
+    neutral = client().chat.completions.create(
+        model=NAME,
+        messages=messages,
+        max_tokens=8,
+        stop=None,
+        logprobs=False,
+        response_format={"type": "text"},
+        logit_bias={},
+        metadata={"run": "1"},
+        service_tier="auto",
+        parallel_tool_calls=True,
+        store=False,
+        n=1,
+        extra_body={"top_k": 0, "min_p": 0, "repetition_penalty": 1.0, "ignore_eos": False},
+    )
+    assert neutral.choices[0].message.content == plain.choices[0].message.content
+    text = client().completions.create(model=NAME, prompt="a b", max_tokens=4)
+    assert (
+        client()
+        .completions.create(
+            model=NAME, prompt=["a b"], max_tokens=4, best_of=1, suffix="", stop=[], logit_bias={}
+        )
+        .choices[0]
+        .text
+        == text.choices[0].text
+    )
+    assert client().models.retrieve(NAME).id == NAME
+
+
+def test_prompts_come_as_lists_of_token_ids_and_every_token_is_scored() -> None:
+    """lm-eval's local-completions asks so, and cuts the last entry, the generated one, itself."""
+    ids = opened(NAME)[0].vocabulary.encode("To Vietnamese: seventy-eight")
+    answer = post(
+        "/v1/completions",
+        prompt=[ids, ids[:5]],
+        max_tokens=1,
+        temperature=0,
+        logprobs=1,
+        echo=True,
+        seed=1234,
+    )
+    first, second = answer["choices"]
+    assert (first["index"], second["index"]) == (0, 1)
+    assert len(first["logprobs"]["tokens"]) == len(ids) + 1
+    assert len(second["logprobs"]["tokens"]) == 6
+    sequence = np.array(ids, np.int32)
+    (rows,) = engine(NAME).compute_logprobs([sequence], [np.arange(len(ids)) > 0])
+    expected = [float(row[i]) for row, i in zip(rows, ids[1:], strict=True)]
+    assert first["logprobs"]["token_logprobs"][1:-1] == pytest.approx(expected, abs=1e-4)
+    assert answer["usage"] == {
+        "prompt_tokens": len(ids) + 5,
+        "completion_tokens": 2,
+        "total_tokens": len(ids) + 7,
+    }
+
+
+def test_an_answer_ends_before_a_stop_text_streamed_or_not() -> None:
+    whole = post("/v1/completions", prompt="To Vietnamese: seventy-eight", max_tokens=24)
+    text = whole["choices"][0]["text"]
+    stop = text[4:7]
+    assert len(stop) == 3
+    cut = post("/v1/completions", prompt="To Vietnamese: seventy-eight", max_tokens=24, stop=stop)
+    assert (cut["choices"][0]["text"], cut["choices"][0]["finish_reason"]) == (
+        text[: text.index(stop)],
+        "stop",
+    )
+    assert cut["usage"]["completion_tokens"] < whole["usage"]["completion_tokens"]
+    streamed = client().completions.create(
+        model=NAME, prompt="To Vietnamese: seventy-eight", max_tokens=24, stop=[stop], stream=True
+    )
+    pieces = [event.choices[0] for event in streamed]
+    assert "".join(p.text for p in pieces) == text[: text.index(stop)]
+    assert [p.finish_reason for p in pieces if p.finish_reason] == ["stop"]
+    messages: Any = [{"role": "user", "content": "To Vietnamese: seventy-eight"}]
+    said = client().chat.completions.create(model=NAME, messages=messages, max_tokens=24)
+    answer = said.choices[0].message.content or ""
+    stop = answer[3:5]
+    for stream in (False, True):
+        found: Any = client().chat.completions.create(
+            model=NAME, messages=messages, max_tokens=24, stop=[stop, "§"], stream=stream
+        )
+        words = (
+            "".join(e.choices[0].delta.content or "" for e in found)
+            if stream
+            else found.choices[0].message.content
+        )
+        assert (
+            words == answer[: answer.index(stop)].rstrip() or words == answer[: answer.index(stop)]
+        )
+
+
+def test_several_answers_are_drawn_with_different_seeds() -> None:
+    answer = post("/v1/completions", prompt="a", max_tokens=8, n=3, temperature=1.5, seed=7)
+    texts = [c["text"] for c in answer["choices"]]
+    assert [c["index"] for c in answer["choices"]] == [0, 1, 2]
+    assert len(set(texts)) > 1
+    second = post("/v1/completions", prompt="a", max_tokens=8, temperature=1.5, seed=8)
+    assert texts[1] == second["choices"][0]["text"]
+
+
+def test_a_chat_answer_comes_with_log_probabilities() -> None:
+    messages = [{"role": "user", "content": "To Vietnamese: seventy-eight"}]
+    answer = post(
+        "/v1/chat/completions", messages=messages, max_tokens=6, logprobs=True, top_logprobs=2
+    )
+    (choice,) = answer["choices"]
+    entries = choice["logprobs"]["content"]
+    assert len(entries) == answer["usage"]["completion_tokens"]
+    for entry in entries:  # greedy: the token itself is the most likely one
+        assert entry["top_logprobs"][0]["token"] == entry["token"]
+        assert entry["logprob"] == pytest.approx(entry["top_logprobs"][0]["logprob"])
+        assert len(entry["top_logprobs"]) == 2
+    raw = b"".join(bytes(e["bytes"]) for e in entries)
+    assert choice["message"]["content"] in raw.decode(errors="replace")
+
+
+def test_a_text_is_tokenized_on_request() -> None:
+    ids = opened(NAME)[0].vocabulary.encode("To Vietnamese")
+    answer = post("/tokenize", prompt="To Vietnamese", return_token_strs=True)
+    assert (answer["tokens"], answer["count"]) == (ids, len(ids))
+    assert "".join(answer["token_strs"]) == "To Vietnamese"
+
+
+@pytest.mark.parametrize(
+    ("text", "stop_texts", "found"),
+    [
+        ("one. two", ("x", "."), ("one", True)),
+        ("one\n", ("\n\n",), ("one", False)),
+        ("one\n\ntwo", ("\n\n",), ("one", True)),
+        ("aab", ("aac",), ("aab", False)),
+        ("xaa", ("aac",), ("x", False)),
+        ("aab", ("b", "ab"), ("a", True)),
+        ("one", (), ("one", False)),
+        ("", ("x",), ("", False)),
+    ],
+)
+def test_a_stop_text_is_found_and_its_beginning_is_held_back(
+    text: str, stop_texts: tuple[str, ...], found: tuple[str, bool]
+) -> None:
+    assert cut_at_stop(text, stop_texts) == found
