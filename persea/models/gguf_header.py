@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import re
+import shutil
 import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,8 @@ SCALAR_FORMATS = {
     0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q",
     12: "<d",
 }  # fmt: skip
-STRING, ARRAY = 8, 9
+UINT32, STRING, ARRAY = 4, 8, 9
+COPY_BLOCK_BYTES = 1 << 20
 OTHER_CONTENTS = {  # `general.type` -> what such a file holds
     "adapter": "a LoRA adapter",
     "mmproj": "the vision or audio encoder of a model (mmproj)",
@@ -56,6 +58,23 @@ class GgufTensor:
     num_bytes: int
 
 
+@dataclass(frozen=True)
+class HeaderLayout:
+    """Where the parts of a header lie in the file: first byte, and first byte after the part.
+
+    Attributes:
+        version: GGUF version.
+        values: Metadata key -> its place, with key and type.
+        tensor_table: Place of the table of tensors.
+        data_start: First byte of the data of tensors.
+    """
+
+    version: int
+    values: Mapping[str, tuple[int, int]]
+    tensor_table: tuple[int, int]
+    data_start: int
+
+
 @dataclass(frozen=True, eq=False)
 class GgufHeader:
     """Metadata and table of tensors of a GGUF file.
@@ -64,11 +83,13 @@ class GgufHeader:
         path: The file.
         metadata: Key -> number, bool, string or list.
         tensors: The table of tensors.
+        layout: Where the parts of the header lie.
     """
 
     path: Path
     metadata: Mapping[str, Any] = field(repr=False)
     tensors: tuple[GgufTensor, ...] = field(repr=False)
+    layout: HeaderLayout = field(default=HeaderLayout(3, {}, (0, 0), 0), repr=False)
 
     @property
     def architecture(self) -> str:
@@ -176,7 +197,9 @@ def read_header(path: Path, where: str) -> GgufHeader:
                     remedy="fetch the model again",
                 )
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as blob:
-                metadata, tensors, end = _Reader(blob, path.name, where).read_all()
+                metadata, tensors, layout = _Reader(blob, path.name, where).read_all()
+                ends = [layout.data_start + t.offset + t.num_bytes for t in tensors]
+                end = max(ends, default=layout.tensor_table[1])
                 missing = end - len(blob)
     except OSError as error:
         raise DataError(
@@ -184,7 +207,7 @@ def read_header(path: Path, where: str) -> GgufHeader:
             where=where,
             remedy="check the path and its permissions",
         ) from error
-    header = GgufHeader(path, metadata, tensors)
+    header = GgufHeader(path, metadata, tensors, layout)
     _refuse_other_contents(header, where)
     if missing > 0:
         raise DataError(
@@ -217,8 +240,8 @@ class _Reader:
     def __init__(self, blob: mmap.mmap, name: str, where: str) -> None:
         self.blob, self.name, self.where, self.position = blob, name, where, len(MAGIC)
 
-    def read_all(self) -> tuple[dict[str, Any], tuple[GgufTensor, ...], int]:
-        """Return metadata, tensors, and the number of bytes that the whole file has."""
+    def read_all(self) -> tuple[dict[str, Any], tuple[GgufTensor, ...], HeaderLayout]:
+        """Return metadata, tensors, and the layout of the header."""
         try:
             return self._read_all()
         except (struct.error, KeyError, OverflowError, ValueError, RecursionError) as error:
@@ -231,7 +254,7 @@ class _Reader:
             remedy="fetch the file again",
         )
 
-    def _read_all(self) -> tuple[dict[str, Any], tuple[GgufTensor, ...], int]:
+    def _read_all(self) -> tuple[dict[str, Any], tuple[GgufTensor, ...], HeaderLayout]:
         version, num_tensors, num_values = self._unpack("<IQQ")
         if version not in VERSIONS:
             raise DataError(
@@ -240,18 +263,20 @@ class _Reader:
                 where=self.where,
                 remedy="convert it with a current llama.cpp, or give the model's safetensors",
             )
-        metadata = {}
+        metadata, places = {}, {}
         for _ in range(num_values):
+            begin = self.position
             key = self._string()
             (kind,) = self._unpack("<I")
             metadata[key] = self._value(kind)
+            places[key] = (begin, self.position)
+        begin = self.position
         tensors = tuple(self._tensor() for _ in range(num_tensors))
         alignment = int(metadata.get("general.alignment", DEFAULT_ALIGNMENT))
         if alignment < 1:
             raise self._damaged("in the alignment")
         start = -(-self.position // alignment) * alignment
-        end = max((start + t.offset + t.num_bytes for t in tensors), default=start)
-        return metadata, tensors, end if tensors else self.position
+        return metadata, tensors, HeaderLayout(version, places, (begin, self.position), start)
 
     def _unpack(self, layout: str) -> tuple[Any, ...]:
         values = struct.unpack_from(layout, self.blob, self.position)
@@ -301,6 +326,39 @@ class _Reader:
         return GgufTensor(
             name, shape, kind.name, offset, -(-prod(shape) // block_weights) * block_bytes
         )
+
+
+def write_without_tokens(header: GgufHeader, target: Path) -> None:
+    """Copy a GGUF file without its lists of tokens, scores and merges.
+
+    Libraries read these lists item by item, which takes longer than the weights of a small model.
+
+    Args:
+        header: The file's header.
+        target: The file to write.
+    """
+    layout = header.layout
+    kept = [
+        place
+        for key, place in layout.values.items()
+        if not (key.startswith("tokenizer.") and isinstance(header.metadata[key], list))
+    ]
+    key = f"{header.architecture}.vocab_size"
+    size = b""
+    if key not in layout.values:
+        num_tokens = len(header.metadata.get("tokenizer.ggml.tokens", ()))
+        name = key.encode()
+        size = struct.pack(f"<Q{len(name)}sII", len(name), name, UINT32, num_tokens)
+    counts = struct.pack("<IQQ", layout.version, len(header.tensors), len(kept) + bool(size))
+    alignment = int(header.metadata.get("general.alignment", DEFAULT_ALIGNMENT))
+    with header.path.open("rb") as source, target.open("wb") as file:
+        file.write(MAGIC + counts + size)
+        for begin, end in (*kept, layout.tensor_table):
+            source.seek(begin)
+            file.write(source.read(end - begin))
+        file.write(bytes(-file.tell() % alignment))
+        source.seek(layout.data_start)
+        shutil.copyfileobj(source, file, COPY_BLOCK_BYTES)
 
 
 def describe_types(type_counts: Mapping[str, int]) -> str:

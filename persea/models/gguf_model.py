@@ -9,7 +9,6 @@ where one of them differs.
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -18,7 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from persea.errors import DataError, StorageError
-from persea.models.gguf_header import GgufHeader, describe_types, has_only_types, read_header
+from persea.models.gguf_header import (
+    GgufHeader,
+    describe_types,
+    has_only_types,
+    read_header,
+    write_without_tokens,
+)
 from persea.models.gguf_progress import conversion_progress
 from persea.models.gguf_tokenizer import (
     build_tokenizer,
@@ -41,6 +46,9 @@ FORMAT = 1  # rises where the same file would be converted to another tokenizer 
 RECORD_FILE = "gguf.json"
 CONVERTING_PACKAGES = ("transformers", "gguf", "tokenizers")
 MAX_FLOAT32_WEIGHTS = 2_000_000_000  # 8 GB; larger models are kept in bfloat16
+# Architectures whose number of tokens transformers reads from the metadata `vocab_size`.
+NAMED_VOCAB_SIZE = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
+MAX_COPIED_BYTES = 1_000_000_000
 SPARE_BYTES = 200_000_000  # the tokenizer of 262,144 tokens, and some room
 
 
@@ -152,8 +160,8 @@ def model_folder(path: Path, where: str) -> Path:
 
     def make(folder: Path, step: Step) -> None:
         _refuse_full_disk(header)
-        with _alone(path) as linked:
-            convert_weights(header, linked, folder, stored_dtype(header), step, where)
+        with _alone(header, folder.with_name(".model.source.tmp")) as alone:
+            convert_weights(header, alone, folder, stored_dtype(header), step, where)
         save_stop_tokens(header, folder)
         for file in tokenizer.iterdir() if tokenizer else ():
             if file.name != RECORD_FILE:
@@ -163,12 +171,24 @@ def model_folder(path: Path, where: str) -> Path:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[Path]:
-    """Yield a link to the file in a folder of its own: libraries read what lies beside a model."""
-    with tempfile.TemporaryDirectory(prefix="persea-gguf-") as folder:
-        link = Path(folder) / "model.gguf"
-        link.symlink_to(path.resolve())
-        yield link
+def _alone(header: GgufHeader, folder: Path) -> Iterator[Path]:
+    """Yield the file in a folder of its own: libraries read what lies beside a model.
+
+    A small file is copied without its lists of tokens, a large one is linked.
+    """
+    folder.mkdir()
+    try:
+        alone = folder / "model.gguf"
+        if (
+            header.architecture in NAMED_VOCAB_SIZE
+            and header.path.stat().st_size <= MAX_COPIED_BYTES
+        ):
+            write_without_tokens(header, alone)
+        else:
+            alone.symlink_to(header.path.resolve())
+        yield alone
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _kept(header: GgufHeader, kind: str, make: Callable[[Path, Step], None]) -> Path:
@@ -183,7 +203,8 @@ def _kept(header: GgufHeader, kind: str, make: Callable[[Path, Step], None]) -> 
         with hold_lock(home / f"{kind}.lock"):
             if _is_whole(folder):  # another process made it meanwhile
                 return folder
-            shutil.rmtree(folder, ignore_errors=True)
+            for left in (folder, *home.glob(f".{kind}.*.tmp")):  # damaged, or of a killed process
+                shutil.rmtree(left, ignore_errors=True)
             title = f"{path.name}: {describe_types(header.type_counts)}, converted once"
             with conversion_progress(title) as step, open_atomic_folder(folder) as new:
                 make(new, step)
@@ -224,7 +245,8 @@ def _has_digests(folder: Path, stats: tuple[tuple[str, int, int], ...]) -> bool:
 def _refuse_full_disk(header: GgufHeader) -> None:
     home = persea_home()
     existing = next(p for p in (home, *home.absolute().parents) if p.exists())
-    needed, free = converted_bytes(header) + SPARE_BYTES, shutil.disk_usage(existing).free
+    needed = converted_bytes(header) + header.path.stat().st_size + SPARE_BYTES
+    free = shutil.disk_usage(existing).free
     if needed > free:
         raise StorageError(
             f"the weights of {header.path.name} need {needed / 1e9:.1f} GB when dequantised, "

@@ -9,29 +9,40 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 PERCENT = re.compile(r"(\d+)%\|")  # of tqdm's bar
 
 
 @contextmanager
 def conversion_progress(title: str) -> Iterator[Callable[[str, float], None]]:
-    """Yield a callback (step, fraction done) that draws a bar; elsewhere one line is printed.
+    """Print a title and yield a callback (step, fraction done), which draws a bar on a terminal.
 
     Args:
         title: What is converted.
     """
     console = Console(file=sys.stderr)  # this stream, also while `read_percent` redirects it
+    console.print(title, highlight=False, markup=False, soft_wrap=True)
     if not console.is_terminal:
-        console.print(title, highlight=False, markup=False, soft_wrap=True)
         yield lambda step, fraction: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description:>9}"),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as bars:
-        task = bars.add_task(title, total=1.0)
+        task = bars.add_task("", total=1.0)
 
         def draw(step: str, fraction: float) -> None:
-            bars.update(task, completed=fraction, description=f"{title}: {step}")
+            bars.update(task, completed=fraction, description=step)
 
         yield draw
 

@@ -133,18 +133,17 @@ def _load(
         )
         _complete_config(header, config)
         with read_percent(lambda share: step("weights", 0.1 + 0.7 * share)):
-            loaded: tuple[Any, Mapping[str, Any]] = (
-                transformers.AutoModelForCausalLM.from_pretrained(
-                    file.parent,
-                    config=config,
-                    gguf_file=file.name,
-                    dtype=getattr(torch, dtype),
-                    output_loading_info=True,
-                    trust_remote_code=False,
-                    **options,
-                )
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                config=config,
+                gguf_file=file.name,
+                dtype=getattr(torch, dtype),
+                output_loading_info=True,
+                trust_remote_code=False,
+                **options,
             )
-        return loaded
+        model, loading_info = loaded
+        return model, loading_info
     except MemoryError as error:
         raise DataError(
             f"not enough memory to dequantise {header.path.name}",

@@ -109,7 +109,17 @@ def local_folder(name_or_path: str, where: str) -> Path | None:
     return None
 
 
-def _tokenizer_folder(source: ModelSource, where: str) -> Path | None:
+def loadable_name(name_or_path: str, where: str) -> str:
+    """Return what another library can load: the converted folder of a GGUF file, or the reference.
+
+    Raises:
+        DataError: The GGUF file cannot be converted.
+    """
+    gguf = find_gguf(name_or_path, where)
+    return name_or_path if gguf is None else str(model_folder(gguf, where))
+
+
+def local_tokenizer_folder(source: ModelSource, where: str) -> Path | None:
     """Return the local folder of a model's tokenizer; None for a hub id.
 
     A tokenizer.json beside a GGUF file is preferred to the tokenizer in the file.
@@ -181,7 +191,7 @@ def load_tokenizer(source: ModelSource, where: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    folder = _tokenizer_folder(source, where)
+    folder = local_tokenizer_folder(source, where)
     if folder is not None:
         _refuse_remote_code(folder, where)
     revision = {"revision": source.revision} if source.revision and folder is None else {}

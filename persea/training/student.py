@@ -15,7 +15,12 @@ from safetensors import SafetensorError
 from persea.chat.renderer import ChatRenderer
 from persea.errors import DataError, MissingRequirementError, RefusedError, StorageError
 from persea.losses import LMHead
-from persea.models.loading import ModelSource, copy_tokenizer_files, load_model, local_folder
+from persea.models.loading import (
+    ModelSource,
+    copy_tokenizer_files,
+    load_model,
+    local_tokenizer_folder,
+)
 from persea.training.distributed.world import ParallelStrategy, World
 from persea.training.lm_head import (
     LogitScaling,
@@ -208,7 +213,7 @@ class StudentModel:
             import copy
 
             model = copy.deepcopy(model).merge_and_unload()
-        origin = local_folder(self.source.tokenizer_name_or_path, "student")
+        origin = local_tokenizer_folder(self.source, "student")
         try:
             model.save_pretrained(folder)
             if origin is not None:

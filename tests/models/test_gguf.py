@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 import unicodedata
 from collections.abc import Callable
@@ -36,10 +37,12 @@ from persea.models.loading import (
     eos_token_ids,
     load_model,
     load_renderer,
+    loadable_name,
     local_folder,
 )
 from persea.models.random_init import random_init
 from persea.tokenization.vocabulary import ROUND_TRIP_PROBES
+from persea.training.student import load_student
 from tests.conftest import ROOT, Speaker
 from tests.gguf_files import tokenizer_metadata, write_file, write_gguf
 
@@ -209,7 +212,26 @@ def test_a_conversion_that_fails_leaves_nothing(
             gguf_model.model_folder(path, "w")
         assert "PERSEA_HOME" in caught.value.remedy
     assert not list(home.rglob("*.tmp")) and not list(home.rglob("model"))
+    left = next(home.rglob("tokenizer")).with_name(".model.1.tmp")  # by a killed process
+    left.mkdir()
     gguf_model.model_folder(path, "w")
+    assert not list(home.rglob("*.tmp"))
+
+
+def test_a_large_file_is_not_copied(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What transformers gets from the file itself and from the copy without tokens is equal."""
+    path = write()
+    copied = gguf_model.model_folder(path, "w")
+    weights, config = (
+        (copied / "model.safetensors").read_bytes(),
+        (copied / "config.json").read_text(),
+    )
+    shutil.rmtree(copied)
+    monkeypatch.setattr(gguf_model, "MAX_COPIED_BYTES", 0)
+    monkeypatch.setattr(gguf_model, "write_without_tokens", lambda *_: pytest.fail("copied"))
+    linked = gguf_model.model_folder(path, "w")
+    assert (linked / "model.safetensors").read_bytes() == weights
+    assert (linked / "config.json").read_text() == config
 
 
 def test_nothing_beside_the_file_is_read(write: Write) -> None:
@@ -439,7 +461,30 @@ def test_an_unknown_pre_tokenizer_needs_a_tokenizer(
     assert eos_token_ids(source, "w") == (renderer.vocabulary.control_token_ids["<|eot_id|>"],)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(speaker.folder / name, path.parent)
-    assert load_renderer(str(path.parent)).digest == speaker.renderer.digest
+    beside = ModelSource(str(path.parent))
+    assert load_renderer(beside, "w").digest == speaker.renderer.digest
+    load_student(beside, renderer, None, 0).save(path.parent / "student")
+    assert load_renderer(str(path.parent / "student")).digest == speaker.renderer.digest
+
+
+def test_a_student_is_saved_with_the_files_tokenizer(write: Write, tmp_path: Path) -> None:
+    source = ModelSource(str(write("qwen")))
+    assert loadable_name(source.model, "w") == str(gguf_model.model_folder(Path(source.model), "w"))
+    assert loadable_name("Qwen/Qwen3-8B", "w") == "Qwen/Qwen3-8B"
+    renderer = load_renderer(source, "w")
+    load_student(source, renderer, None, 0).save(tmp_path / "student")
+    assert load_renderer(str(tmp_path / "student")).digest == renderer.digest
+
+
+def test_a_kept_folder_is_made_by_one_process_at_a_time(write: Write, tmp_path: Path) -> None:
+    """Two processes that open a file at once make one folder, and neither fails."""
+    path = write()
+    code = f"from persea.models.loading import *; print(load_renderer({str(path)!r}).digest)"
+    children = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(2)
+    ]
+    digests = {child.communicate()[0] for child in children}
+    assert digests == {load_renderer(str(path)).digest.encode() + b"\n"}
 
 
 def test_another_models_tokenizer_is_refused(

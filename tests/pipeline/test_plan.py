@@ -194,3 +194,19 @@ def test_weights_in_half_precision_are_counted_once(tmp_path: Path) -> None:
         save_file({"a.weight": torch.zeros(3, 5, dtype=dtype)}, folder / "model.safetensors")
         sizes.append(training_bytes(StudentSection(model=str(folder))))
     assert sizes == [4 * 15 * (1 + 3 * 3)] * 2
+
+
+def test_a_gguf_file_is_counted_like_the_folder_it_was_written_from(tmp_path: Path) -> None:
+    """Its matrices have other names, which `lora.targets` does not use."""
+    from transformers import AutoModelForCausalLM
+
+    from persea.config.schema import LoraSection, StudentSection
+    from tests.gguf_files import write_gguf
+
+    folder = SAPLINGS / "llama-sapling"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    path = write_gguf(tmp_path / "x.gguf", model, folder, "llama-bpe")
+    lora = LoraSection(rank=4, alpha=2, targets=("q_proj", "o_proj", "down_proj"))
+    for more in ({}, {"adapt": "lora", "lora": lora}):
+        sizes = {training_bytes(StudentSection(model=str(m), **more)) for m in (folder, path)}
+        assert len(sizes) == 1 and sizes != {0}

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from persea.distributions import DistributionKind, SparseDistributions
 from persea.errors import MissingRequirementError, RecipeError
+from persea.models.loading import loadable_name
 from persea.teachers.engines import (
     DEFAULT_TOP_LOGPROBS,
     GREEDY,
@@ -183,7 +184,7 @@ def open_engine(name: str, options: EngineOptions) -> VllmEngine:
     """Load a model into vLLM. See EngineSpec."""
     assert options.source is not None
     return load_vllm_engine(
-        options.source.model,
+        loadable_name(options.source.model, name),
         options.source.revision,
         len(options.renderer.vocabulary),
         options.sampling,
