@@ -95,6 +95,34 @@ class OnPolicySection(RecipeSection):
         le=MAX_COUNT,
         description="least tokens of a loop: 'ha ha ha ha' is no loop",
     )
+    tripwire_steps: int = Field(
+        default=10,
+        ge=0,
+        le=MAX_COUNT,
+        description="the training ends with exit code 4 where the means of so many latest "
+        "on-policy steps leave the limits below, as fractions of the means of so many first ones; "
+        "0 = never",
+    )
+    min_length_ratio: float = Field(
+        default=0.25, ge=0, le=1, description="least mean length of the student's answers"
+    )
+    max_length_ratio: float = Field(
+        default=4.0, ge=1, description="largest mean length of the student's answers"
+    )
+    min_ended_ratio: float = Field(
+        default=0.5, ge=0, le=1, description="least share of answers that end by themselves"
+    )
+    min_entropy_ratio: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="least entropy of the student's distributions along its answers",
+    )
+    max_entropy_ratio: float = Field(
+        default=4.0,
+        ge=1,
+        description="largest entropy of the student's distributions along its answers",
+    )
 
 
 class LossTerm(RecipeSection):

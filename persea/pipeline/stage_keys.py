@@ -32,6 +32,15 @@ STAGE_NAMES = tuple(STAGE_VERSIONS)
 POST_EVALUATION_KEYS = {"allow_safety_regression", "lm_eval_results"}
 # keys of `training` that set how often a training is saved, logged and shown, and change no weight
 OBSERVATION_KEYS = {"report_to", "log_every", "checkpoint_every", "evaluate_every"}
+# keys of `training.on_policy` that end a training, and change no weight of one that goes on
+TRIPWIRE_KEYS = {
+    "tripwire_steps",
+    "min_length_ratio",
+    "max_length_ratio",
+    "min_ended_ratio",
+    "min_entropy_ratio",
+    "max_entropy_ratio",
+}
 
 
 def stage_key(stage: str, inputs: object) -> str:
@@ -75,7 +84,6 @@ def capture_inputs(context: RunContext) -> object:
     return [
         *(u.name for u in context.capture_units),
         *([b.location, b.reason] for b in context.corpus.malformed),
-        *(["skipped", *context.cast.skipped] if context.cast.skipped else []),
         *(
             ["verify", context.recipe.evaluation.grading.model_dump()]
             if context.recipe.capture.drop_wrong_answers
@@ -92,7 +100,10 @@ def train_inputs(context: RunContext) -> dict[str, Any]:
     """
     teach_end = context.recipe.capture.teach_end
     return {
-        "training": context.recipe.training.model_dump(mode="json", exclude=OBSERVATION_KEYS),
+        "training": context.recipe.training.model_dump(
+            mode="json",
+            exclude={**dict.fromkeys(OBSERVATION_KEYS, True), "on_policy": TRIPWIRE_KEYS},
+        ),
         "seed": context.recipe.seed,
         "threads": context.recipe.threads,
         "max_mask_search_tokens": context.recipe.check.max_mask_search_tokens,

@@ -164,6 +164,7 @@ def train_rank(
         batch_source=rollouts,
         resume=context.launch_options.resume,
         evaluate=partial(held_out_loss, student, held_out, world, loss_fn) if held_out else None,
+        watch=rollouts.observe if rollouts else None,
     )
     if not world.rank:
         counts = dataset.stats.to_json() | {"held_out": len(held_out) if held_out else 0}

@@ -51,6 +51,18 @@ StepLossFn = Callable[
 ]
 
 
+class StepVerdict(Protocol):
+    """What a watcher of the training says after a step; `TripwireVerdict` is one."""
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether the weights after this step are no good checkpoint."""
+
+    @property
+    def problem(self) -> str:
+        """Why the training must end; "" if it may go on."""
+
+
 class BatchSource(Protocol):
     """A source of batches with state between steps (rollouts in flight) for the checkpoint."""
 
@@ -110,6 +122,7 @@ def run_training_loop(
     batch_source: BatchSource | None = None,
     resume: str = RESUME_AUTO,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
+    watch: Callable[[Mapping[str, float]], StepVerdict] | None = None,
 ) -> None:
     """Minimise the loss for `settings.steps` steps, from the newest checkpoint of the same inputs.
 
@@ -131,11 +144,13 @@ def run_training_loop(
         resume: auto, never, or the path of a checkpoint.
         evaluate: returns held-out losses by name, called every `settings.evaluate_every` steps by
             all processes.
+        watch: called with the metrics of every applied step, the same in all processes. Weights
+            after a suspect step are not saved, unless they are the last.
 
     Raises:
         RefusedError: if the checkpoint belongs to other inputs, if a step has no supervised
-            position, if more than `settings.max_skipped_steps` steps were skipped, or if a held-out
-            loss is not finite.
+            position, if more than `settings.max_skipped_steps` steps were skipped, if a held-out
+            loss is not finite, or if `watch` has a problem.
         RunInterrupted: after SIGTERM or SIGINT to any process, with the state saved.
     """
     optimizer = torch.optim.AdamW(
@@ -189,7 +204,12 @@ def run_training_loop(
                 else _record_skipped_step(now, line, settings, folder, world)
             )
             progress(step + 1, line)
-            if _is_due(step, settings.checkpoint_every, last) or total.stop_signal:
+            verdict = watch(line["terms"]) if watch and applied else None
+            if verdict and verdict.problem:
+                raise _collapse_error(verdict.problem, step, state, line, folder, world)
+            is_good = last or not (verdict and verdict.is_suspect)
+            is_saved = is_good and _is_due(step, settings.checkpoint_every, last)
+            if is_saved or total.stop_signal:
                 checkpoints.save_checkpoint(
                     folder,
                     inputs,
@@ -201,6 +221,30 @@ def run_training_loop(
                 )
             if total.stop_signal:
                 raise RunInterrupted(total.stop_signal, f"step {step + 1} is saved")
+
+
+def _collapse_error(
+    problem: str,
+    step: int,
+    state: TrainerState,
+    line: Mapping[str, Any],
+    folder: Path,
+    world: World,
+) -> RefusedError:
+    """Return the refusal of a student whose answers collapsed; metrics.jsonl has the step."""
+    if not world.rank:
+        history = [one for one in state.log_history if one["step"] != line["step"]]
+        storage.write_json_lines(
+            folder / "metrics.jsonl", (*history, {k: v for k, v in line.items() if k != "left"})
+        )
+    newest = checkpoints.find_checkpoint(folder, RESUME_AUTO)
+    kept = f"{newest} is the last good checkpoint" if newest else "no checkpoint was due before"
+    return RefusedError(
+        problem,
+        where=f"train, step {step + 1}",
+        remedy=f"{kept}; lower training.learning_rate or training.on_policy.share, or change the "
+        "limits (training.on_policy.tripwire_steps) and run again: it goes on from there",
+    )
 
 
 def _is_due(step: int, every: int, last: bool) -> bool:

@@ -65,6 +65,24 @@ def candidates_from_hidden(
     )
 
 
+@torch.no_grad()
+def mean_entropy(hidden_LD: torch.Tensor, head: LMHead, max_positions: int) -> float:
+    """Return the mean entropy of the distributions at evenly spread positions, in nats.
+
+    Args:
+        hidden_LD: hidden states before the head, at least one.
+        head: the language-model head.
+        max_positions: positions to compute, at most.
+    """
+    count = min(max_positions, len(hidden_LD))
+    at = torch.arange(count, device=hidden_LD.device) * len(hidden_LD) // count
+    total = 0.0
+    for part_ND in torch.split(hidden_LD[at], max(1, MAX_LOGIT_ELEMENTS // head.vocab_size)):
+        logprobs_NV = torch.log_softmax(head.logits(part_ND).float(), -1)
+        total -= float((logprobs_NV.exp() * logprobs_NV).sum())
+    return total / count
+
+
 def candidates_from_logprobs(logprobs_NV: torch.Tensor, min_prob: float) -> CandidateTokens:
     """Return the tokens of at least `min_prob` from natural log-probabilities."""
     row_M, id_M = (logprobs_NV >= math.log(min_prob)).nonzero(as_tuple=True)

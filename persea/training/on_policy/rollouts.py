@@ -20,7 +20,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -35,7 +35,7 @@ from persea.losses import LossOutput
 from persea.tokenization.tokens import RenderedTokens
 from persea.training import loss_balancing as balance
 from persea.training.loss_balancing import Group
-from persea.training.on_policy.candidates import candidates_from_hidden
+from persea.training.on_policy.candidates import candidates_from_hidden, mean_entropy
 from persea.training.on_policy.loss import OnPolicyLoss, build_on_policy_loss
 from persea.training.on_policy.rollout_answers import (
     RolloutAnswer,
@@ -43,6 +43,7 @@ from persea.training.on_policy.rollout_answers import (
     parse_rollout,
 )
 from persea.training.on_policy.teacher_scores import TeacherScorer
+from persea.training.on_policy.tripwires import ENDED, ENTROPY, LENGTH, Tripwires, TripwireVerdict
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from persea.teachers.teacher import Teacher
     from persea.training.student import StudentModel
 
+MAX_ENTROPY_POSITIONS = 256  # of a step: the logits of a real vocabulary cost time
 PROMPT_SEED, SAMPLING_SEED = 1, 2  # last number of the seeds of prompt order and of sampling
 # input of a process without an answer of its own: every process must run the model
 PLACEHOLDER_TOKENS = RenderedTokens(
@@ -106,8 +108,10 @@ class Rollouts:
     seed: int
     max_tokens: int
     _in_flight: RolloutBatch | None = None
+    _tripwires: Tripwires = field(init=False)
 
     def __post_init__(self) -> None:
+        self._tripwires = Tripwires(self.config)
         for name, scorer in self.scorers.items():
             kind = scorer.teacher.engine.capabilities.kind
             if kind is DistributionKind.TEXT_ONLY or (
@@ -174,13 +178,16 @@ class Rollouts:
             own_part = self._parse_answers(step, part, parts)[0]
             answers = self._render_for_teachers(own_part, Counter())
         metrics = {
-            "rollout_tokens": float(np.mean(lengths)),
+            LENGTH: float(np.mean(lengths)),
+            ENDED: self._ended_share(step),
             "rollouts_left_out": sum(left_out.values()) / len(lengths),
             **{f"left_out_{why}": n / len(lengths) for why, n in sorted(left_out.items())},
         }
         # one forward pass: all processes must run the model equally often
         hidden_LD, head, labels_L = self._hidden_states(answers)
         losses, outs = self._group_losses(answers, hidden_LD, head, labels_L)
+        if answers and self.config.tripwire_steps:
+            metrics[ENTROPY] = mean_entropy(hidden_LD, head, MAX_ENTROPY_POSITIONS)
         if not losses:
             return LossOutput(_zero_loss(hidden_LD, head), _to_tensors(metrics), 0), {}
         total = sum(one.num_terms for one in losses.values())
@@ -252,16 +259,34 @@ class Rollouts:
             first = last
         return losses, outs
 
+    def observe(self, terms: Mapping[str, float]) -> TripwireVerdict:
+        """Compare the metrics of a step, over all processes, with the first on-policy steps."""
+        return self._tripwires.observe(terms)
+
+    def _ended_share(self, step: int) -> float:
+        """Return the share of the step's answers that end with a stop token."""
+        batch, begin = self._in_flight, self._first_answer(step)
+        assert batch is not None  # the answers of the step were parsed
+        stops = self.student.renderer.stop_ids
+        answers = batch.ids[begin : begin + self.batch_size]
+        return sum(len(ids) > 0 and int(ids[-1]) in stops for ids in answers) / len(answers)
+
     def state(self) -> bytes:
-        """Return the sampled answers that are not used up, with the step that sampled them."""
+        """Return the sampled answers that are not used up, with the step that sampled them.
+
+        The state of the tripwires is beside them.
+        """
         r = self._in_flight
-        return (
-            b""
-            if r is None
-            else json.dumps(
-                {"number": r.index, "step": r.step, "ids": [i.tolist() for i in r.ids]}
-            ).encode()
-        )
+        if r is None:
+            return b""
+        return json.dumps(
+            {
+                "number": r.index,
+                "step": r.step,
+                "ids": [i.tolist() for i in r.ids],
+                "tripwires": self._tripwires.to_json(),
+            }
+        ).encode()
 
     def restore(self, states: tuple[bytes, ...]) -> None:
         """Restore sampled answers. All processes sample the same, so the first state serves all."""
@@ -269,15 +294,13 @@ class Rollouts:
         self._in_flight = saved and RolloutBatch(
             saved["number"], saved["step"], tuple(np.array(i, np.int32) for i in saved["ids"])
         )
+        self._tripwires.restore((saved or {}).get("tripwires", {}))
 
     def _parse_answers(
         self, step: int, part: int, parts: int
     ) -> tuple[list[RolloutAnswer], Counter[str], list[int]]:
         """Return the usable answers of a step, why the others are left out, and all lengths."""
-        number, index = divmod(
-            math.floor((step - self.config.start_step) * self.config.share),
-            self.config.rollouts // self.batch_size,
-        )
+        number, index = self._batch_and_index(step)
         if index == 0 and (self._in_flight is None or self._in_flight.step != step):
             self._in_flight = RolloutBatch(number, step, tuple(self._generate(number, step)))
         batch = self._in_flight
@@ -294,7 +317,7 @@ class Rollouts:
                 where="train",
                 remedy="raise training.on_policy.max_staleness_steps, or lower rollouts",
             )
-        begin = index * self.batch_size
+        begin = self._first_answer(step)
         chosen = range(
             begin + self.batch_size * part // parts, begin + self.batch_size * (part + 1) // parts
         )
@@ -313,6 +336,17 @@ class Rollouts:
             Counter(one for one in parsed if isinstance(one, str)),
             [len(batch.ids[k]) for k in chosen],
         )
+
+    def _batch_and_index(self, step: int) -> tuple[int, int]:
+        """Return the number of the step's batch of rollouts, and which part of it the step uses."""
+        return divmod(
+            math.floor((step - self.config.start_step) * self.config.share),
+            self.config.rollouts // self.batch_size,
+        )
+
+    def _first_answer(self, step: int) -> int:
+        """Return the first answer of the batch that the step uses."""
+        return self._batch_and_index(step)[1] * self.batch_size
 
     def _prompt_at(self, batch_index: int, k: int) -> RolloutPrompt:
         """Return the prompt of the k-th answer of a batch; each epoch has its own order."""
