@@ -16,6 +16,7 @@ from bench.objectives.vocabularies import Speaker
 from bench.real.extension import extended_spec, ridge_rows
 from bench.real.methods import EVENTS, Lessons, loss_of
 from bench.real.models import Trainee, bits, pack, speaker, states
+from bench.real.plan import next_run
 from bench.real.teacher import Scored, sampled
 from bench.real.texts import Text, part_of
 from bench.real.train import Run, batches
@@ -219,3 +220,13 @@ def test_a_step_lowers_the_loss(student: Speaker, half: bool) -> None:
 def test_parts_have_their_shares() -> None:
     parts = [part_of(block) for block in range(2000)]
     assert [parts.count(p) for p in ("test", "dev")] == pytest.approx([400, 200], rel=0.15)
+
+
+def test_the_plan_ends_and_repeats_no_run() -> None:
+    done: dict[str, dict[str, float]] = {}
+    while (run := next_run(done)) is not None:
+        assert run.key not in done
+        done[run.key] = {"mean": 1.0 + run.rate}
+        assert len(done) < 200
+    assert len(done) > 60
+    assert next_run({}) == Run("none", ("ind", "tha"), 12, 0, 0.0)
