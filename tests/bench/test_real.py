@@ -226,7 +226,7 @@ def test_the_plan_ends_and_repeats_no_run() -> None:
     done: dict[str, dict[str, float]] = {}
     while (run := next_run(done)) is not None:
         assert run.key not in done
-        done[run.key] = {"mean": 1.0 + run.rate}
+        done[run.key] = {"mean": 1.0 + run.rate, "english": 1.0}
         assert len(done) < 200
     assert len(done) > 60
     assert next_run({}) == Run("none", ("ind", "tha"), 12, 0, 0.0)
