@@ -87,7 +87,7 @@ real: .venv/persea
 	$(BIN)/python -m bench.real_models $(REAL)
 	$(BIN)/python -m bench.real.prepare $(REAL)
 	$(BIN)/persea run $(REAL)/real.yaml --out $(REAL)/run
-	@echo "the page: $(REAL)/run/report/index.html; talk to the student: $(BIN)/persea chat $(REAL)/run/student"
+	@echo "the page: $(REAL)/run/report/index.html; talk to the student: $(BIN)/persea chat $(REAL)/run/train/student"
 
 bench-real: .venv/persea
 	$(BIN)/pip install -q -e '.[bench,gguf]'

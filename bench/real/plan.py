@@ -17,8 +17,8 @@ from bench.real.train import Run
 
 TWO = ("ind", "tha")
 FULL = "events + masks + partial tokens"
-LONGER = "taught 3000 means"
-LONGEST = "taught 6000 means"  # of six languages
+LONGER, MEANS = "taught 3000 ridge", "taught 3000 means"
+LONGEST = "taught 6000 ridge"  # of six languages
 SEEDS = (1, 2, 3)
 OTHERS = ("events", "events + masks", "strict", "strict everywhere", "bpm", "chunk", "uld", "gold")
 ENGLISH_LOST = 0.02  # bits per byte
@@ -51,8 +51,11 @@ CE_PLAIN = [Run("cross-entropy", TWO, 12, 0.75, rate) for rate in (2e-4, 5e-4)]
 def searches(results: Mapping[str, Any]) -> Iterator[Run]:
     """Settings, on dev."""
     yield from ends(TWO, 12, "dev")
-    yield from (CE_LONGER[0], FULL_LONGER[0], CE_PLAIN[0], FULL_LONGER[1])
-    yield replace(FULL_LONGER[0], student="taught 3000 ridge")
+    yield replace(CE_LONGER[0], student=MEANS)
+    yield replace(FULL_LONGER[0], student=MEANS)
+    yield CE_PLAIN[0]
+    yield replace(FULL_LONGER[1], student=MEANS)
+    yield FULL_LONGER[0]
     yield CE_PLAIN[1]
 
 
@@ -60,7 +63,7 @@ def later_searches(results: Mapping[str, Any]) -> Iterator[Run]:
     """More settings, on dev, beside the best rate so far."""
     rate = rates(results, FULL_LONGER)
     at = replace(FULL_LONGER[0], rate=rate)
-    yield CE_LONGER[1]
+    yield from (FULL_LONGER[1], CE_LONGER[0], CE_LONGER[1])
     yield replace(at, share=0.9)
     yield replace(at, share=0.5)
     yield replace(at, passes=4)

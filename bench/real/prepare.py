@@ -72,7 +72,7 @@ def write_student(world: World, folder: Path, count: int, kilobytes: int) -> Non
     source = world.student_folder
     model = load(source, torch.float32)
     spec = world.spec(count, LANGUAGES, min(kilobytes, SCORED))
-    longer = extend(model, world.student, spec, "means", None)
+    longer = extend(model, world.student, spec, "ridge", world.teacher)
     with open_atomic_folder(folder) as part:
         model.save_pretrained(part)
         copy_tokenizer_files(source, part)
@@ -83,7 +83,7 @@ def write_student(world: World, folder: Path, count: int, kilobytes: int) -> Non
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.real.prepare")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--kilobytes", type=int, default=20, help="training text of a language")
+    parser.add_argument("--kilobytes", type=int, default=12, help="training text of a language")
     options = parser.parse_args()
     torch.set_num_threads(2)
     folder: Path = options.folder

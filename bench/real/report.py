@@ -20,7 +20,6 @@ SETTINGS = (
     "student",
     "more",
     "end",
-    "kept",
     "arithmetic",
     "part",
 )

@@ -34,7 +34,6 @@ class Run:
         student: plain, or a longer vocabulary: 'taught 4000 ridge', 'taught 4000 means'.
         more: Kilobytes of text of each language that the teacher wrote, read beside the text.
         end: text = the end is learned from the text alone, teacher = also from the teacher.
-        kept: Kilobytes of English text in which the student keeps to itself as it was.
         arithmetic: half = bfloat16 with float32 master weights, single = float32.
         part: dev while settings are searched, test for tables.
     """
@@ -49,7 +48,6 @@ class Run:
     student: str = "plain"
     more: int = 0
     end: str = "text"
-    kept: int = 0
     arithmetic: str = "half"
     part: str = "dev"
 

@@ -117,7 +117,6 @@ def test_every_setting_is_part_of_the_key() -> None:
             ("student", "taught 10 means"),
             ("more", 1),
             ("end", "teacher"),
-            ("kept", 1),
             ("arithmetic", "single"),
             ("part", "test"),
         )
