@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 Line = Mapping[str, Any]
 DRAWS = 2000
+CPU_RANGE = (0.7, 1.5)  # of another run, to count as equal CPU
 SETTINGS = (
     "method",
     "languages",
@@ -108,6 +110,7 @@ def rows(lines: Sequence[Line]) -> list[dict[str, Any]]:
                 float(np.mean([line["english"] for line in some])) - base["english"], 4
             )
         row["beside_cross_entropy"] = beside(value, some, groups)
+        row |= beside_plain(value, some, groups)
         out.append(row)
     return sorted(out, key=lambda row: (row["part"], len(row["languages"]), row["mean"]))
 
@@ -133,6 +136,58 @@ def beside(
     return None
 
 
+def beside_plain(
+    value: Mapping[str, Any],
+    some: Sequence[Line],
+    groups: Mapping[tuple[Any, ...], Sequence[Line]],
+) -> dict[str, Any]:
+    """Compare with cross-entropy in the student's own vocabulary, at about equal CPU time.
+
+    Of runs on the same text whose CPU time is within CPU_RANGE of the row's, the best counts.
+    `reached_at`: the share of the row's CPU time after which it has that run's last value on dev.
+    """
+    mine = float(np.mean([x.get("cpu_seconds", 0) for x in some]))
+    others = []
+    for settings, lines in groups.items():
+        other = dict(zip(SETTINGS, settings, strict=True))
+        same = all(other[k] == value[k] for k in ("languages", "kilobytes", "part"))
+        theirs = float(np.mean([x.get("cpu_seconds", 0) for x in lines]))
+        if (
+            same
+            and mine
+            and (other["method"], other["student"]) == ("cross-entropy", "plain")
+            and CPU_RANGE[0] <= theirs / mine <= CPU_RANGE[1]
+            and settings != tuple(value[k] for k in SETTINGS)
+        ):
+            others.append(lines)
+    if not others or (value["method"], value["student"]) == ("cross-entropy", "plain"):
+        return {}
+    best = min(others, key=lambda lines: float(np.mean([x["mean"] for x in lines])))
+    seeds = {x["seed"] for x in some} & {x["seed"] for x in best}
+    if not seeds:
+        return {}
+    own, other_lines = ([x for x in side if x["seed"] in seeds] for side in (some, best))
+    goal = float(np.mean([x["curve"][-1][-1] for x in other_lines]))
+    reached = [reached_at(x, goal) for x in own]
+    return {
+        "beside_plain": [*difference(own, other_lines)],
+        "plain_cpu_seconds": round(float(np.mean([x["cpu_seconds"] for x in other_lines]))),
+        "reached_at": round(float(np.mean([x for x in reached if x])), 2) if all(reached) else None,
+    }
+
+
+def reached_at(line: Line, goal: float) -> float | None:
+    """Return the share of the CPU time at which dev falls to a goal, by linear interpolation."""
+    points = [(p[3], p[4]) for p in line["curve"]]
+    for (a, high), (b, low) in pairwise(points):
+        if points[0][1] <= goal:
+            return float(points[0][0] / line["cpu_seconds"])
+        if low <= goal <= high:
+            part = (high - goal) / max(high - low, 1e-9)
+            return float((a + part * (b - a)) / line["cpu_seconds"])
+    return None
+
+
 def summary(lines: Sequence[Line]) -> dict[str, Any]:
     """Return the content of bench/results/real.json."""
     ends = {
@@ -148,19 +203,28 @@ def summary(lines: Sequence[Line]) -> dict[str, Any]:
 def markdown(found: Mapping[str, Any], part: str) -> str:
     """Return a table for docs/results.md."""
     head = (
-        "| method | student | kB a language x passes | seeds | bits per byte | minus cross-entropy "
-        "(95 %) | gap closed | English lost | training CPU s |\n|" + " --- |" * 9 + "\n"
+        "| method | student | rate | kB a language x passes | seeds | bits per byte "
+        "| minus cross-entropy, same student (95 %) "
+        "| minus cross-entropy, own vocabulary, equal CPU (95 %) | reached at | gap closed "
+        "| English lost | training CPU s |\n|" + " --- |" * 12 + "\n"
     )
     lines = []
     for row in found["rows"]:
         if row["part"] != part:
             continue
-        gain = row["beside_cross_entropy"]
+        gain, plain, reached = (
+            row.get(name) for name in ("beside_cross_entropy", "beside_plain", "reached_at")
+        )
         lines.append(
-            f"| {row['method']} | {row['student']} | {row['kilobytes']} x {row['passes']:g}"
+            f"| {row['method']} | {row['student']} | {row['rate']:g} "
+            f"| {row['kilobytes']} x {row['passes']:g}"
             f"{f' + {row_more}' if (row_more := row['more']) else ''} | {len(row['seeds'])} | "
             f"{row['mean']:.3f} | "
-            f"{'' if gain is None else f'{gain[0]:+.3f} [{gain[1]:+.3f}, {gain[2]:+.3f}]'} | "
+            f"{shown(gain)} | {shown(plain)} | {'' if reached is None else f'{reached:.0%}'} | "
             f"{row.get('gap', 0):.0%} | {row.get('english_lost', 0):+.3f} | {row['cpu_seconds']} |"
         )
     return head + "\n".join(lines) + "\n"
+
+
+def shown(gain: Sequence[float] | None) -> str:
+    return "" if gain is None else f"{gain[0]:+.3f} [{gain[1]:+.3f}, {gain[2]:+.3f}]"
