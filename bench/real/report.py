@@ -11,8 +11,8 @@ import numpy as np
 
 Line = Mapping[str, Any]
 DRAWS = 2000
-# CPU time of a plain run relative to a row's training, without and with the teacher's capture, which
-# costs about as much as a training here
+# CPU time of a plain run relative to a row's training, without and with the teacher's capture,
+# which costs about as much as a training here
 EQUAL_CPU = {"equal_cpu": (0.7, 1.5), "with_capture": (1.5, 2.2)}
 SETTINGS = (
     "method",

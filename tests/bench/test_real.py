@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from bench.real.extension import extended_spec, ridge_rows
 from bench.real.methods import EVENTS, Lessons, loss_of
 from bench.real.models import Trainee, bits, pack, speaker, states
 from bench.real.plan import next_run
+from bench.real.report import reached_at, rows
 from bench.real.teacher import Scored, sampled
 from bench.real.texts import Text, part_of
 from bench.real.train import Run, batches
@@ -229,3 +231,49 @@ def test_the_plan_ends_and_repeats_no_run() -> None:
         assert len(done) < 200
     assert len(done) > 60
     assert next_run({}) == Run("none", ("ind", "tha"), 12, 0, 0.0)
+
+
+def line(method: str, student: str, seed: int, shift: float, cpu: float) -> dict[str, Any]:
+    texts = [[b, 100.0 * (2 + b % 3) + 50 * shift, 0.0, 50 + b] for b in range(30)]
+    mean = sum(t[1] for t in texts) / sum(t[3] for t in texts)
+    run = Run(method, ("ind",), 12, 1, 1e-4, seed=seed, student=student)
+    found = {"bits_per_byte": mean, "texts": texts}
+    return {
+        **asdict(run),
+        "mean": mean,
+        "english": 1.0,
+        "cpu_seconds": cpu,
+        "curve": [[1, 0, 0, cpu / 2, mean + 1], [2, 0, 0, cpu, mean]],
+        "measured": {"ind": found},
+    }
+
+
+def test_rows_are_paired_with_cross_entropy() -> None:
+    lines = [
+        line("none", "plain", 1, 10, 0),
+        line("teacher", "plain", 1, -1, 0),
+        line("cross-entropy", "plain", 1, 1.0, 100),
+        line("cross-entropy", "plain", 2, 1.2, 100),
+        line("events", "plain", 1, 0.0, 100),
+        line("events", "plain", 2, 0.2, 100),
+        line("events", "taught 10 means", 1, -0.5, 90),
+    ]
+    found = {(r["method"], r["student"]): r for r in rows(lines)}
+    events = found["events", "plain"]
+    gain, low, high = events["beside_cross_entropy"]
+    assert gain == pytest.approx(-50 * 30 / sum(50 + b for b in range(30)), abs=1e-3)
+    assert low <= gain <= high < 0
+    assert events["seeds"] == [1, 2]
+    assert events["gap"] > found["cross-entropy", "plain"]["gap"] > 0
+    longer = found["events", "taught 10 means"]
+    assert longer["beside_cross_entropy"] is None
+    assert longer["equal_cpu"]["minus_cross_entropy"][0] < gain
+    assert 0.5 <= longer["equal_cpu"]["reached_at"] < 1
+    assert "equal_cpu" not in found["cross-entropy", "plain"]
+
+
+def test_a_goal_is_reached_between_two_points() -> None:
+    points = {"curve": [[1, 0, 0, 10.0, 3.0], [2, 0, 0, 20.0, 2.0]], "cpu_seconds": 40.0}
+    assert reached_at(points, 2.5) == pytest.approx(15 / 40)
+    assert reached_at(points, 3.5) == pytest.approx(10 / 40)
+    assert reached_at(points, 1.0) is None
