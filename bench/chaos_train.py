@@ -72,7 +72,7 @@ POINTS = {
     "the state is synced, not named": Point("replace", "step-00000006.pt"),
     "the state is named, its folder not synced": Point("replace", "step-00000006.pt", after=True),
     "its metrics are named": Point("replace", "step-00000006.jsonl", after=True),
-    "metrics.jsonl is synced, not named": Point("replace", "metrics.jsonl", n=2),
+    "metrics.jsonl has a new line, the checkpoint not": Point("sync", "metrics.jsonl", n=2),
     "the record is synced, not named": Point("replace", "step-00000006.json"),
     "the record is named, its folder not synced": Point(
         "replace", "step-00000006.json", after=True

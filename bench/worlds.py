@@ -152,10 +152,9 @@ class Exact:
 
 
 def encode(renderer: ChatRenderer, texts: Sequence[str]) -> dict[str, Prefix]:
-    return {
-        text: (*some, renderer.stop_ids[0])
-        for text, some in zip(texts, renderer.vocabulary.encode_batch(texts), strict=True)
-    }
+    vocabulary = renderer.vocabulary
+    ids = vocabulary.encode_batch([vocabulary.prefix_space_before(t) + t for t in texts])
+    return {t: (*some, renderer.stop_ids[0]) for t, some in zip(texts, ids, strict=True)}
 
 
 def exact(ids: dict[str, Prefix], law: Law) -> Exact:
@@ -174,8 +173,11 @@ def exact(ids: dict[str, Prefix], law: Law) -> Exact:
 
 
 def starts(renderer: ChatRenderer, ids: Sequence[int]) -> Iterator[int]:
-    """Yield the first byte of each token; the stop token starts at the end of the string."""
-    at = 0
+    """Yield the first byte of each token; the stop token starts at the end of the string.
+
+    A space that the tokenizer puts before the string lies at byte -1.
+    """
+    at = -len(renderer.vocabulary.prefix_space_before("a"))
     for i in ids:
         yield at
         at += len(renderer.vocabulary.bytes_W[i] or b"")
@@ -352,7 +354,7 @@ class World:
             begin_t = list(starts(self.teacher, t))
             for j, at in enumerate(starts(self.student, s)):
                 k = int(np.searchsorted(begin_t, at, side="right")) - 1
-                if begin_t[k] != at:
+                if 0 <= begin_t[k] != at:
                     joint[t[:k], s[:j], text.encode()[begin_t[k] : at]][s[j]] += p
         return tuple(self._inside(*key, cells) for key, cells in joint.items())
 
@@ -387,7 +389,7 @@ def common(world: World, text: str) -> list[tuple[int, int]]:
 
     The stop tokens come last.
     """
-    at_s = {at: j for j, at in enumerate(starts(world.student, world.s.ids[text]))}
+    at_s = {at: j for j, at in enumerate(starts(world.student, world.s.ids[text])) if at >= 0}
     return [
         (k, at_s[at]) for k, at in enumerate(starts(world.teacher, world.t.ids[text])) if at in at_s
     ]

@@ -1,4 +1,4 @@
-"""Write docs/reference/{recipe,cli,errors}.md from schema, command line and raise sites.
+"""Write docs/reference/*.md from schema, command line, raise sites and table of licences.
 
 python docs/generate_reference.py
 
@@ -19,6 +19,8 @@ from persea import errors
 from persea.cli import app
 from persea.config.recipe import recipe_json_schema
 from persea.config.renamed_keys import RENAMED_KEYS
+from persea.licences.notice import licences_markdown
+from persea.licences.table import licence_table
 
 HERE = Path(__file__).resolve().parent / "reference"
 SOURCE = HERE.parent.parent / "persea"
@@ -255,7 +257,23 @@ def errors_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"recipe.md": recipe_page, "cli.md": cli_page, "errors.md": errors_page}
+def licences_page() -> str:
+    """Return docs/reference/licences.md: the rows of persea's table of licences."""
+    return (
+        "# Table of licences\n\n"
+        "What persea knows of licences, checkpoints and servers: persea/licences/licences.yaml.\n"
+        "`python docs/generate_reference.py` writes this page. [Licences](../licences.md) explain\n"
+        "the check. silent = no clause on learning from outputs was found, unknown = it asks.\n\n"
+        + licences_markdown(licence_table())
+    )
+
+
+PAGES = {
+    "recipe.md": recipe_page,
+    "cli.md": cli_page,
+    "errors.md": errors_page,
+    "licences.md": licences_page,
+}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

@@ -73,6 +73,13 @@ class Disk:
         """Open a new file for writing."""
         return path.open("wb")
 
+    def open_at(self, path: Path, offset: int) -> BinaryIO:
+        """Open a file, new or not, cut it to `offset` bytes, and go to its end."""
+        file = path.open("r+b" if path.exists() else "wb")
+        file.truncate(offset)
+        file.seek(offset)
+        return file
+
     def sync(self, file: BinaryIO) -> None:
         """Flush a file to the disk."""
         file.flush()
@@ -172,6 +179,32 @@ def write_atomic(path: Path, data: bytes) -> str:
     with open_atomic(path) as file:
         file.write(data)
     return digest_bytes(data)
+
+
+def append_bytes(path: Path, offset: int, data: bytes) -> None:
+    """Cut a file to `offset` bytes and append data.
+
+    Neither atomic nor synced: for a log whose tail can be written again.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    with _raise_storage_errors(path):
+        _make_folder(path.parent)
+        with DISK.open_at(path, offset) as file:
+            file.write(data)
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file and its entry in its folder to the disk.
+
+    Raises:
+        StorageError: The file cannot be synced.
+    """
+    with _raise_storage_errors(path):
+        with path.open("r+b") as file:
+            DISK.sync(file)
+        DISK.sync_folder(path.parent)
 
 
 def create_json_once(path: Path, record: Mapping[str, Any]) -> None:

@@ -69,6 +69,18 @@ TEMPLATE_WORDS = [f"Reasoning: {e}" for e in ThinkingEffort] + [
 ]
 
 
+CARD = """\
+---
+license: apache-2.0
+---
+
+# {name}
+
+A small model trained from nothing by persea, for its tests and its quickstart. See
+[saplings/README.md](../README.md).
+"""
+
+
 def grow_tokenizer(plan: Plan, folder: Path) -> None:
     """Train the plan's tokenizer in its family's form.
 
@@ -278,6 +290,7 @@ def grow(plan: Plan, out: Path, steps: int, progress: Progress) -> None:
         + "\n"
     )
     state_file.unlink(missing_ok=True)
+    (folder / "README.md").write_text(CARD.format(name=plan.name))
     metrics = json.loads((folder / "growing.json").read_text()) | measured(plan, folder)
     metrics["sha256"] = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     (folder / "growing.json").write_text(json.dumps(metrics, indent=1) + "\n")

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from persea.storage import Disk
 
 Step = tuple[Any, ...]
-STEPS = ("make", "create", "write", "sync", "replace", "link", "remove", "sync_folder")
+STEPS = ("make", "create", "open_at", "write", "sync", "replace", "link", "remove", "sync_folder")
 
 
 class Watched(Disk):
@@ -32,6 +32,13 @@ class Watched(Disk):
     def create(self, path: Path) -> BinaryIO:
         self._do(lambda path: None, "create", path)
         return io.BufferedWriter(_File(self, path))  # type: ignore[return-value]
+
+    def open_at(self, path: Path, offset: int) -> BinaryIO:
+        self._do(lambda path, offset: None, "open_at", path, offset)
+        file = _File(self, path, "r+b" if path.exists() else "wb")
+        file.truncate(offset)
+        file.seek(offset)
+        return io.BufferedWriter(file)  # type: ignore[return-value]
 
     def sync(self, file: BinaryIO) -> None:
         file.flush()
@@ -56,9 +63,9 @@ class Watched(Disk):
 
 
 class _File(io.FileIO):
-    def __init__(self, disk: Watched, path: Path) -> None:
+    def __init__(self, disk: Watched, path: Path, mode: str = "wb") -> None:
         self.disk = disk
-        super().__init__(path, "wb")
+        super().__init__(path, mode)
 
     def write(self, data: Any) -> int:
         self.disk.step("write", Path(str(self.name)), bytes(data))
@@ -136,6 +143,12 @@ class _Pending:
         if kind == "make":
             self._name(path.parent, {path: -1})
         elif kind == "create":
+            inode = len(self.cached)
+            self.cached[inode] = b""
+            self._name(path.parent, {path: inode})
+        elif kind == "open_at" and path in self.names:
+            self.cached[self.names[path]] = self.cached[self.names[path]][: step[2]]
+        elif kind == "open_at":
             inode = len(self.cached)
             self.cached[inode] = b""
             self._name(path.parent, {path: inode})

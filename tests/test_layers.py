@@ -17,7 +17,7 @@ ROOT = PACKAGE.parent
 # Who may import whom: a package imports packages of the lines above it, and itself.
 LAYERS = (
     ("errors",),
-    ("storage", "distributions", "tokenization"),
+    ("storage", "distributions", "tokenization", "licences"),
     ("chat",),
     ("config", "models", "data", "alignment"),
     ("teachers", "tasks", "losses"),

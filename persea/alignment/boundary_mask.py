@@ -21,8 +21,8 @@ import numpy.typing as npt
 from persea.alignment.token_order import UNRESTRICTED_CONTEXT, TokenOrder
 from persea.tokenization.bpe import expand_groups, group_offsets
 
-# (whether it is the other tokenizer's turn, its last token, bytes it must cover, last token of the
-# waiting side)
+# (whether it is the other tokenizer's turn, its state after its last token, bytes it must cover,
+# state of the waiting side); under BPE a state is the last token
 SearchState: TypeAlias = tuple[bool, int, bytes, int]
 MAX_SEARCH_TOKENS = 20_000  # per candidate; about 20 ms
 # Tokens of the other side from which a candidate is known to meet, kept so as not to search again.
@@ -125,7 +125,12 @@ class BoundaryMask:
         for u in self.other.tokens_in_search_order(raw):
             if blocked_W[u]:
                 continue
-            root = self._advance(True, u, raw, candidate)
+            root = self._advance(
+                True,
+                self.other.derivations.state_of(u),
+                raw,
+                self.own.derivations.state_of(candidate),
+            )
             if root in self._undecided_states:
                 return True
             meets = self._search_meeting(root, num_tried)
@@ -180,16 +185,15 @@ class BoundaryMask:
         for u in side.tokens_in_search_order(rest):
             num_tried[0] += 1
             if num_tried[0] > self.max_search_tokens or side.can_follow(last, u):
-                yield self._advance(is_others_turn, u, rest, waiting)
+                yield self._advance(is_others_turn, side.derivations.extend(last, u), rest, waiting)
 
-    def _advance(
-        self, is_others_turn: bool, token: int, rest: bytes, waiting_token: int
-    ) -> SearchState:
-        """Return the state after one side puts a token over the bytes that it must cover.
+    def _advance(self, is_others_turn: bool, state: int, rest: bytes, waiting: int) -> SearchState:
+        """Return the state after one side has put a token over the bytes that it must cover.
 
         The same side goes on if bytes are left, else the other side covers what the token adds.
         """
-        raw = (self.other if is_others_turn else self.own).vocabulary.bytes_W[token] or b""
+        side = self.other if is_others_turn else self.own
+        raw = side.vocabulary.bytes_W[side.derivations.last_token(state)] or b""
         if len(raw) < len(rest):
-            return is_others_turn, token, rest[len(raw) :], waiting_token
-        return not is_others_turn, waiting_token, raw[len(rest) :], token
+            return is_others_turn, state, rest[len(raw) :], waiting
+        return not is_others_turn, waiting, raw[len(rest) :], state

@@ -32,7 +32,7 @@ from persea.tokenization.logit_rows import tokens_without_row
 from persea.tokenization.pretokenizer import decode_whole_characters
 from persea.tokenization.vocabulary import BYTE_TO_CHAR, Vocabulary
 
-EVENT_MAP_FORMAT = 4
+EVENT_MAP_FORMAT = 5
 CHECKSUM_BYTES = 32
 END_OF_TURN_EVENT, SPACES_EVENT, FIRST_TEXT_EVENT = 0, 1, 2
 # Fields of BpeDerivations, which are also keys of the stored file.
@@ -176,7 +176,9 @@ def load_event_map(
     teacher_order, student_order = (
         get_token_order(
             renderer.vocabulary,
-            BpeDerivations(*(tensors[f"{side}_{name}"] for name in BPE_ARRAY_NAMES)),
+            None
+            if renderer.vocabulary.is_unigram  # its lattice is built anew
+            else BpeDerivations(*(tensors[f"{side}_{name}"] for name in BPE_ARRAY_NAMES)),
         )
         for side, renderer in (("teacher", teacher), ("student", student))
     )
@@ -215,9 +217,10 @@ def _to_tensors(event_map: EventMap) -> dict[str, npt.NDArray[np.generic]]:
             ("teacher", event_map.student_mask.other),
             ("student", event_map.teacher_mask.other),
         ):
-            tensors |= {
-                f"{side}_{name}": getattr(order.derivations, name) for name in BPE_ARRAY_NAMES
-            }
+            if isinstance(order.derivations, BpeDerivations):
+                tensors |= {
+                    f"{side}_{name}": getattr(order.derivations, name) for name in BPE_ARRAY_NAMES
+                }
     return tensors
 
 

@@ -27,6 +27,7 @@ from persea.tokenization.pretokenizer import (
     load_pretokenizer,
 )
 from persea.tokenization.tokens import RenderedTokens
+from persea.tokenization.unigram import UnigramLattice, derive_unigram
 from persea.tokenization.vocabulary import Vocabulary
 
 # Context in which every candidate is possible: the start of an answer, or after a control token.
@@ -43,12 +44,13 @@ class TokenOrder:
 
     Attributes:
         vocabulary: Token ids and bytes.
-        derivations: How BPE builds each token from two others.
+        derivations: How BPE builds each token from two others, or the lattice of Unigram. Both
+            number the states of a sequence of tokens; under BPE the last token alone is the state.
         pretokenizer: Where words end.
     """
 
     vocabulary: Vocabulary
-    derivations: BpeDerivations
+    derivations: BpeDerivations | UnigramLattice
     pretokenizer: Pretokenizer
     _covering_cache: dict[bytes, tuple[npt.NDArray[np.int64], tuple[int, ...]]] = field(
         default_factory=dict
@@ -167,6 +169,10 @@ class TokenOrder:
         edges = np.flatnonzero(np.diff(np.concatenate([[True], control, [True]]).astype(np.int8)))
         begins = edges[::2]
         runs = [self._split_run(ids_T[b:e]) for b, e in zip(begins, edges[1::2], strict=True)]
+        states = [
+            self._states_of_run(ids_T[b : b + len(ends_T)].tolist(), cuts, ends_T)
+            for b, (_, cuts, ends_T) in zip(begins, runs, strict=True)
+        ]
         found = []
         for k in positions:
             if k == 0 or control[k - 1]:
@@ -175,8 +181,8 @@ class TokenOrder:
             run = int(np.searchsorted(begins, k, side="left")) - 1
             raw, cuts, ends_T = runs[run]
             end = int(ends_T[k - 1 - begins[run]])
-            word = raw[int(cuts[np.searchsorted(cuts, end, side="left") - 1]) : end]
-            found.append(self.context_id(int(ids_T[k - 1]), word))
+            begin = int(cuts[np.searchsorted(cuts, end, side="left") - 1])
+            found.append(self.context_id(states[run][k - 1 - begins[run]], raw[begin:end]))
         return np.array(found, np.int64)
 
     def supervised_context_ids(
@@ -219,15 +225,33 @@ class TokenOrder:
             cuts += [begin, *(begin + offsets).tolist()]
         return raw, np.unique(np.array(cuts, np.int64)), ends_T
 
-    def context_id(self, token: int, word: bytes) -> int:
+    def _states_of_run(
+        self, ids: list[int], cuts: npt.NDArray[np.int64], ends_T: npt.NDArray[np.int64]
+    ) -> list[int]:
+        """Return the state after each token of a run; every word begins anew."""
+        if isinstance(self.derivations, BpeDerivations):
+            return ids
+        word_starts = set(cuts.tolist())
+        states: list[int] = []
+        begin = 0
+        for token, end in zip(ids, ends_T.tolist(), strict=True):
+            states.append(
+                self.derivations.state_of(token)
+                if begin in word_starts
+                else self.derivations.extend(states[-1], token)
+            )
+            begin = end
+        return states
+
+    def context_id(self, state: int, word: bytes) -> int:
         """Return the number of a context.
 
         Args:
-            token: The last token.
+            state: The state after the last token; under BPE the token itself.
             word: Bytes of the current word so far; they end with the token.
         """
         text, rest = ("", b"") if self.pretokenizer.never_splits else decode_whole_characters(word)
-        key = (token, MID_CHARACTER if rest else self.pretokenizer.class_signature(text))
+        key = (state, MID_CHARACTER if rest else self.pretokenizer.class_signature(text))
         if key not in self._context_ids:
             self._context_ids[key] = len(self._context_keys)
             self._context_keys.append(key)
@@ -242,8 +266,9 @@ class TokenOrder:
         return self._impossible_cache[context]
 
     def _find_impossible_next_tokens(self, context: int) -> npt.NDArray[np.int64]:
-        token, word = self._context_keys[context]
-        unmergeable = self.derivations.impossible_next_tokens(token)
+        state, word = self._context_keys[context]
+        token = self.derivations.last_token(state)
+        unmergeable = self.derivations.impossible_next_tokens(state)
         if self.added_token_bytes:
             # a token that may begin an added token can follow anywhere, and after an added token
             # a new word begins
@@ -266,9 +291,8 @@ class TokenOrder:
 
     def added_token_continuations(self, context: int) -> tuple[bytes, ...]:
         """Return the texts that would complete an added token begun by the context's last token."""
-        return self.added_token_suffixes.get(
-            self.vocabulary.bytes_W[self._context_keys[context][0]] or b"", ()
-        )
+        token = self.derivations.last_token(self._context_keys[context][0])
+        return self.added_token_suffixes.get(self.vocabulary.bytes_W[token] or b"", ())
 
     def covering_tokens(self, raw: bytes) -> tuple[npt.NDArray[np.int64], tuple[int, ...]]:
         """Return the tokens that a text with this beginning can begin with.
@@ -302,10 +326,11 @@ class TokenOrder:
             self._search_order_cache[raw] = (*exact, *starts, *covering[len(exact) :].tolist())
         return self._search_order_cache[raw]
 
-    def can_follow(self, token: int, next_token: int) -> bool:
-        """Return whether a token may follow another, whatever is before the two."""
-        if not self.derivations.is_impossible_pair(token, next_token):
+    def can_follow(self, state: int, next_token: int) -> bool:
+        """Return whether a token may follow in a state, whatever is before its tokens."""
+        if not self.derivations.is_impossible_pair(state, next_token):
             return True
+        token = self.derivations.last_token(state)
         raw = self.vocabulary.bytes_W[token] or b""
         next_raw = self.vocabulary.bytes_W[next_token] or b""
         if self.added_token_bytes and (
@@ -350,7 +375,16 @@ def get_token_order(
     if order is None:
         if len(_TOKEN_ORDERS) >= MAX_CACHED_TOKEN_ORDERS:
             _TOKEN_ORDERS.pop(next(iter(_TOKEN_ORDERS)), None)
+        pretokenizer = load_pretokenizer(vocabulary)
         order = _TOKEN_ORDERS[vocabulary] = TokenOrder(
-            vocabulary, derivations or derive_bpe(vocabulary), load_pretokenizer(vocabulary)
+            vocabulary,
+            derivations or _derive(vocabulary, pretokenizer),
+            pretokenizer,
         )
     return order
+
+
+def _derive(vocabulary: Vocabulary, pretokenizer: Pretokenizer) -> BpeDerivations | UnigramLattice:
+    if vocabulary.is_unigram:
+        return derive_unigram(vocabulary, cuts_at_spaces=not pretokenizer.never_splits)
+    return derive_bpe(vocabulary)

@@ -26,11 +26,13 @@ class UnitProgress:
         num_prompts: Its prompts.
         num_tokens: Tokens that are stored.
         is_new: Whether this run captured it.
+        name: Name of the unit.
     """
 
     num_prompts: int
     num_tokens: int
     is_new: bool
+    name: str = ""
 
 
 def capture_summary(units: Sequence[CaptureUnit], folder: Path) -> dict[str, Any]:
@@ -148,6 +150,8 @@ class CaptureBudget:
         max_tokens: Most tokens to store, those of earlier runs included; 0 = no limit.
         max_hours: Most hours of this run; 0 = no limit.
         clock: Returns seconds.
+        work_by_unit: Unit -> its work, such as bytes of text times weights of the teacher. The time
+            left follows from it; without it from the number of prompts.
     """
 
     def __init__(
@@ -156,13 +160,18 @@ class CaptureBudget:
         max_tokens: int = 0,
         max_hours: float = 0,
         clock: Callable[[], float] = time.monotonic,
+        work_by_unit: Mapping[str, float] | None = None,
     ) -> None:
         self.num_prompts = num_prompts
         self.max_tokens = max_tokens
         self.max_hours = max_hours
         self.clock = clock
         self._start_s = clock()
-        self._prompts_done = self._new_prompts = 0
+        self._work_by_unit = work_by_unit or {}
+        self._total_work = sum(self._work_by_unit.values()) or float(num_prompts)
+        self._work_done = self._new_work = 0.0
+        self._work_start_s: float | None = None  # loading the teacher is no work
+        self._prompts_done = 0
         self._tokens_cached = self._new_tokens = 0
 
     def record_unit(self, unit: UnitProgress) -> tuple[float, str]:
@@ -177,16 +186,38 @@ class CaptureBudget:
         """
         self._prompts_done += unit.num_prompts
         self._tokens_cached += unit.num_tokens
-        self._new_prompts += unit.num_prompts if unit.is_new else 0
+        work = self._work_by_unit.get(unit.name, float(unit.num_prompts))
+        self._work_done += work
+        self._new_work += work if unit.is_new else 0
         self._new_tokens += unit.num_tokens if unit.is_new else 0
-        seconds = self.clock() - self._start_s
-        self._refuse_overspending(seconds / 3600)
+        now = self.clock()
+        self._refuse_overspending((now - self._start_s) / 3600)
+        return self._describe(now, 0.0)
+
+    @property
+    def fraction_done(self) -> float:
+        """The fraction of the work that is done."""
+        return min(1.0, self._work_done / self._total_work) if self._total_work else 0.0
+
+    def record_part(self, unit_name: str, share: float) -> tuple[float, str]:
+        """Return the same inside a unit, of which a share is done. The first call starts the clock
+        of the work.
+        """
+        now = self.clock()
+        if self._work_start_s is None:
+            self._work_start_s = now
+        return self._describe(now, share * self._work_by_unit.get(unit_name, 0.0))
+
+    def _describe(self, now: float, part_work: float) -> tuple[float, str]:
+        seconds = now - (self._start_s if self._work_start_s is None else self._work_start_s)
+        new_work, done = self._new_work + part_work, self._work_done + part_work
         message = f"{self._prompts_done}/{self.num_prompts} prompts"
-        if self._new_prompts and seconds > 0:
-            message += f", {self._new_tokens / seconds:,.0f} tokens/s"
-            left = (self.num_prompts - self._prompts_done) * seconds / self._new_prompts
+        if new_work and seconds > 0:
+            if self._new_tokens:
+                message += f", {self._new_tokens / seconds:,.0f} tokens/s"
+            left = max(0.0, self._total_work - done) * seconds / new_work
             message += f", {_format_seconds_left(left)} left" if left else ""
-        return self._prompts_done / self.num_prompts, message
+        return min(1.0, done / self._total_work), message
 
     def _refuse_overspending(self, hours: float) -> None:
         tokens = self._tokens_cached

@@ -9,26 +9,24 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from persea.cache.accounting import UnitProgress
 from persea.cache.given_answers import answer_or_score, count_prompt_tokens
 from persea.cache.maintenance import committed_units
 from persea.cache.reader import SHUFFLE_WINDOW_BLOCKS, CacheReader, open_cache_reader
+from persea.cache.sparsifier import DistributionSparsifier
 from persea.cache.unit import CachedAnswer, is_committed, read_record, unit_id, write_unit
 from persea.chat.messages import FinishReason, ThinkingEffort
 from persea.data.formats import MAX_LINE_BYTES
-from persea.data.prompts import Prompt
+from persea.data.prompts import Prompt, parts_to_json
 from persea.distributions import (
-    DistributionKind,
     SparseDistributions,
     concat_distributions,
-    sample_distributions,
-    topk_within_kl,
 )
 from persea.errors import DataError, RefusedError
 from persea.evaluation.audition import Cast
@@ -37,7 +35,7 @@ from persea.teachers.teacher import Answer, Teacher
 from persea.tokenization.tokens import RenderedTokens
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 @dataclass(frozen=True)
@@ -100,6 +98,7 @@ def plan_units(
                     p.conversation.to_json(),
                     p.answer,
                     *([p.effort.value] if p.effort else []),
+                    *([parts_to_json(p.answer_parts)] if p.answer_parts else []),
                 ]
                 for p in unit_prompts
             ]
@@ -124,7 +123,7 @@ def _split_into_units(
     tokens = 0
     for prompt in prompts:
         answer = (
-            len(prompt.answer.encode(errors="replace"))
+            len(prompt.given_text.encode(errors="replace"))
             if max_new_tokens is None
             else max_new_tokens
         )
@@ -140,71 +139,6 @@ def _split_into_units(
         tokens += prompt_tokens
     if unit_prompts:
         yield tuple(unit_prompts)
-
-
-# added to the count of each token in the unit: the counts spread the rest of a topk distribution
-REST_SMOOTHING_COUNT = 1
-
-
-@dataclass(frozen=True)
-class DistributionSparsifier:
-    """Reduces a full distribution to the entries that are stored. Give either tau or max_kl.
-
-    Attributes:
-        seed: Seed of the sample.
-        tau: Store an unbiased sample: tokens below this probability are kept by chance.
-        max_kl: Store the likeliest tokens, and spread the rest so that at most this KL divergence,
-            in nats, is lost.
-    """
-
-    seed: int
-    tau: float | None = None
-    max_kl: float | None = None
-
-    @property
-    def kind(self) -> DistributionKind:
-        """The kind of the stored distributions."""
-        return DistributionKind.SAMPLED if self.max_kl is None else DistributionKind.TOPK
-
-    def sparsify(
-        self,
-        unit: CaptureUnit,
-        answer: Answer,
-        tokens: RenderedTokens,
-        logprobs_NW: torch.Tensor,
-        token_counts_W: npt.NDArray[np.int64],
-        row_offset: int = 0,
-    ) -> SparseDistributions:
-        """Reduce consecutive distributions of an answer.
-
-        Args:
-            unit: The unit that the answer belongs to.
-            answer: The answer.
-            tokens: The rendered conversation.
-            logprobs_NW: The teacher's log-probabilities, in nats.
-            token_counts_W: int64, how often each token occurs in the unit's answers. The counts
-                spread the rest of a topk distribution.
-            row_offset: Number of the first distribution within the answer.
-        """
-        target_N = tokens.ids_T[tokens.loss_mask_T][row_offset : row_offset + len(logprobs_NW)]
-        if self.max_kl is not None:
-            smoothed_W = token_counts_W + REST_SMOOTHING_COUNT
-            return topk_within_kl(
-                logprobs_NW,
-                target_N,
-                self.max_kl,
-                smoothed_W / smoothed_W.sum(),
-                f"prompt {answer.prompt_id}",
-            )
-        if self.tau is None:
-            raise AssertionError("give either tau or max_kl")
-        return sample_distributions(
-            logprobs_NW,
-            target_N,
-            self.tau,
-            f"{self.seed} {unit.teacher} {answer.prompt_id}",
-            row_offset,
-        )
 
 
 MAX_QUARANTINE_REASON_CHARS = 300  # of a message in the quarantine list
@@ -223,6 +157,7 @@ def capture_teacher(
     use_given_answers: bool = False,
     refuse_if_changed: Callable[[], None] = lambda: None,
     on_unit: Callable[[UnitProgress], None] = lambda step: None,
+    on_part: Callable[[CaptureUnit, float], None] = lambda unit, share: None,
 ) -> None:
     """Capture every unit of one teacher that is not committed yet.
 
@@ -239,6 +174,7 @@ def capture_teacher(
         refuse_if_changed: Raises if the teacher is no longer the model of the units' names. Called
             before each commit.
         on_unit: Called after each unit.
+        on_part: Called inside a unit with the share of it that is done.
 
     Raises:
         DataError: A prompt has no answer, and use_given_answers is set.
@@ -249,8 +185,10 @@ def capture_teacher(
     for unit in own_units:
         is_new = not is_committed(folder, unit.name)
         if is_new:
+            on_part(unit, 0.0)
+            writer = teacher.reporting(partial(_report_writing, on_part, unit))
             renderable, quarantine = _split_renderable(unit.prompts, teacher)
-            answers = answer_or_score(renderable, teacher, max_new_tokens, use_given_answers)
+            answers = answer_or_score(renderable, writer, max_new_tokens, use_given_answers)
             quarantine += [
                 (a.prompt_id, a.failure_reason or CONTENT_FILTER_REASON)
                 for a in answers
@@ -265,8 +203,22 @@ def capture_teacher(
                 folder,
                 DistributionSparsifier(seed, tau, max_kl),
                 refuse_if_changed,
+                on_part,
             )
-        on_unit(UnitProgress(len(unit.prompts), read_record(folder, unit.name)["tokens"], is_new))
+        on_unit(
+            UnitProgress(
+                len(unit.prompts), read_record(folder, unit.name)["tokens"], is_new, unit.name
+            )
+        )
+
+
+WRITING_SHARE = 0.5  # of a unit's time, if the teacher writes its answers; the rest scores them
+
+
+def _report_writing(
+    on_part: Callable[[CaptureUnit, float], None], unit: CaptureUnit, share: float
+) -> None:
+    on_part(unit, WRITING_SHARE * share)
 
 
 def _refuse_changed_identity(units: Sequence[CaptureUnit], folder: Path) -> None:
@@ -320,6 +272,7 @@ def _write_answers(
     folder: Path,
     sparsifier: DistributionSparsifier,
     refuse_if_changed: Callable[[], None],
+    on_part: Callable[[CaptureUnit, float], None],
 ) -> None:
     """Score the complete answers of a unit; write and commit it."""
     rendered = [(a, _render_complete(a, teacher)) for a in answers]
@@ -330,7 +283,17 @@ def _write_answers(
         for a, tokens in rendered
     ]
     complete = [(a, tokens) for a, tokens in rendered if tokens is not None]
-    results = list(_answer_distributions(unit, complete, teacher, sparsifier))
+    is_scored = all(a.given or a.conversation.is_document for a in answers)
+    begin = 0.0 if is_scored else WRITING_SHARE
+    results = list(
+        _answer_distributions(
+            unit,
+            complete,
+            teacher,
+            sparsifier,
+            lambda share: on_part(unit, begin + (1 - begin) * share),
+        )
+    )
     cached, failed = [], list(quarantine)
     for (answer, tokens), result in zip(complete, results, strict=True):
         if isinstance(result, SparseDistributions):
@@ -367,6 +330,7 @@ def _answer_distributions(
     complete_answers: Sequence[tuple[Answer, RenderedTokens]],
     teacher: Teacher,
     sparsifier: DistributionSparsifier,
+    on_scored: Callable[[float], None],
 ) -> Iterator[SparseDistributions | EngineFailure]:
     """Yield the distributions of each answer, reduced by the server or by the sparsifier."""
     ids, loss_masks = (
@@ -380,12 +344,19 @@ def _answer_distributions(
     for one in ids:
         token_counts_W += np.bincount(one, minlength=len(token_counts_W))
     parts: list[list[SparseDistributions]] = [[] for _ in complete_answers]
+    num_rows, num_scored = sum(int(mask.sum()) for mask in loss_masks), 0
     for k, logprobs_NW in teacher.engine.iter_logprobs(ids, loss_masks):
+        num_scored += len(logprobs_NW)
         parts[k].append(
             sparsifier.sparsify(
-                unit, *complete_answers[k], logprobs_NW, token_counts_W, sum(map(len, parts[k]))
+                unit.teacher,
+                *complete_answers[k],
+                logprobs_NW,
+                token_counts_W,
+                sum(map(len, parts[k])),
             )
         )
+        on_scored(num_scored / max(1, num_rows))
     yield from map(concat_distributions, parts)
 
 

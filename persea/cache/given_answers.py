@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from persea.chat.messages import FinishReason, Text
+from persea.chat.messages import FinishReason
 from persea.data.prompts import Prompt
 from persea.errors import DataError
 from persea.teachers.teacher import Answer, Teacher
@@ -33,9 +33,9 @@ def answer_or_score(
 def _given_answer(prompt: Prompt, teacher: Teacher) -> Answer:
     conversation = prompt.conversation
     if not conversation.is_document:
-        if not prompt.answer:
+        if not prompt.given_parts:
             raise _missing_answer_error(prompt.id)
-        conversation = teacher.build_conversation(prompt).with_answer(Text(prompt.answer))
+        conversation = teacher.build_conversation(prompt).with_answer(*prompt.given_parts)
     return Answer(
         prompt.id,
         teacher.name,
@@ -56,7 +56,7 @@ def refuse_missing_answers(sources: Iterable[Iterable[Prompt]]) -> None:
     """
     for prompts in sources:
         for prompt in prompts:
-            if not prompt.answer and not prompt.conversation.is_document:
+            if not prompt.given_parts and not prompt.conversation.is_document:
                 raise _missing_answer_error(prompt.id)
 
 

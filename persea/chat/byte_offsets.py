@@ -54,6 +54,10 @@ def token_table(
             where=vocabulary.name,
             remedy="no model can generate this answer after this prompt; leave it out",
         )
+    if 0 < answer_byte < len(run.text.encode()):
+        num_prompt = int((ends <= answer_byte).sum())
+        prompt = run.prefix + run.text[: answer_start - run.start_char]
+        _refuse_changed_prompt(vocabulary, list(ids[:num_prompt]), prompt)
     table[:, 3] = (begins >= answer_byte) & (not turn_ended)
     content_bytes = np.zeros(len(ids), np.int64)  # bytes of content in each token
     for a, b, part, skipped in run.content_spans:
@@ -65,6 +69,22 @@ def token_table(
         content_bytes += np.clip(np.minimum(ends, b) - np.maximum(starts, a), 0, None)
     table[content_bytes < ends - starts, 1] = -1
     return table
+
+
+def _refuse_changed_prompt(vocabulary: Vocabulary, ids: list[int], prompt: str) -> None:
+    """Refuse an answer that changes the tokens of the prompt before it.
+
+    GPT-2's tokenizer writes two line breaks as one token at the end of a prompt, and as two before
+    a word: the model never sees the two.
+    """
+    if ids != vocabulary.encode(prompt):
+        raise DataError(
+            "the last tokens of the prompt change when the answer follows: the ids of the prompt "
+            "are no prefix of the conversation's ids",
+            where=vocabulary.name,
+            remedy="no model sees this prompt when it generates; leave the conversation out, or "
+            "use a chat template that ends its prompt with a control token",
+        )
 
 
 def part_offsets(

@@ -43,7 +43,6 @@ class Family:
 
     Attributes:
         name: Name in recipes, such as "qwen".
-        licence: The usual licence of the family's models, checked by a person, never inferred.
         signature_token: A control token that only this family has; the family is detected by it.
         efforts: The thinking efforts that the chat template can distinguish.
         stop_tokens: Control tokens that end the assistant's turn, the one that the template writes
@@ -73,12 +72,14 @@ class Family:
         random_config: (settings common to all architectures, sizes) -> configuration of a small
             model of the family's architecture, for random initialisation; None where none is
             defined.
+        template_version: Distinguishes the generations of the family's template, where persea
+            renders them in different ways; part of the digest of renderings.
+        has_hybrid_format: Whether persea's hybrid format gave the family its thinking.
         limitations: Facts about this family that persea does not know, for people; "" for a
             family written by hand.
     """
 
     name: str
-    licence: str
     signature_token: str
     efforts: tuple[ThinkingEffort, ...]
     stop_tokens: tuple[str, ...]
@@ -95,6 +96,8 @@ class Family:
     thought_ends: tuple[DecodedPieces, ...] = ()
     text_thought_markers: tuple[str, str] = ("", "")
     random_config: Callable[[dict[str, Any], Mapping[str, int]], PretrainedConfig] | None = None
+    template_version: str = ""
+    has_hybrid_format: bool = False
     limitations: str = ""
 
     @property
@@ -154,3 +157,21 @@ def pieces_to_text(pieces: DecodedPieces) -> str | None:
     if any(isinstance(piece, str) for piece in pieces):
         return None
     return b"".join(piece for piece in pieces if isinstance(piece, bytes)).decode()
+
+
+def _nothing_to_parse(
+    pieces: DecodedPieces, effort: ThinkingEffort
+) -> tuple[ContentPart, ...] | None:
+    return None
+
+
+UNKNOWN_FAMILY = Family(
+    name="unknown",
+    signature_token="",
+    efforts=(),
+    stop_tokens=(),
+    normalise=lambda conversation: conversation,
+    template_inputs=lambda conversation: ([], {}),
+    parse=_nothing_to_parse,
+)
+"""Stands in a renderer until the model's family is chosen."""

@@ -43,8 +43,9 @@ from persea.chat.messages import (
 )
 from persea.chat.template import ChatTemplate
 from persea.chat.text_runs import (
-    TextRun,
+    encode_runs,
     insert_prompt_only_suffix,
+    refuse_other_encoding,
     refuse_tokens_without_row,
     split_runs,
 )
@@ -122,7 +123,7 @@ class ChatRenderer:
                 self.vocabulary.digest,
                 self.template_text,
                 sorted(self.special_tokens.items()),
-                self.family.name,
+                " ".join(filter(None, (self.family.name, self.family.template_version))),
                 self.template_date.isoformat(),
                 BYTE_OFFSETS_VERSION,
                 *(["control flags"] if self.vocabulary.control_flags else []),
@@ -394,7 +395,7 @@ class ChatRenderer:
             answer_start = len(prompt)
         runs = list(split_runs(self.vocabulary, self._control_pattern, segments))
         refuse_tokens_without_row(self.vocabulary, runs)
-        encoded = iter(self._encode_runs(runs))
+        encoded = iter(encode_runs(self.vocabulary, runs))
         columns: list[npt.NDArray[np.int64]] = []
         turn_end = max(
             (offsets[i] + len(t.encode()) for t, i in segments if i is not None), default=0
@@ -417,52 +418,11 @@ class ChatRenderer:
                 remedy=f"expected one of {', '.join(self.family.stop_tokens)}",
             )
         table = np.concatenate(columns)
-        self._check_original(segments, table[:, 0].tolist())
+        refuse_other_encoding(
+            self.vocabulary, self._control_pattern, segments, table[:, 0].tolist()
+        )
         ids, starts, ends = (table[:, k].astype(np.int32) for k in range(3))
         return RenderedTokens(ids, starts, ends, table[:, 3].astype(bool))
-
-    def _encode_runs(self, runs: Sequence[TextRun]) -> list[list[int]]:
-        """Return the ids of the runs of text, each with the space that the tokenizer puts there."""
-        return self.vocabulary.encode_batch(
-            [r.prefix + r.text for r in runs if r.control_id is None]
-        )
-
-    def _check_original(
-        self, segments: Sequence[tuple[str, int | None]], ids: Sequence[int]
-    ) -> None:
-        """Check the ids against the tokenizer's own encoding of the whole rendering.
-
-        Only tokenizers with prefix spaces or with flags at control tokens are compared. Content
-        that looks like a control token is text here and a control token there; it is replaced on
-        both sides.
-        """
-        original = self.vocabulary.original
-        if original is None:
-            return
-        if any(self._control_pattern.search(t) for t, part in segments if part is not None):
-            segments = [
-                (t if part is None else self._control_pattern.sub("x", t), part)
-                for t, part in segments
-            ]
-            runs = list(split_runs(self.vocabulary, self._control_pattern, segments))
-            encoded = iter(self._encode_runs(runs))
-            ids = [
-                i for r in runs for i in (next(encoded) if r.control_id is None else [r.control_id])
-            ]
-        full = "".join(t for t, _ in segments)
-        expected = original.encode(full, add_special_tokens=False).ids
-        if list(ids) == expected:
-            return
-        at = next((k for k, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), -1)
-        at = at if at >= 0 else min(len(ids), len(expected))
-        near = original.decode(expected[max(0, at - 2) : at + 4], skip_special_tokens=False)
-        raise DataError(
-            f"the tokenizer cuts this conversation otherwise than its control tokens say, near "
-            f"{near!r}",
-            where=self.vocabulary.name,
-            remedy="set `normalized` of its control tokens to false in tokenizer.json, or leave "
-            "the conversation out",
-        )
 
     @cached_property
     def _control_pattern(self) -> re.Pattern[str]:

@@ -12,7 +12,7 @@ from datetime import date
 from typing import Any, TypeAlias
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -49,6 +49,50 @@ def _tojson(
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+
+
+def default_template(found: Any, where: str) -> tuple[str, str]:
+    """Return (the chat template, a note if it is one of several): transformers takes "default".
+
+    Args:
+        found: `chat_template` of a tokenizer: a text, a mapping of several, or None.
+        where: The place for error messages.
+
+    Raises:
+        DataError: There are several, and none is called "default".
+    """
+    if not found or isinstance(found, str):
+        return found or "", ""
+    names = ", ".join(sorted(found))
+    if "default" not in found:
+        raise DataError(
+            f"several chat templates, none called default: {names}",
+            where=where,
+            remedy="save one of them as chat_template.jinja in the model's folder",
+        )
+    return str(found["default"]), f"It has several chat templates ({names}); persea takes default."
+
+
+def parse_template(text: str) -> nodes.Template:
+    """Return the syntax tree of a chat template.
+
+    Raises:
+        jinja2.TemplateError: It does not compile.
+        RecursionError: It is nested too deeply.
+    """
+    environment = jinja2.Environment(extensions=[_GenerationBlock, loopcontrols])
+    return environment.parse(text)
+
+
+def read_names(text: str) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the variables that a chat template reads but does not define, and its quoted texts."""
+    try:
+        parsed = parse_template(text)
+        variables = frozenset(meta.find_undeclared_variables(parsed))
+    except (jinja2.TemplateError, RecursionError):
+        return frozenset(), frozenset()
+    constants = (c.value for c in parsed.find_all(nodes.Const))
+    return variables, frozenset(c for c in constants if isinstance(c, str))
 
 
 def compile_template(

@@ -95,8 +95,8 @@ def refuse_tokens_without_row(vocabulary: Vocabulary, runs: Sequence[TextRun]) -
     for run in runs:
         if run.control_id is not None and run.control_id >= len(vocabulary):
             raise DataError(
-                f"the chat template writes {vocabulary.control_names[run.control_id]}, which has "
-                "no row of logits",
+                f"the chat template writes {vocabulary.control_names[run.control_id]}, which "
+                "has no row of logits",
                 where=vocabulary.name,
                 remedy="take tokenizer and template from the folder that the weights came with",
             )
@@ -115,3 +115,52 @@ def insert_prompt_only_suffix(
             result.append((text, part))
         char += len(text)
     return result
+
+
+def encode_runs(vocabulary: Vocabulary, runs: Sequence[TextRun]) -> list[list[int]]:
+    """Return the ids of the runs of text, each with the space that the tokenizer puts there."""
+    return vocabulary.encode_batch([r.prefix + r.text for r in runs if r.control_id is None])
+
+
+def refuse_other_encoding(
+    vocabulary: Vocabulary,
+    pattern: re.Pattern[str],
+    segments: Sequence[tuple[str, int | None]],
+    ids: Sequence[int],
+) -> None:
+    """Check the ids of a rendering against the tokenizer's own encoding of the whole.
+
+    Only tokenizers with prefix spaces or with flags at control tokens are compared. Content that
+    looks like a control token is text here and a control token there; it is replaced on both sides.
+
+    Args:
+        vocabulary: The tokenizer.
+        pattern: Matches its control tokens, the longest at each place.
+        segments: The rendering as (text, index of the content part; None for template text).
+        ids: Its token ids.
+
+    Raises:
+        DataError: The two differ.
+    """
+    original = vocabulary.original
+    if original is None:
+        return
+    if any(pattern.search(t) for t, part in segments if part is not None):
+        segments = [(t if part is None else pattern.sub("x", t), part) for t, part in segments]
+        runs = list(split_runs(vocabulary, pattern, segments))
+        encoded = iter(encode_runs(vocabulary, runs))
+        ids = [i for r in runs for i in (next(encoded) if r.control_id is None else [r.control_id])]
+    full = "".join(t for t, _ in segments)
+    expected = original.encode(full, add_special_tokens=False).ids
+    if list(ids) == expected:
+        return
+    at = next((k for k, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), -1)
+    at = at if at >= 0 else min(len(ids), len(expected))
+    near = original.decode(expected[max(0, at - 2) : at + 4], skip_special_tokens=False)
+    raise DataError(
+        f"the tokenizer cuts this conversation otherwise than its control tokens say, near "
+        f"{near!r}",
+        where=vocabulary.name,
+        remedy="set `normalized` of its control tokens to false in tokenizer.json, or leave "
+        "the conversation out",
+    )

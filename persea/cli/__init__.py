@@ -16,6 +16,7 @@ from persea import __version__
 
 # The order of these imports is the order of the verbs in `persea --help`.
 from persea.cli import run  # isort: skip
+from persea.cli import pilot  # isort: skip
 from persea.cli import extend  # isort: skip
 from persea.cli import cache  # isort: skip
 from persea.cli import status  # isort: skip
@@ -25,7 +26,7 @@ from persea.cli import serve  # isort: skip
 from persea.cli.options import app
 from persea.errors import PerseaError, RecipeError, RunInterrupted
 
-__all__ = ["app", "cache", "chat", "compare", "extend", "main", "run", "serve", "status"]
+__all__ = ["app", "cache", "chat", "compare", "extend", "main", "pilot", "run", "serve", "status"]
 # click's UsageError, of the click that typer bundles: typer has no public name for it
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 

@@ -33,6 +33,7 @@ from persea.errors import RecipeError, RefusedError, SafetyRegressionError
 from persea.training.distributed.world import LaunchOptions, ParallelStrategy, detect_world
 
 if TYPE_CHECKING:
+    from persea.config.recipe import Recipe
     from persea.pipeline.run_context import RunContext
 
 recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that come with persea.")
@@ -171,7 +172,7 @@ _add_stage_command("report", "Write the report page, the model card and report.j
 def plan(
     recipe: RecipePath, set_: Sets = NO_OVERRIDES, out: Out = DEFAULT_OUT, as_json: AsJson = False
 ) -> None:
-    """Show the plan of a run: stages that are up to date, answers, disk space.
+    """Show the plan of a run: stages that are up to date, answers, disk, memory, time, licences.
 
     Loads no weights.
     """
@@ -181,20 +182,50 @@ def plan(
     if as_json:
         typer.echo(json.dumps(run_plan.to_json(), indent=1))
         return
+    from persea.licences.notice import verdict_lines
     from persea.pipeline.progress import print_table
 
     print_table(("stage", "state", "work"), run_plan.table_rows())
+    typer.echo("\n".join(run_plan.notes))
+    if run_plan.licences:
+        typer.echo("\n".join(verdict_lines(run_plan.licences)))
 
 
 @app.command(rich_help_panel=BEFORE_PANEL)
 def validate(recipe: RecipePath, set_: Sets = NO_OVERRIDES, as_json: AsJson = False) -> None:
-    """Check a recipe and list every mistake in it. Loads no model."""
+    """Check a recipe and list every mistake in it; print the verdict on its licences.
+
+    Loads no model and asks no hub: a licence that only a hub model's card states is read by plan.
+    """
+    from persea.licences.notice import verdict_lines
+    from persea.pipeline.licence_gate import licence_verdict
+
     loaded = load_checked_recipe(recipe, set_)
-    typer.echo(
-        json.dumps({"name": loaded.name, "hash": loaded.hash})
-        if as_json
-        else f"{recipe}: a valid recipe, {loaded.name} {loaded.hash[:12]}"
-    )
+    if warning := _learning_rate_warning(loaded):
+        typer.echo(f"warning: {warning}", err=True)
+    verdict = licence_verdict(loaded, None)
+    if as_json:
+        licences = verdict.to_json()
+        typer.echo(json.dumps({"name": loaded.name, "hash": loaded.hash, "licences": licences}))
+        return
+    typer.echo(f"{recipe}: a valid recipe, {loaded.name} {loaded.hash[:12]}")
+    typer.echo("\n".join(verdict_lines(verdict)))
+    if verdict.outcome == "ask":
+        typer.echo("  persea plan also reads GGUF files and the cards of hub models")
+
+
+def _learning_rate_warning(recipe: Recipe) -> str:
+    """Return a warning about the learning rate, if the student's weights are in a local folder."""
+    from math import prod
+
+    from persea.models.weight_shapes import read_weight_shapes
+    from persea.training.learning_rate import describe_unusual_rate
+
+    given, folder = recipe.training.learning_rate, Path(recipe.student.model).expanduser()
+    if given is None or not folder.is_dir():
+        return ""
+    num_parameters = sum(prod(shape) for _, shape in read_weight_shapes(folder))
+    return describe_unusual_rate(given, num_parameters, recipe.student.lora is not None)
 
 
 @app.command(rich_help_panel=BEFORE_PANEL)

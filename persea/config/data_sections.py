@@ -15,6 +15,18 @@ from persea.config.section import (
 )
 
 
+class HubDatasetSection(RecipeSection):
+    """A data set on the Hugging Face hub."""
+
+    name: str = Field(min_length=1, description="its id, such as HuggingFaceH4/ultrachat_200k")
+    split: str = Field(default="train", min_length=1, description="its split, such as train_sft")
+    config: str = Field(default="", description="its configuration; empty = the only one")
+    revision: str = Field(default="", description="branch, tag or commit; empty = main")
+    streaming: bool = Field(
+        default=False, description="read row by row, without downloading the split first"
+    )
+
+
 class CorpusSection(RecipeSection):
     """One source of prompts or texts: a skill's generator, a file of prompts, or one of texts."""
 
@@ -30,19 +42,41 @@ class CorpusSection(RecipeSection):
         description="number of prompts from the skill's own generator",
     )
     file: str | None = Field(
-        default=None, min_length=1, description="a .jsonl file, one prompt a line"
+        default=None,
+        min_length=1,
+        description="prompts: .jsonl, .json, .csv, .tsv or .parquet (.gz too), a folder of them, "
+        "or a saved data set; rows of any known shape (docs/howto/own_data.md)",
+    )
+    hub: HubDatasetSection | None = Field(
+        default=None, description="prompts of a data set on the hub; its rows are read as a file's"
+    )
+    columns: dict[str, str] = Field(
+        default={},
+        description="name as persea reads it -> column of the file, such as {prompt: query, "
+        "answer: reply}; only with `file:` or `hub:`",
+    )
+    learn_turns: Literal["last", "all"] = Field(
+        default="last",
+        description="turns of the assistant that are asked or learned: last, or all, each after "
+        "what comes before it; only with `file:` or `hub:`",
     )
     texts: str | None = Field(
         default=None,
         min_length=1,
-        description="a file of plain texts, which teachers score and the student learns, without "
-        "prompts and roles: .jsonl, one text a line; .txt, one text in all",
+        description="plain texts, which teachers score and the student learns, without prompts and "
+        "roles: a table as for `file:`, one text a row; .txt, one text in all",
     )
     column: str | None = Field(
         default_factory=lambda seen: "text" if seen.get("texts") else None,
         min_length=1,
         validate_default=True,
-        description="key of the text in the lines of a .jsonl file of `texts:`",
+        description="column of the text in a table of `texts:`",
+    )
+    licence: str = Field(
+        default="",
+        max_length=200,
+        description="licence of `file:`, `hub:` or `texts:`, an SPDX id or expression; empty = a "
+        "file is your own, a data set of the hub is under what its card states",
     )
     language: str = Field(
         default="", description="language of the file, such as vi; empty = unknown"
@@ -54,7 +88,9 @@ class CorpusSection(RecipeSection):
         "teacher's effort, learned as an answer at once",
     )
     near_duplicate_threshold: float | None = Field(
-        default_factory=lambda seen: 0.8 if seen.get("file") or seen.get("texts") else None,
+        default_factory=lambda seen: (
+            0.8 if seen.get("file") or seen.get("hub") or seen.get("texts") else None
+        ),
         ge=0.3,
         le=1,
         validate_default=True,
@@ -66,6 +102,12 @@ class CorpusSection(RecipeSection):
         description="a line that is no prompt or text: refuse = stop the run, quarantine = count "
         "it and leave it out",
     )
+    max_malformed_share: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="largest share of a file's rows that `on_malformed: quarantine` leaves out",
+    )
     max_line_bytes: int = Field(
         default=16 << 20,
         ge=1,
@@ -75,15 +117,16 @@ class CorpusSection(RecipeSection):
 
     @model_validator(mode="after")
     def _check_prompt_source(self) -> Self:
-        sources = [k for k in ("generate", "file", "texts") if getattr(self, k) is not None]
-        from_file = self.file is not None or self.texts is not None
+        names = ("generate", "file", "hub", "texts")
+        sources = [k for k in names if getattr(self, k) is not None]
+        from_file = bool(sources) and self.generate is None
         total = sum(self.effort_shares.values())
         return check_contradictions(
             self,
             (
                 not sources,
                 (),
-                "neither `generate` nor `file` nor `texts`",
+                "neither `generate` nor `file`, `hub` or `texts`",
                 "add `generate: 1000`, `file: prompts.jsonl` or `texts: documents.jsonl`",
             ),
             (
@@ -123,16 +166,11 @@ class CorpusSection(RecipeSection):
                 "delete `on_malformed:`",
             ),
             (
-                not (self.file or ".jsonl").endswith(".jsonl"),
-                ("file",),
-                f"{self.file!r} is not .jsonl",
-                "one JSON object a line",
-            ),
-            (
-                not (self.texts or ".txt").endswith((".jsonl", ".txt")),
-                ("texts",),
-                f"{self.texts!r} is neither .jsonl nor .txt",
-                "one JSON object a line, or one text in all",
+                (bool(self.columns) or self.learn_turns == "all")
+                and not {"file", "hub"} & set(sources),
+                ("columns",) if self.columns else ("learn_turns",),
+                "given, but no `file` or `hub`",
+                "delete it",
             ),
         )
 

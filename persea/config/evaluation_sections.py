@@ -199,6 +199,10 @@ class EvaluationSection(RecipeSection):
         )
 
 
+# About 20 s on two CPU cores for a model of 270 M parameters and 262,144 tokens.
+MAX_MEASURED_LOGITS = 400_000_000
+
+
 class CheckSection(RecipeSection):
     """When a pair of tokenizers is refused, and on which texts it is measured."""
 
@@ -214,6 +218,13 @@ class CheckSection(RecipeSection):
         le=1,
         description="largest share of common boundaries whose two tokens are different events, "
         "else refused",
+    )
+    max_unwritable_share: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="largest share of the compared texts that may be left out because a vocabulary "
+        "lacks a byte of them, else refused",
     )
     texts: dict[str, str] = Field(
         default={},
@@ -239,6 +250,13 @@ class CheckSection(RecipeSection):
         ge=0,
         description="size of a model's folder up to which its weights are loaded, if "
         "`measure_likelihood` is not given",
+    )
+    max_measured_logits: int = Field(
+        default=MAX_MEASURED_LOGITS,
+        ge=1,
+        le=1 << 60,
+        description="logits (tokens x vocabulary) that the measurements with the weights of a "
+        "teacher compute, on a sample of the reference answers; all answers if they need fewer",
     )
     max_template_excess: float = Field(
         default=0.25,

@@ -80,6 +80,12 @@ class ModelRef(RecipeSection):
     sizes: RandomModelSection | None = Field(
         default=None, description="size of the weights of `model: random`"
     )
+    licence: str = Field(
+        default="",
+        max_length=200,
+        description="its licence, an SPDX id or expression or a name from docs/licences.md, if the "
+        "model's own card or folder does not state it; both count if both state one",
+    )
 
     @model_validator(mode="after")
     def _check_model_source(self) -> Self:
@@ -324,9 +330,6 @@ class TeacherSection(ModelRef):
     )
     effort: ThinkingEffort = Field(
         default=ThinkingEffort.NONE, description="how long it thinks before it answers"
-    )
-    licence: str = Field(
-        default="", description="its licence, if it differs from the usual one of the family"
     )
     quantize: Literal["none", "8bit", "4bit", "mxfp4"] = Field(
         default="none",

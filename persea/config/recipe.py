@@ -22,6 +22,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from persea.chat.messages import PINNED_DATE
+from persea.config.release_section import LicenceDecisions, decision_contradictions
 from persea.config.renamed_keys import RENAMED_KEYS, rename_old_keys, rename_override
 from persea.config.schema import (
     MAX_COUNT,
@@ -34,6 +35,7 @@ from persea.config.schema import (
     DedupSection,
     EvaluationSection,
     RecipeSection,
+    ReleaseSection,
     StudentSection,
     TeacherSection,
     TrainingSection,
@@ -102,6 +104,10 @@ class Recipe(RecipeSection):
     check: CheckSection = Field(
         default=CheckSection(), description="when a pair of tokenizers is refused"
     )
+    release: ReleaseSection = Field(
+        default=ReleaseSection(), description="what becomes of the student, for its licences"
+    )
+    licence_decisions: LicenceDecisions = Field(default={})
     _source_path: Path = PrivateAttr(default=Path())
     _as_written: dict[str, Any] = PrivateAttr(default_factory=dict)
     _notices: tuple[str, ...] = PrivateAttr(default=())
@@ -137,6 +143,7 @@ class Recipe(RecipeSection):
             self,
             *self._name_contradictions(),
             *self._judge_contradictions(),
+            *decision_contradictions(self.licence_decisions, self.teachers, self.corpus),
             *self._distribution_contradictions(),
         )
 

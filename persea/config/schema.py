@@ -24,6 +24,7 @@ from persea.config.model_sections import (
     StudentSection,
     TeacherSection,
 )
+from persea.config.release_section import ReleaseSection
 from persea.config.section import (
     MAX_COUNT,
     NAME_PATTERN,
@@ -64,6 +65,7 @@ __all__ = [
     "OnPolicySection",
     "RandomModelSection",
     "RecipeSection",
+    "ReleaseSection",
     "StudentSection",
     "TeacherSection",
     "TrainingSection",

@@ -141,7 +141,13 @@ class TrainingSection(RecipeSection):
     batch_size: int = Field(
         default=16, ge=1, le=MAX_COUNT, description="conversations a step, over all devices"
     )
-    learning_rate: float = Field(default=3e-3, gt=0, le=1, description="peak learning rate")
+    learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="peak learning rate; not given = by the number of the student's weights, see "
+        "docs/train.md",
+    )
     warmup_steps: int = Field(
         default=50, ge=0, le=MAX_COUNT, description="steps until the peak learning rate"
     )
@@ -194,7 +200,11 @@ class TrainingSection(RecipeSection):
         default=200, ge=1, le=MAX_COUNT, description="steps between checkpoints"
     )
     log_every: int = Field(
-        default=10, ge=1, le=MAX_COUNT, description="steps between lines of the log"
+        default_factory=lambda seen: min(10, max(1, seen.get("steps", 0) // 100)),
+        ge=1,
+        le=MAX_COUNT,
+        description="steps between lines of the log (default: a hundredth of the steps, at most "
+        "10)",
     )
     schedule: LRSchedule = Field(
         default=LRSchedule.COSINE,

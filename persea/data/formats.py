@@ -1,48 +1,83 @@
-"""Read prompt files: JSON lines with `prompt` or `messages`."""
+"""Read prompts from tables of any shape."""
 
 from __future__ import annotations
 
-import json
-import unicodedata
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
 
-from persea.chat.messages import Conversation, Message, Role, Text
+from persea.chat.messages import ContentPart, Conversation, Text
 from persea.data.prompts import MalformedLine, Prompt
+from persea.data.rows import parse_row
+from persea.data.tables import TableRow, iter_table
 from persea.errors import DataError
 
 MAX_LINE_BYTES = 16 << 20  # a longer line is a damaged file, not a prompt
-MALFORMED_PREFIX_BYTES = 200  # enough to recognise a malformed line; the file has the rest
 MAX_MALFORMED_REASON_CHARS = 300
-ROW_REMEDY = 'a line is {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
+
+
+@dataclass
+class ReadReport:
+    """What a reader found in a file.
+
+    Attributes:
+        num_rows: Rows that were read, those that were left out among them.
+        shapes: Shape -> rows of it, see persea.data.rows.
+        unread_keys: Column that changes nothing and was not read -> rows that have it.
+        left_out: Why rows are not learned -> how many.
+        num_turns: Turns of the assistant, or questions, that were taken.
+    """
+
+    num_rows: int = 0
+    shapes: Counter[str] = field(default_factory=Counter)
+    unread_keys: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+    num_turns: int = 0
+
+    def notes(self) -> list[str]:
+        """Return what people should know: nothing about plain prompts."""
+        notes = [f"{n:,} rows left out: {reason}" for reason, n in sorted(self.left_out.items())]
+        if n := self.shapes["preference"]:
+            notes.append(f"the chosen answer of {n:,} preference pairs is taken")
+        if self.unread_keys:
+            names = ", ".join(f"`{k}`" for k in sorted(self.unread_keys))
+            notes.append(f"columns that change nothing, and were not read: {names}")
+        return notes
 
 
 def read_prompts(
-    path: Path,
+    source: Path | Iterable[TableRow],
     skill: str,
     language: str,
     on_malformed: Callable[[MalformedLine], None] | None = None,
     max_line_bytes: int = MAX_LINE_BYTES,
+    *,
+    columns: Mapping[str, str] | None = None,
+    learn_turns: str = "last",
+    report: ReadReport | None = None,
 ) -> Iterator[Prompt]:
-    r"""Read the prompts of a .jsonl file.
+    r"""Read the prompts of a table.
 
-    A line is {"prompt": "...", "answer": "..."} or {"messages": [{"role", "content"}, ...]}, with
-    optional "id", "skill" and "language". The answer, or the last assistant message, becomes
-    `Prompt.answer`; capture scores it with `capture.answers: given` and ignores it otherwise.
+    Rows have any shape of persea.data.rows, with optional "id", "skill" and "language". The last
+    answer becomes the prompt's own; capture scores it with `capture.answers: given` and ignores it
+    otherwise.
 
     Args:
-        path: The file.
-        skill: Skill of lines that name none.
-        language: Language of lines that name none.
-        on_malformed: Receives each line that is not a prompt; None = raise instead.
-        max_line_bytes: Longest line, in bytes; a longer one is malformed.
+        source: A table or a folder, see persea.data.tables, or rows.
+        skill: Skill of rows that name none.
+        language: Language of rows that name none.
+        on_malformed: Receives each row that is not a prompt; None = raise instead.
+        max_line_bytes: Longest line of JSON lines, in bytes; a longer one is malformed.
+        columns: Name as persea reads it -> column of the file.
+        learn_turns: "last", or "all" for a prompt at every turn of the assistant.
+        report: Receives what was found.
 
     Yields:
         Prompts in the order of the file. Empty lines are skipped.
 
     Raises:
-        DataError: The file cannot be read, or a line is malformed and `on_malformed` is None.
+        DataError: The file cannot be read, or a row is malformed and `on_malformed` is None.
 
     Example:
         >>> import tempfile
@@ -51,119 +86,58 @@ def read_prompts(
         >>> [(p.conversation.messages[-1].text, p.answer) for p in read_prompts(path, "sums", "en")]
         [('2 + 2?', '4')]
     """
-
-    def parse(row: Any, where: str, line_id: str) -> Prompt:
-        return _parse_row(row, where, line_id, skill, language)
-
-    yield from iter_json_lines(path, parse, on_malformed, max_line_bytes)
-
-
-Row = TypeVar("Row")
-
-
-def iter_json_lines(
-    path: Path,
-    parse: Callable[[Any, str, str], Row],
-    on_malformed: Callable[[MalformedLine], None] | None,
-    max_line_bytes: int,
-) -> Iterator[Row]:
-    """Parse every line of a .jsonl file that is not empty.
-
-    Args:
-        path: The file.
-        parse: (JSON value, place for messages, name "file:line") -> what the line holds. It raises
-            DataError for a malformed line.
-        on_malformed: Receives each malformed line; None = raise instead.
-        max_line_bytes: Longest line, in bytes.
-
-    Raises:
-        DataError: The file cannot be read, or a line is malformed and `on_malformed` is None.
-    """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"cannot read prompts: {error.strerror}",
-            where=str(path),
-            remedy="check `corpus:` in the recipe",
-        ) from error
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if len(line) <= max_line_bytes and not line.strip():
-            continue
-        where = f"{path}:{number}"
+    found = report or ReadReport()
+    rows = iter_table(source, max_line_bytes) if isinstance(source, Path) else source
+    for row in rows:
         try:
-            parsed = parse(_parse_json(line, where, max_line_bytes), where, f"{path.name}:{number}")
+            if row.error:
+                raise DataError(row.error, where=row.where, remedy=_row_remedy(max_line_bytes))
+            parsed = parse_row(row.value, row.where, columns)
+            turns = parsed.turns(last_only=learn_turns == "last")
         except DataError as error:
             if on_malformed is None:
                 raise
-            prefix = line[:MALFORMED_PREFIX_BYTES].decode(errors="backslashreplace")
             reason = error.message[:MAX_MALFORMED_REASON_CHARS]
-            on_malformed(MalformedLine(error.where, reason, len(line), prefix))
-        else:
-            yield parsed
+            on_malformed(MalformedLine(error.where, reason, row.num_bytes, row.prefix))
+            continue
+        found.num_rows += 1
+        found.shapes[parsed.shape] += 1
+        found.unread_keys.update(parsed.unread_keys)
+        if parsed.left_out:
+            found.left_out[parsed.left_out] += 1
+            continue
+        found.num_turns += len(turns)
+        yield from _prompts_of_row(row, turns, skill, language, columns or {})
 
 
-def _parse_json(line: bytes, where: str, max_line_bytes: int) -> Any:
-    if len(line) > max_line_bytes:
-        raise DataError(
-            f"a line of {len(line):,} bytes",
-            where=where,
-            remedy=f"a prompt has at most {max_line_bytes:,}; raise `max_line_bytes:` of its part "
-            "of the corpus for a longer one",
-        )
-    try:
-        row = json.loads(line)
-        # half a surrogate pair ("\\ud83d") is valid JSON, but cannot be encoded as bytes
-        json.dumps(row, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"not JSON: {error}",
-            where=where,
-            remedy="one JSON object a line; correct or delete the line",
-        ) from error
-    return row
-
-
-def _parse_row(row: Any, where: str, fallback_id: str, skill: str, language: str) -> Prompt:
-    if not isinstance(row, dict) or not ({"prompt", "messages"} & row.keys()):
-        raise DataError("neither `prompt` nor `messages`", where=where, remedy=ROW_REMEDY)
-    if "prompt" in row:
-        if not isinstance(row["prompt"], str):
-            raise DataError("`prompt` is not a text", where=where, remedy=ROW_REMEDY)
-        conversation, answer = Conversation.from_question(row["prompt"]), row.get("answer", "")
-        if not isinstance(answer, str):
-            raise DataError("`answer` is not a text", where=where, remedy=ROW_REMEDY)
-    else:
-        conversation, answer = _parse_messages(row["messages"], where)
+def _prompts_of_row(
+    row: TableRow,
+    turns: Sequence[tuple[Conversation, tuple[ContentPart, ...]]],
+    skill: str,
+    language: str,
+    columns: Mapping[str, str],
+) -> Iterator[Prompt]:
+    """Yield a prompt for each turn; the turns of one row are numbered."""
 
     def value(key: str, default: str) -> str:
         # exports write null for a missing value
-        return default if row.get(key) is None else str(row[key])
+        found = row.value.get(columns.get(key, key))
+        return default if found is None else str(found)
 
-    return Prompt(
-        value("id", fallback_id),
-        conversation,
-        value("skill", skill),
-        value("language", language),
-        unicodedata.normalize("NFC", answer),
-    )
-
-
-def _parse_messages(rows: Any, where: str) -> tuple[Conversation, str]:
-    messages: list[Message] = []
-    for row in rows if isinstance(rows, list) else []:
-        role, content = (
-            (row.get("role"), row.get("content")) if isinstance(row, dict) else (None, None)
+    for number, (conversation, answer) in enumerate(turns, start=1):
+        is_text = all(isinstance(part, Text) for part in answer)
+        yield Prompt(
+            value("id", row.name) + (f" turn {number}" if len(turns) > 1 else ""),
+            conversation,
+            value("skill", skill),
+            value("language", language),
+            "".join(part.text for part in answer if isinstance(part, Text)),
+            answer_parts=() if is_text else answer,
         )
-        if role not in (Role.SYSTEM, Role.USER, Role.ASSISTANT) or not isinstance(content, str):
-            raise DataError(
-                f"message {len(messages) + 1} has role {role!r} and content "
-                f"{type(content).__name__}",
-                where=where,
-                remedy=ROW_REMEDY,
-            )
-        messages.append(Message(Role(role), (Text(unicodedata.normalize("NFC", content)),)))
-    answer = messages.pop().text if messages and messages[-1].role is Role.ASSISTANT else ""
-    if not messages or messages[-1].role is not Role.USER:
-        raise DataError("the messages hold no user turn to answer", where=where, remedy=ROW_REMEDY)
-    return Conversation(tuple(messages)), answer
+
+
+def _row_remedy(max_line_bytes: int) -> str:
+    return (
+        f"one JSON object a line, of at most {max_line_bytes:,} bytes (`max_line_bytes:`); correct "
+        "or delete the row, or set it aside with `on_malformed: quarantine`"
+    )

@@ -13,7 +13,7 @@ from enum import StrEnum
 from itertools import accumulate
 from typing import Any, TypeVar
 
-from persea.chat.messages import Conversation, ThinkingEffort
+from persea.chat.messages import PART_KINDS, ContentPart, Conversation, Text, ThinkingEffort
 from persea.data.dedup import (
     DEFAULT_DEDUP_OPTIONS,
     DedupOptions,
@@ -38,7 +38,8 @@ class Prompt:
         conversation: Ends with the user's turn, or is a document.
         skill: Skill that the answer teaches.
         language: Language code of the answer; "" if unknown.
-        answer: The source's own answer; "" if there is none.
+        answer: Text of the source's own answer; "" if there is none.
+        answer_parts: The source's own answer, where it has more than a text: a thought or calls.
         effort: Thinking effort of the answer, in capture and in training. None = the teacher's own
             effort in capture, and an answer without thinking in training.
     """
@@ -49,6 +50,17 @@ class Prompt:
     language: str
     answer: str = ""
     effort: ThinkingEffort | None = None
+    answer_parts: tuple[ContentPart, ...] = ()
+
+    @property
+    def given_parts(self) -> tuple[ContentPart, ...]:
+        """The source's own answer; () if there is none."""
+        return self.answer_parts or ((Text(self.answer),) if self.answer else ())
+
+    @property
+    def given_text(self) -> str:
+        """All texts of the source's own answer: its thought, its words, arguments of calls."""
+        return "\n".join(part.text for part in self.given_parts)
 
 
 Choice = TypeVar("Choice")
@@ -130,7 +142,13 @@ class RemovedPrompt:
             "language": p.language,
             "conversation": p.conversation.to_json(),
             "answer": p.answer,
-        }
+        } | ({"answer_parts": parts_to_json(p.answer_parts)} if p.answer_parts else {})
+
+
+def parts_to_json(parts: Sequence[ContentPart]) -> list[dict[str, str]]:
+    """Return parts as JSON values, as a conversation has them."""
+    kinds = {part_type: name for name, part_type in PART_KINDS.items()}
+    return [{"kind": kinds[type(part)], **vars(part)} for part in parts]
 
 
 @dataclass(frozen=True)
@@ -152,11 +170,19 @@ class MalformedLine:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The prompts to answer and everything that was left out."""
+    """The prompts to answer and everything that was left out.
+
+    Attributes:
+        prompts: Prompts and documents.
+        removed: Prompts that were left out, each with its reason.
+        malformed: Lines that are no prompts.
+        notes: What readers found in the files, for people: shapes, columns that were not read.
+    """
 
     prompts: tuple[Prompt, ...]
     removed: tuple[RemovedPrompt, ...]
     malformed: tuple[MalformedLine, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def without(self, is_left_out: Callable[[Prompt], bool], reason: RemovalReason) -> Corpus:
         """Return the corpus with some prompts moved to `removed`."""
@@ -222,19 +248,19 @@ def build_corpus(
         threshold = near_duplicate_thresholds[k] if k < len(near_duplicate_thresholds) else None
         for prompt in source:
             question = _dedup_text(prompt.conversation)
-            learned = f"{question}\n{prompt.answer}" if are_answers_given else question
+            learned = f"{question}\n{prompt.given_text}" if are_answers_given else question
             key = prompt.conversation.is_document, normalize_text(learned)
             if not key[1]:
                 removed.append(RemovedPrompt(prompt, RemovalReason.EMPTY))
             elif match := (
                 tested.find_exact(question)
                 or documents.find_exact(question)
-                or documents.find_exact(prompt.answer)
+                or documents.find_exact(prompt.given_text)
             ):
                 removed.append(RemovedPrompt(prompt, RemovalReason.TEST_ITEM, match))
             elif key in ids_by_text:
                 removed.append(RemovedPrompt(prompt, RemovalReason.DUPLICATE, ids_by_text[key]))
-            elif match := _find_overlap((tested, documents), (question, prompt.answer)):
+            elif match := _find_overlap((tested, documents), (question, prompt.given_text)):
                 removed.append(RemovedPrompt(prompt, RemovalReason.CONTAMINATED, match))
             elif threshold is not None and (
                 match := similar.find_or_add(prompt.id, learned, threshold)

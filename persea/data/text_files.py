@@ -6,12 +6,13 @@ import codecs
 import json
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from persea.data.formats import MAX_LINE_BYTES, iter_json_lines
+from persea.data.formats import MAX_LINE_BYTES, MAX_MALFORMED_REASON_CHARS
 from persea.data.prompts import MalformedLine
+from persea.data.tables import TableRow, iter_table
 from persea.errors import DataError
 
 DEFAULT_TEXT_COLUMN = "text"
@@ -59,27 +60,27 @@ def read_text_lines(
 
 
 def read_documents(
-    path: Path,
+    source: Path | Iterable[TableRow],
     column: str = DEFAULT_TEXT_COLUMN,
     on_malformed: Callable[[MalformedLine], None] | None = None,
     max_line_bytes: int = MAX_LINE_BYTES,
 ) -> Iterator[tuple[str, str]]:
     r"""Read the documents of a file.
 
-    A .jsonl file has one document a line: an object with the text under `column`, or a bare JSON
-    string. Any other file is one document.
+    A table has one document a row, under `column`; a line of JSON lines may also be a bare JSON
+    string. A .txt file is one document.
 
     Args:
-        path: The file, UTF-8.
-        column: Key of the text in an object.
-        on_malformed: Receives each line that is no document; None = raise instead.
-        max_line_bytes: Longest line of a .jsonl file, in bytes; a longer one is malformed.
+        source: A table or a folder, see persea.data.tables, rows, or a .txt file in UTF-8.
+        column: Column of the text.
+        on_malformed: Receives each row that is no document; None = raise instead.
+        max_line_bytes: Longest line of JSON lines, in bytes; a longer one is malformed.
 
     Yields:
         (name of the document: file and line, text in NFC). Texts may be empty.
 
     Raises:
-        DataError: The file cannot be read, or a line is malformed and `on_malformed` is None.
+        DataError: The file cannot be read, or a row is malformed and `on_malformed` is None.
 
     Example:
         >>> import tempfile
@@ -88,22 +89,31 @@ def read_documents(
         >>> list(read_documents(path))
         [('news.jsonl:1', 'Selamat pagi.'), ('news.jsonl:2', 'Apa kabar?')]
     """
-    if path.suffix == ".jsonl":
-        remedy = (
-            f'a line is {{"{column}": "..."}} or a text in quotes; name another key with `column:`'
-        )
-
-        def parse(row: object, where: str, line_id: str) -> tuple[str, str]:
-            text = row.get(column) if isinstance(row, dict) else row
-            if not isinstance(text, str):
-                raise DataError(f"no text under {column!r}", where=where, remedy=remedy)
-            return line_id, unicodedata.normalize("NFC", text)
-
-        yield from iter_json_lines(path, parse, on_malformed, max_line_bytes)
+    if isinstance(source, Path) and source.suffix == ".txt":
+        yield source.name, _read_text_file(source)
         return
+    remedy = f"a row has a text under {column!r}; name another column with `column:`"
+    rows = iter_table(source, max_line_bytes) if isinstance(source, Path) else source
+    for row in rows:
+        text = row.value.get(column) if isinstance(row.value, dict) else row.value
+        if not row.error and isinstance(text, str):
+            yield row.name, unicodedata.normalize("NFC", text)
+            continue
+        reason = row.error or f"no text under {column!r}"
+        if on_malformed is None:
+            raise DataError(reason, where=row.where, remedy=remedy)
+        else:
+            on_malformed(
+                MalformedLine(
+                    row.where, reason[:MAX_MALFORMED_REASON_CHARS], row.num_bytes, row.prefix
+                )
+            )
+
+
+def _read_text_file(path: Path) -> str:
     try:
         raw = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-        yield path.name, unicodedata.normalize("NFC", raw.decode())
+        return unicodedata.normalize("NFC", raw.decode())
     except OSError as error:
         raise DataError(
             f"cannot read the text: {error.strerror}",

@@ -16,24 +16,29 @@ from pathlib import Path
 from persea.alignment.event_map import load_event_map
 from persea.chat.messages import ThinkingEffort
 from persea.chat.renderer import ChatRenderer
+from persea.config.evaluation_sections import MAX_MEASURED_LOGITS
 from persea.errors import DataError, RefusedError
 from persea.evaluation.answering import EvaluatedModel, answer_items, single_model_loader
 from persea.evaluation.audition import Cast, build_cast
+from persea.evaluation.check_sampling import measure_weights
 from persea.evaluation.compatibility import (
     MAX_TEMPLATE_EXCESS_BITS_PER_BYTE,
-    MIN_COUNTED_PROBABILITY,
     TEXT_FILES_SKILL,
     PairCompatibility,
     TemplateLikelihood,
     check_pair,
-    make_retained_mass,
-    measure_template_likelihood,
     read_texts,
     reference_samples,
     refuse_incompatible,
 )
 from persea.evaluation.evaluate import EvaluationAnswers, compare_student, evaluate_model
 from persea.evaluation.racing import DEFAULT_RACE_SETTINGS, RaceSettings, race_teachers
+from persea.evaluation.retained_mass import MIN_COUNTED_PROBABILITY
+from persea.evaluation.unwritable import (
+    MAX_UNWRITABLE_SHARE,
+    leave_out_unwritable,
+    refuse_unwritable_texts,
+)
 from persea.models.identity import fingerprint
 from persea.models.loading import load_renderer, resolve_model_source
 from persea.storage import digest_json
@@ -89,8 +94,10 @@ def check(
     seed: int = 0,
     min_common_share: float = 0.3,
     max_disagreement: float = 0.1,
+    max_unwritable_share: float = MAX_UNWRITABLE_SHARE,
     max_template_excess: float = MAX_TEMPLATE_EXCESS_BITS_PER_BYTE,
     min_counted_probability: float = MIN_COUNTED_PROBABILITY,
+    max_measured_logits: int = MAX_MEASURED_LOGITS,
 ) -> CompatibilityResult:
     """Measure whether a teacher's tokenizer and chat template suit a student.
 
@@ -107,8 +114,11 @@ def check(
         seed: Seed of the items.
         min_common_share: Lowest share of student tokens at a common boundary.
         max_disagreement: Highest share of boundaries at which the events differ.
+        max_unwritable_share: Highest share of texts that a vocabulary may be unable to write.
         max_template_excess: Bits per byte by which the chat template may be worse than none.
         min_counted_probability: See `make_retained_mass`.
+        max_measured_logits: Bound of the work with `load_weights`, see
+            `persea.evaluation.check_sampling.choose_measured`.
 
     Returns:
         The measurements, and the first problem found.
@@ -129,14 +139,17 @@ def check(
     student_renderer = _open_renderer(student)
     teacher_renderer = _open_renderer(teacher)
     name = _name_of(teacher) if isinstance(teacher, str) else teacher.family.name
-    samples = [
+    found = [
         *reference_samples(_draw_items(tasks, Split.AUDITION, items, seed)),
         *(read_texts(language, file, max_lines) for language, file in (texts or {}).items()),
     ]
-    samples = [s for s in samples if s.is_supported_by(teacher_renderer)]
+    samples, unwritable = leave_out_unwritable(
+        [s for s in found if s.is_supported_by(teacher_renderer)],
+        {"student": student_renderer.vocabulary, name: teacher_renderer.vocabulary},
+    )
     event_map = load_event_map(teacher_renderer, student_renderer)
     likelihoods: list[TemplateLikelihood] = []
-    retained_mass = None
+    weights = None
     if load_weights:
         if not isinstance(teacher, str):
             raise DataError(
@@ -145,10 +158,15 @@ def check(
                 remedy="give the teacher's folder or hub id, or load_weights=False",
             )
         loaded = _load_teacher(name, teacher, teacher_renderer, batch_size)
-        likelihoods = measure_template_likelihood(
-            loaded, [s for s in samples if s.skill != TEXT_FILES_SKILL]
+        weights = measure_weights(
+            loaded,
+            event_map,
+            [s for s in samples if s.skill != TEXT_FILES_SKILL],
+            max_measured_logits,
+            seed,
+            min_counted_probability,
         )
-        retained_mass = make_retained_mass(loaded, event_map, min_counted_probability)
+        likelihoods = weights.likelihoods
     pairs = [
         check_pair(
             name,
@@ -157,12 +175,14 @@ def check(
             event_map,
             sample,
             sample.render(student_renderer),
-            retained_mass if sample.skill != TEXT_FILES_SKILL else None,
+            weights.retained_mass if weights and sample.skill != TEXT_FILES_SKILL else None,
+            weights.chosen_of(sample) if weights else None,
         )
         for sample in samples
     ]
     problem = ""
     try:
+        refuse_unwritable_texts(unwritable, max_unwritable_share)
         refuse_incompatible(
             pairs, likelihoods, min_common_share, max_disagreement, max_template_excess
         )

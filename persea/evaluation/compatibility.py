@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import log, sqrt
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from persea.alignment.event_map import EventMap, event_map_digest
-from persea.alignment.spans import CommonBoundaries, SupervisionKind, align_batch
+from persea.alignment.spans import SupervisionKind, align_batch
 from persea.chat.messages import Conversation, Text
 from persea.chat.renderer import ChatRenderer
 from persea.data.text_files import read_text_lines
 from persea.errors import DataError, RefusedError
+from persea.evaluation.retained_mass import RetainedMassFunction, summarize_mass
 from persea.tasks.intervals import Z95, wilson_interval
 from persea.tasks.task import Task, TaskItem
 from persea.teachers.teacher import Teacher
@@ -33,17 +34,7 @@ from persea.tokenization.vocabulary import Vocabulary
 # the empty thinking block, as under Qwen 2.5's template, .74. A small change of wording passes, a
 # format that the model was not trained with does not.
 MAX_TEMPLATE_EXCESS_BITS_PER_BYTE = 0.25
-# Retained mass counts impossible tokens from this probability on: with a real vocabulary there are
-# about ten such tokens at a boundary, out of 262,144.
-MIN_COUNTED_PROBABILITY = 1e-3
-RETAINED_MASS_QUANTILE = 0.05  # of the boundaries; reported as `retained_mass_p5`
 TEXT_FILES_SKILL = "texts"  # the skill of samples from `check.texts`
-
-# (student tokens, teacher tokens, common boundaries) -> the teacher's probability mass that the
-# boundary masks retain, float64 [C] in [0, 1].
-RetainedMassFunction = Callable[
-    [Sequence[RenderedTokens], Sequence[RenderedTokens], CommonBoundaries], npt.NDArray[np.float64]
-]
 
 
 @dataclass(frozen=True)
@@ -122,6 +113,10 @@ class PairCompatibility:
         retained_mass_mean: Teacher probability that the boundary masks retain; None if not
             measured.
         retained_mass_p5: 95 % of the boundaries retain more.
+        retained_mass_low: Lower end of the 95 % interval of the mean over conversations; None for
+            a single one.
+        retained_mass_high: Its upper end.
+        num_mass_boundaries: Common boundaries at which the mass was measured.
     """
 
     teacher: str
@@ -141,6 +136,9 @@ class PairCompatibility:
     mean_token_bytes: float
     retained_mass_mean: float | None = None
     retained_mass_p5: float | None = None
+    retained_mass_low: float | None = None
+    retained_mass_high: float | None = None
+    num_mass_boundaries: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON; keys are the field names."""
@@ -183,6 +181,7 @@ def check_pair(
     sample: ConversationSample,
     student_tokens: Sequence[RenderedTokens],
     retained_mass: RetainedMassFunction | None = None,
+    mass_conversations: Sequence[int] | None = None,
 ) -> PairCompatibility:
     """Align a teacher's renderings of a sample with the student's.
 
@@ -194,6 +193,7 @@ def check_pair(
         sample: Conversations.
         student_tokens: The sample rendered by `student_renderer`.
         retained_mass: Measures retained probability mass; None leaves it out.
+        mass_conversations: Conversations of the sample that it is measured on; None = all.
 
     Raises:
         DataError: Bytes cannot be located, or the event map belongs to other tokenizers.
@@ -218,9 +218,12 @@ def check_pair(
     vocabulary = student_renderer.vocabulary
     has_bytes_C = (vocabulary.lengths_W[ids_C] > 0) & (event_C >= 0)
     event_bytes = _bytes_per_event(event_map, vocabulary)[event_C[has_bytes_C]]
-    mass_C = None
+    mass: dict[str, Any] = {}
     if retained_mass and len(ids_C):
-        mass_C = retained_mass(student_tokens, teacher_tokens, boundaries)
+        chosen = range(len(student_tokens)) if mass_conversations is None else mass_conversations
+        mass = summarize_mass(
+            retained_mass, [student_tokens[k] for k in chosen], [teacher_tokens[k] for k in chosen]
+        )
     return PairCompatibility(
         teacher_name,
         sample.skill,
@@ -237,8 +240,7 @@ def check_pair(
         _mean(_is_space_token(ids_C, vocabulary)),
         _mean(event_bytes),
         _mean(vocabulary.lengths_W[ids_C[has_bytes_C]]),
-        None if mass_C is None else _mean(mass_C),
-        None if mass_C is None else float(np.quantile(mass_C, RETAINED_MASS_QUANTILE)),
+        **mass,
     )
 
 
@@ -265,7 +267,9 @@ def _is_space_token(ids: npt.NDArray[np.int32], vocabulary: Vocabulary) -> npt.N
 
 
 def measure_template_likelihood(
-    teacher: Teacher, samples: Sequence[ConversationSample]
+    teacher: Teacher,
+    samples: Sequence[ConversationSample],
+    on_answer: Callable[[], None] = lambda: None,
 ) -> list[TemplateLikelihood]:
     """Compare a teacher's likelihood of reference answers with and without its chat template.
 
@@ -275,6 +279,7 @@ def measure_template_likelihood(
     Args:
         teacher: The teacher; its engine must have full distributions.
         samples: Conversations with reference answers.
+        on_answer: Called after each answer.
 
     Returns:
         One result for all answers, then one per language.
@@ -296,6 +301,7 @@ def measure_template_likelihood(
             template_bits_N[has_bytes_T[tokens.loss_mask_T]].sum(),
             _bits_per_token(bare_NW, ids_T[mask_T]).sum(),
         )
+        on_answer()
     language_N = np.array(languages, object)[rows_N3[:, 0] > 0]
     rows_N3 = rows_N3[rows_N3[:, 0] > 0]
     if not len(rows_N3):
@@ -306,49 +312,6 @@ def measure_template_likelihood(
         )
         for language in dict.fromkeys(["", *language_N.tolist()])
     ]
-
-
-def make_retained_mass(
-    teacher: Teacher, event_map: EventMap, min_probability: float = MIN_COUNTED_PROBABILITY
-) -> RetainedMassFunction:
-    """Return a function that measures how much of a teacher's distributions the masks retain.
-
-    Costs one forward pass over every answer.
-
-    Args:
-        teacher: The teacher; its engine must have full distributions.
-        event_map: Event map to the student.
-        min_probability: Only impossible tokens of at least this probability are subtracted.
-    """
-    mask = event_map.teacher_mask
-
-    def retained_mass(
-        student_tokens: Sequence[RenderedTokens],
-        teacher_tokens: Sequence[RenderedTokens],
-        boundaries: CommonBoundaries,
-    ) -> npt.NDArray[np.float64]:
-        mass_C = np.ones(len(boundaries.student_C))
-        if mask is None:
-            return mass_C
-        student_begin, teacher_begin, at = 0, 0, 0
-        scored = teacher.engine.compute_logprobs(
-            [t.ids_T for t in teacher_tokens], [t.loss_mask_T for t in teacher_tokens]
-        )
-        for s, t, logprobs_NW in zip(student_tokens, teacher_tokens, scored, strict=True):
-            end = int(np.searchsorted(boundaries.student_C, student_begin + len(s)))
-            contexts = mask.other.supervised_context_ids(
-                s, boundaries.student_C[at:end] - student_begin
-            )
-            row_of_token_T = np.cumsum(t.loss_mask_T) - 1
-            rows = row_of_token_T[boundaries.teacher_C[at:end] - teacher_begin]
-            for c, (context, row) in enumerate(zip(contexts.tolist(), rows.tolist(), strict=True)):
-                counted = np.flatnonzero(logprobs_NW[row].numpy() >= log(min_probability))
-                impossible = mask.impossible_tokens(context, counted)
-                mass_C[at + c] = 1 - float(logprobs_NW[row, impossible].exp().sum())
-            student_begin, teacher_begin, at = student_begin + len(s), teacher_begin + len(t), end
-        return mass_C
-
-    return retained_mass
 
 
 def _encode_without_template(

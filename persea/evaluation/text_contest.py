@@ -136,9 +136,11 @@ def _by_document(
     texts: GivenTexts, bits: Sequence[npt.NDArray[np.float64]]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Sum the texts of each document: they depend on each other."""
-    _, document_N = np.unique(np.array(texts.documents, object).astype(str), return_inverse=True)
-    bytes_D = np.bincount(document_N, np.array(texts.num_bytes, np.float64))
-    bits_DM = np.stack([np.bincount(document_N, values) for values in bits], axis=1)
+    numbers = {name: k for k, name in enumerate(dict.fromkeys(texts.documents))}
+    document_N = np.array([numbers[name] for name in texts.documents])
+    bytes_D, bits_DM = np.zeros(len(numbers)), np.zeros((len(numbers), len(bits)))
+    np.add.at(bytes_D, document_N, np.array(texts.num_bytes, np.float64))
+    np.add.at(bits_DM, document_N, np.stack(bits, axis=1))
     return bits_DM, bytes_D
 
 

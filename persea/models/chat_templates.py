@@ -1,4 +1,4 @@
-"""Where a model's chat template comes from, and which models have none."""
+"""Where a model's chat template comes from, which models have none, and how it is copied."""
 
 from __future__ import annotations
 

@@ -107,6 +107,11 @@ class GgufHeader:
         return str(self.metadata.get("general.name") or "")
 
     @property
+    def num_embedding_rows(self) -> int:
+        """Number of rows of the embedding, one a token; 0 if the file has none."""
+        return next((t.shape[0] for t in self.tensors if t.name == "token_embd.weight"), 0)
+
+    @property
     def num_weights(self) -> int:
         """Number of weights in all tensors."""
         return sum(prod(t.shape) for t in self.tensors)

@@ -105,7 +105,10 @@ def model_name(name_or_path: str) -> str:
 
 
 def _fingerprinted_files(folder: Path) -> list[Path]:
-    return sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")])
+    patterns = ["*.safetensors", "*.json", "*.jinja"]
+    if not (folder / "tokenizer.json").is_file():
+        patterns += ["merges.txt", "tokenizer.model", "tiktoken.model", "*.tiktoken"]
+    return sorted(path for pattern in patterns for path in folder.glob(pattern))
 
 
 def model_warnings(source: ModelSource, renderer: ChatRenderer, where: str) -> str:

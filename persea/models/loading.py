@@ -8,40 +8,39 @@ has `auto_map` is refused before any library reads it; hub ids are loaded with
 
 from __future__ import annotations
 
-import json
-import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from persea.chat.documents import TEXT_FAMILY_NAME
-from persea.chat.families import CONTROL_MARKERS, detect_family, get_family
-from persea.chat.families.generic import GENERIC_FAMILY_NAME, infer_family
 from persea.chat.families.hybrid import (
     add_thinking_switch,
     has_thinking_switch,
-    make_hybrid_family,
 )
 from persea.chat.families.text import make_text_family
-from persea.chat.messages import PINNED_DATE, Conversation, Text
+from persea.chat.family import UNKNOWN_FAMILY
+from persea.chat.family_selection import choose_family
+from persea.chat.messages import PINNED_DATE
 from persea.chat.renderer import ChatRenderer
-from persea.chat.template import compile_template
+from persea.chat.template import compile_template, default_template
+from persea.chat.template_containment import refuse_endless_template
 from persea.errors import DataError
 from persea.models.chat_templates import (
     is_text_model,
     read_template,
     refuse_thinking_option,
 )
+from persea.models.config_files import read_json_config, refuse_remote_code
 from persea.models.gguf_header import find_gguf
 from persea.models.gguf_model import gguf_header, model_folder, tokenizer_folder
 from persea.models.gguf_tokenizer import refuse_other_tokens, stop_token_ids
+from persea.models.kept_tokenizer import OpenedTokenizer, open_tokenizer
 from persea.models.placement import placement_kwargs
 from persea.models.random_init import random_init
-from persea.tokenization.logit_rows import limit_to_rows, tokens_without_row
-from persea.tokenization.vocabulary import load_vocabulary
+from persea.models.tokenizer_files import open_tokenizer_file
+from persea.tokenization.logit_rows import limit_to_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -193,7 +192,10 @@ def load_tokenizer(source: ModelSource, where: str) -> Any:
 
     folder = local_tokenizer_folder(source, where)
     if folder is not None:
-        _refuse_remote_code(folder, where)
+        opened = open_tokenizer_file(folder, where)
+        if opened is not None:
+            return opened
+        refuse_remote_code(folder, where)
     revision = {"revision": source.revision} if source.revision and folder is None else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -210,6 +212,18 @@ def load_tokenizer(source: ModelSource, where: str) -> Any:
         ) from error
     _refuse_other_tokenizer(source, folder, tokenizer, where)
     return tokenizer
+
+
+def _open_tokenizer(source: ModelSource, where: str) -> OpenedTokenizer:
+    """Open a model's tokenizer; from the second time on without transformers."""
+    folder = local_tokenizer_folder(source, where)
+    name, files = source.tokenizer_name_or_path, folder
+    if folder is None:
+        path = download_hub_file(ModelSource(name, source.revision), "tokenizer_config.json")
+        files = None if path is None else path.parent
+    opened = open_tokenizer(files, name, lambda: load_tokenizer(source, where))
+    _refuse_other_tokenizer(source, folder, opened, where)
+    return opened
 
 
 def load_renderer(
@@ -248,54 +262,50 @@ def load_renderer(
     if isinstance(source, str):
         source = ModelSource(source)
     where = where or source.tokenizer_name_or_path
-    tokenizer = load_tokenizer(source, where)
-    template_text = read_template(source, where) or tokenizer.chat_template or ""
-    if not isinstance(template_text, str) and source.family != TEXT_FAMILY_NAME:
-        raise DataError(
-            f"{source.tokenizer_name_or_path!r} has several chat templates",
-            where=where,
-            remedy="keep one, as chat_template.jinja",
-        )
-    vocabulary = load_vocabulary(tokenizer, source.tokenizer_name_or_path, CONTROL_MARKERS)
+    tokenizer = _open_tokenizer(source, where)
+    template_text, template_note = default_template(
+        read_template(source, where) or tokenizer.chat_template, where
+    )
+    vocabulary = tokenizer.vocabulary
     if num_rows := num_logits_in_config(source, where):
         vocabulary = limit_to_rows(vocabulary, num_rows, where)
     special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
     if is_text_model(source, template_text, vocabulary, where):
         text_family, rendering = make_text_family(vocabulary, special)
         return ChatRenderer(text_family, vocabulary, rendering, "", template_date, special)
+    refuse_endless_template(template_text, special, where)
     template = compile_template(template_text, special, template_date, where)
     if source.thinking and not has_thinking_switch(template):
         template_text = add_thinking_switch(template_text, vocabulary)
         template = compile_template(template_text, special, template_date, where)
-    family = None
-    if not source.family:
-        family = detect_family(vocabulary, template_text)
-    elif source.family != GENERIC_FAMILY_NAME:
-        family = get_family(source.family)
-    if family is None:
-        eos_tokens = {vocabulary.control_names.get(i, "") for i in eos_token_ids(source, where)} | {
-            special.get("eos_token", "")
-        }
-        family, template = infer_family(
-            vocabulary, template, eos_tokens & vocabulary.control_token_ids.keys(), where
-        )
-    has_switch = has_thinking_switch(template)
-    if source.thinking and (len(family.efforts) > 1 or not has_switch):
-        refuse_thinking_option(family, where)
-    if len(family.efforts) == 1 and has_switch:
-        family = make_hybrid_family(family, vocabulary)
-    renderer = ChatRenderer(family, vocabulary, template, template_text, template_date, special)
-    if tokens_without_row(vocabulary):
-        _refuse_needed_tokens_without_row(renderer, where)
+
+    def eos_tokens() -> set[str]:
+        names = {vocabulary.control_names.get(i, "") for i in eos_token_ids(source, where)}
+        return (names | {special.get("eos_token", "")}) & vocabulary.control_token_ids.keys()
+
+    renderer = choose_family(
+        ChatRenderer(UNKNOWN_FAMILY, vocabulary, template, template_text, template_date, special),
+        source.family,
+        lambda text: tokenizer.encode(text, add_special_tokens=False),
+        eos_tokens,
+        where,
+        _response_template(source, where),
+    )
+    if source.thinking and not renderer.family.has_hybrid_format:
+        refuse_thinking_option(renderer.family, where)
+    if template_note:
+        notes = " ".join(filter(None, (renderer.family.limitations, template_note)))
+        renderer = replace(renderer, family=replace(renderer.family, limitations=notes))
     return renderer
 
 
-def _refuse_needed_tokens_without_row(renderer: ChatRenderer, where: str) -> None:
-    """Raise if a control token that every conversation needs has no row of logits."""
-    try:
-        renderer.render(Conversation.from_question("Hi").with_answer(Text("Hi")))
-    except DataError as error:
-        raise DataError(error.message, where=where, remedy=error.remedy) from error
+def _response_template(source: ModelSource, where: str) -> object:
+    """Return transformers' `response_template`, if the tokenizer's configuration has one."""
+    folder = local_tokenizer_folder(source, where)
+    path = None if folder is None else folder / "tokenizer_config.json"
+    if path is None or not path.is_file():
+        return None
+    return read_json_config(path, where).get("response_template")
 
 
 def eos_token_ids(source: ModelSource, where: str) -> tuple[int, ...]:
@@ -325,7 +335,7 @@ def config_value(source: ModelSource, file_name: str, key: str, where: str) -> A
     path = download_hub_file(source, file_name) if folder is None else folder / file_name
     if path is None or not path.is_file():
         return None
-    config = _read_json_config(path, where)
+    config = read_json_config(path, where)
     text_config = config.get("text_config")
     return config.get(key, text_config.get(key) if isinstance(text_config, dict) else None)
 
@@ -341,10 +351,12 @@ def max_positions(source: ModelSource, where: str) -> int:
 
 
 def num_logits_in_config(source: ModelSource, where: str) -> int:
-    """Return the rows of logits that config.json states; 0 if it states none.
-
-    A random model has a row for each token.
-    """
+    """Return the rows of logits by config.json or the table of a GGUF file; 0 = a row a token."""
+    if source.is_random:
+        return 0
+    gguf = find_gguf(source.model, where)
+    if gguf is not None:
+        return gguf_header(gguf, where).num_embedding_rows
     stated = config_value(source, "config.json", "vocab_size", where)
     return stated if isinstance(stated, int) else 0
 
@@ -397,7 +409,7 @@ def read_weights(source: ModelSource, where: str, **load_kwargs: Any) -> Any:
                 where=where,
                 remedy="give a folder in Hugging Face form",
             )
-        _refuse_remote_code(folder, where)
+        refuse_remote_code(folder, where)
     revision = {"revision": source.revision} if source.revision and folder is None else {}
     try:
         return AutoModelForCausalLM.from_pretrained(
@@ -445,43 +457,6 @@ def download_model(source: ModelSource, where: str, with_weights: bool = True) -
             where=where,
             remedy="give a folder in Hugging Face form",
         ) from error
-
-
-def copy_tokenizer_files(source_folder: Path, target_folder: Path) -> None:
-    """Copy tokenizer, chat template and generation configuration to another model folder."""
-    for name in (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "special_tokens_map.json",
-        "generation_config.json",
-    ):
-        if (source_folder / name).is_file():
-            shutil.copyfile(source_folder / name, target_folder / name)
-
-
-def _refuse_remote_code(folder: Path, where: str) -> None:
-    for path in (folder / "config.json", folder / "tokenizer_config.json"):
-        if not path.is_file():
-            continue
-        if "auto_map" in _read_json_config(path, where):
-            raise DataError(
-                f"{path} brings its own code (auto_map)",
-                where=where,
-                remedy="use a model that transformers supports itself",
-            )
-
-
-def _read_json_config(path: Path, where: str) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path} is not JSON: {error}", where=where, remedy="fetch the model again"
-        ) from error
-    if not isinstance(config, dict):
-        raise DataError(f"{path} is no JSON object", where=where, remedy="fetch the model again")
-    return config
 
 
 def download_hub_file(source: ModelSource, name: str) -> Path | None:

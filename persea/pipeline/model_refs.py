@@ -6,6 +6,8 @@ needs them and dropped after it, so that one teacher at a time is in memory.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -33,7 +35,9 @@ from persea.models.identity import (
     model_warnings,
     weight_bytes,
 )
+from persea.models.licence import read_licence
 from persea.models.loading import ModelSource, load_renderer, max_positions
+from persea.models.sizes import ModelSize, read_model_size
 from persea.pipeline.remote_teachers import (
     endpoint_identity,
     generation_identity,
@@ -45,6 +49,7 @@ from persea.pipeline.remote_teachers import (
 )
 from persea.report.lineage import ParentModel
 from persea.storage import digest_json
+from persea.training.learning_rate import default_learning_rate
 
 if TYPE_CHECKING:
     from persea.teachers.teacher import Teacher
@@ -90,11 +95,22 @@ def has_effort(renderer: ChatRenderer, effort: ThinkingEffort) -> bool:
 
 
 def silence_transformers() -> None:
-    """Make transformers print errors only: persea has progress bars of its own."""
-    from transformers.utils import logging
+    """Make transformers print errors only: persea has progress bars of its own.
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers takes seconds to import, and many commands do without it. So it is not imported
+    here: the environment tells it when it is.
+    """
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    elif "huggingface_hub" in sys.modules:  # it has read its environment
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        disable_progress_bars()
 
 
 @dataclass(eq=False)
@@ -174,10 +190,16 @@ class ModelRefs:
             name: {
                 "family": renderer.family.name,
                 "detected": not source.family,
-                "note": model_warnings(source, renderer, name),
+                "note": model_warnings(source, renderer, name) + self._text_note(renderer),
             }
             for name, source, renderer in models
         }
+
+    def _text_note(self, renderer: ChatRenderer) -> str:
+        """Return what a model's tokenizer lacks for plain texts; "" if the corpus has none."""
+        has_texts = any(part.texts is not None for part in self.recipe.corpus)
+        note = renderer.document_tokens.note if has_texts else ""
+        return f" {note[0].upper()}{note[1:]}." if note else ""
 
     # --- identities: digests of everything that a model's answers depend on ---
 
@@ -233,6 +255,34 @@ class ModelRefs:
                 self.recipe.student.model_dump(include={"adapt", "lora"}),
             ]
         )
+
+    # --- sizes ---
+
+    @cached_property
+    def student_size(self) -> ModelSize | None:
+        """Size of the student; None if it cannot be told without its weights."""
+        return read_model_size(
+            model_source(self.recipe.student), len(self.student_renderer.vocabulary)
+        )
+
+    @cached_property
+    def teacher_sizes(self) -> dict[str, ModelSize | None]:
+        """Teacher name -> size; None behind a server, or if it cannot be told."""
+        return {
+            ref.name: None
+            if is_remote(ref)
+            else read_model_size(model_source(ref), len(self.renderers[ref.name].vocabulary))
+            for ref in self.recipe.teachers
+        }
+
+    @cached_property
+    def learning_rate(self) -> float:
+        """The recipe's learning rate, or the default of the student's size."""
+        given = self.recipe.training.learning_rate
+        if given is not None:
+            return given
+        size, is_lora = self.student_size, self.recipe.student.lora is not None
+        return default_learning_rate(size.num_parameters if size else 0, is_lora)
 
     # --- thinking efforts ---
 
@@ -403,9 +453,10 @@ class ModelRefs:
         renderer = self.student_renderer if name == BASE else self.renderers[name]
         if isinstance(ref, TeacherSection) and ref.endpoint:
             return remote_parent(ref, renderer, self.folder / "endpoints" / f"{name}.json")
-        gguf = gguf_origin(model_source(ref), name)
+        source = model_source(ref)
+        gguf = gguf_origin(source, name)
         licence = getattr(ref, "licence", "") or (
-            gguf["licence"] if gguf else renderer.family.licence
+            str(gguf["licence"]) if gguf else read_licence(source, name)
         )
         return ParentModel(
             name,
@@ -413,6 +464,6 @@ class ModelRefs:
             ref.revision,
             renderer.family.name,
             licence,
-            fingerprint(model_source(ref), name),
+            fingerprint(source, name),
             gguf,
         )

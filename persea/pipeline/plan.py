@@ -1,25 +1,23 @@
-"""Plan a run: list the work of each stage, and refuse a run that the disk cannot hold.
+"""Plan a run: list the work and the cost of each stage, and refuse what the disk cannot hold.
 
 Loads no weights.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from math import prod
-from pathlib import Path
 from typing import Any
 
 from persea.cache.accounting import left_out_lines
-from persea.config.schema import StudentSection
 from persea.errors import RefusedError
-from persea.models.gguf_header import find_gguf
-from persea.models.gguf_model import gguf_header
+from persea.licences.verdict import LicenceVerdict
+from persea.models.loading import set_threads
+from persea.pipeline import cost
 from persea.pipeline.audition_stage import contestants, is_contested_on_texts
 from persea.pipeline.base_contest import asks_base, measures_base
+from persea.pipeline.licence_gate import licence_verdict
 from persea.pipeline.model_refs import BASE, STUDENT
 from persea.pipeline.preflight import (
     refuse_asking_text_models,
@@ -30,21 +28,13 @@ from persea.pipeline.run_context import RunContext
 from persea.pipeline.stage_keys import stage_key
 from persea.pipeline.stages import STAGES, Stage
 from persea.tasks.task import Split
+from persea.training.learning_rate import describe_unusual_rate
 
 # Upper bounds a captured token, measured in docs/cache.md: broad text of a 152k vocabulary costs
 # 34 bytes at a sampling threshold of .02 without its text (reasoning 9), and 316 with
 # `distributions: topk` at max_kl .01 (reasoning 53).
 SAMPLED_BYTES_PER_TOKEN = 40
 TOPK_BYTES_PER_TOKEN = 400
-BYTES_PER_PARAMETER = 4  # float32
-ADAM_COPIES = 3  # a checkpoint holds each trained weight and its two Adam moments
-
-# name of a matrix in a GGUF file -> its name in transformers, which `lora.targets` uses
-GGUF_MATRICES = {
-    **{f"attn_{x}": f"{x}_proj" for x in ("q", "k", "v")},
-    "attn_output": "o_proj",
-    **{f"ffn_{x}": f"{x}_proj" for x in ("gate", "up", "down")},
-}
 
 UP_TO_DATE, TO_DO, WAITS = "up to date", "to do", "waits"
 
@@ -71,26 +61,31 @@ class RunPlan:
     Attributes:
         stages: The stages, in order.
         answers: Questions that models answer, at most.
-        disk_bytes: Bytes that the run adds to the disk, at most.
+        disk_bytes: Bytes that the run adds to the disk at its peak.
         disk_free: Free bytes on the disk of the run folder.
+        costs: Stage -> rough cost, for capture and train.
+        notes: How the costs were estimated, and warnings about the recipe.
         left_out: Reason -> number of prompts, texts and lines that are not captured.
+        licences: Verdict on the licences of the student's base, teachers and data.
     """
 
     stages: tuple[StagePlan, ...]
     answers: int
     disk_bytes: int
     disk_free: int
+    costs: Mapping[str, cost.StageCost]
+    notes: tuple[str, ...]
     left_out: Mapping[str, int] = field(default_factory=dict)
+    licences: LicenceVerdict | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON."""
-        return asdict(self)
+        licences = {"licences": self.licences.to_json()} if self.licences else {}
+        return asdict(self) | licences
 
     def table_rows(self) -> list[tuple[str, str, str]]:
         """Return (stage, state, work) of each stage, why prompts are left out, and totals."""
-        disk = (
-            f"at most {self.disk_bytes / 1e9:.2f} GB of disk ({self.disk_free / 1e9:.0f} GB free)"
-        )
+        disk = f"about {self.disk_bytes / 1e9:.2f} GB of disk ({self.disk_free / 1e9:.0f} GB free)"
         rows = [(s.stage, s.state, s.work) for s in self.stages]
         after_capture = 1 + [s.stage for s in self.stages].index("capture") if self.stages else 0
         rows[after_capture:after_capture] = [
@@ -119,25 +114,28 @@ def plan_run(context: RunContext) -> RunPlan:
     num_scored = sum(
         context.are_answers_given or p.conversation.is_document for p in context.corpus.prompts
     )
-    captured_bytes = _count_captured_tokens(context) * (
-        SAMPLED_BYTES_PER_TOKEN
-        if recipe.capture.distributions == "sampled"
-        else TOPK_BYTES_PER_TOKEN
-    )
+    set_threads(recipe.threads)
+    captured_bytes = _captured_bytes(context)
+    speed, device = cost.measure_matmul_speed()
+    capture, training = cost.capture_cost(context, speed), cost.training_cost(context, speed)
     num_teachers = len(context.models.teacher_names)
     captured = [f"{num_prompts - num_scored:,} answers"] if num_scored < num_prompts else []
     captured += [f"{num_scored:,} given texts"] if num_scored else []
     work = {
         "check": f"{num_teachers} tokenizer pairs",
         "audition": _audition_work(context, num_audition),
-        "capture": f"{' and '.join(captured) or 'nothing'}, at most {captured_bytes / 1e9:.2f} GB",
-        "train": f"{recipe.training.steps:,} steps of {recipe.training.batch_size} conversations",
+        "capture": f"{' and '.join(captured) or 'nothing'}, at most {captured_bytes / 1e9:.2f} GB, "
+        f"{capture.describe()}",
+        "train": f"{recipe.training.steps:,} steps of {recipe.training.batch_size} conversations, "
+        f"learning rate {context.models.learning_rate:g}, {training.describe()}",
         "evaluate": _evaluation_work(context, num_test),
         "lineage": "one record",
         "report": "one page",
     }
-    disk_bytes = captured_bytes + training_bytes(recipe.student)
-    disk_free = shutil.disk_usage(_existing_ancestor(context.folder)).free
+    size = context.models.student_size
+    trained_bytes = cost.training_bytes(size, recipe.student, recipe.training)
+    disk_bytes = captured_bytes + (trained_bytes or 0)
+    disk_free = shutil.disk_usage(cost.existing_ancestor(context.folder)).free
     if disk_bytes > disk_free:
         raise RefusedError(
             f"the run needs up to {disk_bytes / 1e9:.1f} GB, {disk_free / 1e9:.1f} GB are free",
@@ -152,7 +150,10 @@ def plan_run(context: RunContext) -> RunPlan:
         num_audition + num_prompts - num_scored + num_test,
         disk_bytes,
         disk_free,
+        {"capture": capture, "train": training},
+        (*_notes(context, speed, device, trained_bytes), *_pilot_note(context, capture, training)),
         context.corpus.count_removed(),
+        licence_verdict(recipe, context.folder),
     )
 
 
@@ -172,6 +173,63 @@ def _audition_work(context: RunContext, num_answers: int) -> str:
     return f"{' and '.join(work)} by {names}"
 
 
+def _captured_bytes(context: RunContext) -> int:
+    """Return the bytes of the captured distributions: of given answers, or at most."""
+    capture, prompts = context.recipe.capture, context.corpus.prompts
+    tokens = cost.mean_tokens(
+        prompts,
+        context.models.student_renderer,
+        capture.max_new_tokens,
+        given=context.are_answers_given,
+    )[1]
+    is_sampled = capture.distributions == "sampled"
+    return round(
+        len(prompts) * tokens * (SAMPLED_BYTES_PER_TOKEN if is_sampled else TOPK_BYTES_PER_TOKEN)
+    )
+
+
+def _notes(
+    context: RunContext, speed: float, device: str, trained_bytes: int | None
+) -> tuple[str, ...]:
+    """Return how the estimates were made, and warnings."""
+    recipe, size = context.recipe, context.models.student_size
+    notes = [
+        f"seconds: {cost.CAPTURE_EFFICIENCY:.0%} (capture) and {cost.TRAINING_EFFICIENCY:.0%} "
+        f"(train) of {speed / 1e9:,.0f} billion operations a second, a matrix product measured "
+        f"just now on this machine's {device}; right to a factor of two"
+    ]
+    if trained_bytes is None:
+        notes.append(
+            "disk and memory: without the training, since the size of "
+            f"{recipe.student.model} is not known before it is downloaded"
+        )
+    given = recipe.training.learning_rate
+    if given is not None and size is not None:
+        is_lora = recipe.student.lora is not None
+        warning = describe_unusual_rate(given, size.num_parameters, is_lora)
+        notes += [f"warning: {warning}"] if warning else []
+    return tuple(notes)
+
+
+def _pilot_note(
+    context: RunContext, capture: cost.StageCost, training: cost.StageCost
+) -> tuple[str, ...]:
+    """Return the cost of a pilot; nothing for a single teacher."""
+    from persea.pipeline.pilot import DEFAULT_SHARE, pilot_steps
+
+    recipe, n = context.recipe, len(context.models.teacher_names)
+    if n < 2:
+        return ()
+    steps = pilot_steps(recipe, DEFAULT_SHARE)
+    seconds = None
+    if capture.seconds is not None and training.seconds is not None:
+        num_prompts = max(1, len(context.corpus.prompts))
+        asked = min(1.0, steps * recipe.training.batch_size / num_prompts)
+        seconds = n * (capture.seconds * asked + training.seconds * steps / recipe.training.steps)
+    about = "" if seconds is None else f", about {cost.format_duration(seconds)}"
+    return (f"persea pilot would try {n} teachers with {steps:,} steps each{about}",)
+
+
 def _evaluation_work(context: RunContext, num_answers: int) -> str:
     texts = f"{len(context.held_out_texts):,} texts" if context.held_out_texts else ""
     answers = f"{num_answers:,} answers" if num_answers or not texts else ""
@@ -187,7 +245,7 @@ def _count_captured_tokens(context: RunContext) -> int:
         if prompt.conversation.is_document:
             total += len(prompt.conversation.messages[0].text.encode(errors="replace"))
         elif context.are_answers_given:
-            total += len(prompt.answer.encode(errors="replace"))
+            total += len(prompt.given_text.encode(errors="replace"))
         else:
             total += max_new_tokens
     return total
@@ -232,47 +290,3 @@ def _stage_state(context: RunContext, stage: Stage, earlier_states: Mapping[str,
         return WAITS
     key = stage_key(stage.name, stage.inputs(context))
     return UP_TO_DATE if context.stages.is_up_to_date(stage.name, key) else TO_DO
-
-
-def training_bytes(student: StudentSection) -> int:
-    """Return the bytes that a training adds to the disk, at most: student and checkpoints.
-
-    Checkpoints hold the trained weights: all of them, or the LoRA matrices. Two checkpoints are
-    kept, and a third is written before the oldest is deleted. Returns 0 for a model that is not on
-    this machine: its size is unknown before it is downloaded.
-    """
-    from persea.training.checkpoint import MAX_CHECKPOINTS  # imports torch
-
-    shapes = dict(_weight_shapes(student.model))
-    num_weights = sum(prod(shape) for shape in shapes.values())
-    num_trained = num_weights
-    if student.lora:  # each adapted matrix [out, in] gets [rank, in] and [out, rank]
-        adapted = {f"{target}.weight" for target in student.lora.targets}
-        num_trained = sum(
-            student.lora.rank * sum(shape)
-            for name, shape in shapes.items()
-            if ".".join(name.split(".")[-2:]) in adapted
-        )
-    return BYTES_PER_PARAMETER * (num_weights + ADAM_COPIES * num_trained * (MAX_CHECKPOINTS + 1))
-
-
-def _weight_shapes(model: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield name and shape of each tensor, from the headers of the safetensors or the GGUF file."""
-    gguf = find_gguf(model, "student.model")
-    if gguf is not None:
-        for tensor in gguf_header(gguf, "student.model").tensors:
-            *block, name, kind = ("." + tensor.name).rsplit(".", 2)
-            yield ".".join([*block, GGUF_MATRICES.get(name, name), kind]), tensor.shape
-        return
-    for path in sorted(Path(model).glob("*.safetensors") if Path(model).is_dir() else ()):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                yield name, tuple(tensor["shape"])
-
-
-def _existing_ancestor(folder: Path) -> Path:
-    while not folder.exists():
-        folder = folder.parent
-    return folder

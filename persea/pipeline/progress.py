@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -67,18 +68,30 @@ def progress_bars(quiet: bool = False) -> Iterator[ProgressCallback]:
         yield draw
 
 
-def _line_progress(console: Console) -> ProgressCallback:
-    """Return a callback that prints a line a tenth of each stage."""
-    printed_tenths: dict[str, int] = {}
+LINE_INTERVAL_S = 10.0  # between two lines of a stage whose tenth does not change
+
+
+def _line_progress(
+    console: Console, clock: Callable[[], float] = time.monotonic
+) -> ProgressCallback:
+    """Return a callback that prints a line a tenth of each stage, or every LINE_INTERVAL_S."""
+    printed: dict[str, tuple[int, bool, float]] = {}  # stage -> (tenth, with words, clock)
 
     def print_line(stage: str, fraction: float, message: str) -> None:
         if message.startswith(WARNING_PREFIX):
             console.print(f"{stage:>9} {message}", highlight=False, soft_wrap=True)
             return
-        tenth = int(fraction * 10)
-        if printed_tenths.get(stage) != tenth or fraction in (0.0, 1.0):
+        tenth, now = int(fraction * 10), clock()
+        before = printed.get(stage)
+        if (
+            before is None
+            or before[0] != tenth
+            or fraction == 1.0
+            or (not before[1] and message)
+            or now - before[2] >= LINE_INTERVAL_S
+        ):
             console.print(f"{stage:>9} {fraction:4.0%} {message}", highlight=False)
-        printed_tenths[stage] = tenth
+            printed[stage] = tenth, bool(message), now
 
     return print_line
 
@@ -108,6 +121,8 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def print_check(check_result: dict[str, Any]) -> None:
     """Print check.json: a table a teacher with a row a skill and language, and template bits."""
+    from persea.evaluation.check_sampling import describe_measured
+
     console = Console()
     for teacher in dict.fromkeys(p["teacher"] for p in check_result["pairs"]):
         console.print(
@@ -125,6 +140,10 @@ def print_check(check_result: dict[str, Any]) -> None:
         ),
         style="dim",
     )
+    for line in _unwritable_lines(check_result):
+        console.print(line, highlight=False, soft_wrap=True)
+    for measured in check_result.get("measured", []):
+        console.print(describe_measured(measured), style="dim", highlight=False, soft_wrap=True)
     for likelihood in check_result["likelihoods"]:
         if not likelihood["language"]:
             console.print(
@@ -133,6 +152,20 @@ def print_check(check_result: dict[str, Any]) -> None:
                 highlight=False,
                 soft_wrap=True,
             )
+
+
+def _unwritable_lines(check_result: dict[str, Any]) -> list[str]:
+    """Describe what vocabularies that lack single bytes cannot write."""
+    return [
+        f"{one['model']}: its vocabulary lacks the bytes {one['missing_bytes']}; {one['left_out']} "
+        f"of {one['texts']} texts need one and are left out"
+        for one in check_result.get("unwritable_texts", [])
+    ] + [
+        f"{one['teacher']}: {one['tokens']:,} of {one['vocab_size']:,} tokens of the {one['side']} "
+        "cannot be written by the other side; they have no event, and their probability goes to "
+        "the cross-entropy"
+        for one in check_result.get("unwritable_tokens", [])
+    ]
 
 
 def _check_table(teacher: str, pairs: Sequence[dict[str, Any]]) -> Table:

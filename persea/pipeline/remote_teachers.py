@@ -17,6 +17,7 @@ from persea.config.schema import (
 )
 from persea.errors import MissingRequirementError
 from persea.models.identity import model_name
+from persea.models.licence import UNKNOWN_LICENCE, read_licence
 from persea.models.loading import ModelSource
 from persea.report.lineage import ParentModel
 from persea.teachers.engines import Engine, EngineOptions, Sampling, find_engine
@@ -85,12 +86,15 @@ def remote_parent(ref: TeacherSection, renderer: ChatRenderer, handshake_file: P
     handshake = storage.read_json(handshake_file)
     is_text_only = ref.model == TEXT_ONLY_MODEL
     model = str(handshake["model"]) if is_text_only else model_name(ref.model)
+    licence = UNKNOWN_LICENCE
+    if not is_text_only:
+        licence = read_licence(ModelSource(ref.model, ref.revision), f"teachers.{ref.name}")
     return ParentModel(
         ref.name,
         model,
         ref.revision,
         TEXT_ONLY_MODEL if is_text_only else renderer.family.name,
-        ref.licence or ("not known" if is_text_only else renderer.family.licence),
+        ref.licence or licence,
         storage.digest_json(handshake),
     )
 

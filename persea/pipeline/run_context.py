@@ -23,8 +23,9 @@ from persea.errors import DataError, RecipeError, RefusedError
 from persea.evaluation.audition import Cast
 from persea.evaluation.compatibility import ConversationSample
 from persea.evaluation.text_contest import GivenTexts
+from persea.evaluation.unwritable import UnwritableTexts, leave_out_unwritable
 from persea.pipeline import tasks_and_prompts
-from persea.pipeline.model_refs import BASE, ModelRefs
+from persea.pipeline.model_refs import BASE, STUDENT, ModelRefs
 from persea.pipeline.stage_keys import STAGE_VERSIONS
 from persea.pipeline.stage_store import StageStore
 from persea.storage import digest_json
@@ -160,12 +161,26 @@ class RunContext:
             ]
         )
 
-    @cached_property
+    @property
     def check_samples(self) -> tuple[ConversationSample, ...]:
-        """Conversations that check tokenizes: what is taught, and the texts of the recipe."""
+        """Conversations that check tokenizes: what is taught, and the texts of the recipe.
+
+        Those that a model's vocabulary cannot write are left out.
+        """
+        return self._writable_check_samples[0]
+
+    @property
+    def unwritable_texts(self) -> list[UnwritableTexts]:
+        """What was left out of `check_samples`, for each vocabulary that lacks bytes."""
+        return self._writable_check_samples[1]
+
+    @cached_property
+    def _writable_check_samples(
+        self,
+    ) -> tuple[tuple[ConversationSample, ...], list[UnwritableTexts]]:
         check = self.recipe.check
         asked = self.asked_skills
-        return tasks_and_prompts.make_check_samples(
+        samples = tasks_and_prompts.make_check_samples(
             [(t, items) for t, items in self.held_out_items(Split.AUDITION) if t.name in asked],
             check.texts,
             check.max_lines_per_text,
@@ -176,6 +191,10 @@ class RunContext:
                 check.max_answers_per_language,
             ),
         )
+        renderers = {STUDENT: self.models.student_renderer} | {
+            name: self.models.renderers[name] for name in self.models.teacher_names
+        }
+        return leave_out_unwritable(samples, {n: r.vocabulary for n, r in renderers.items()})
 
     @cached_property
     def check_samples_digest(self) -> str:
@@ -229,6 +248,7 @@ class RunContext:
         # every row of a benchmark, also those that this run does not draw
         held_out += [i.prompt for benchmark in self.benchmarks for i in benchmark.items]
         malformed: list[MalformedLine] = []
+        notes: list[str] = []
         parts = [
             tasks_and_prompts.load_part_prompts(
                 part,
@@ -237,6 +257,7 @@ class RunContext:
                 self.recipe.skills,
                 self.recipe.seed,
                 malformed.append,
+                notes.append,
             )
             for k, part in enumerate(self.recipe.corpus)
         ]
@@ -261,6 +282,7 @@ class RunContext:
             corpus,
             prompts=tuple(self.split_documents(corpus.prompts)),
             malformed=tuple(malformed),
+            notes=tuple(notes),
         )
 
     def split_documents(self, prompts: Iterable[Prompt]) -> list[Prompt]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from persea.pipeline.licence_gate import licence_verdict
 from persea.storage import digest_json
 from persea.tasks.task import Split
 
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
 # finished runs then compute the stage again. tests/pipeline/test_stage_versions.py holds a digest
 # of each stage's output at its number. Records without a number are version 0.
 STAGE_VERSIONS = {
-    "check": 1,
+    "check": 2,
     "audition": 2,
     "capture": 1,
-    "train": 1,
+    "train": 2,
     "evaluate": 1,
-    "lineage": 1,
-    "report": 1,
+    "lineage": 3,
+    "report": 2,
 }
 STAGE_NAMES = tuple(STAGE_VERSIONS)
 
@@ -103,7 +104,8 @@ def train_inputs(context: RunContext) -> dict[str, Any]:
         "training": context.recipe.training.model_dump(
             mode="json",
             exclude={**dict.fromkeys(OBSERVATION_KEYS, True), "on_policy": TRIPWIRE_KEYS},
-        ),
+        )
+        | {"learning_rate": context.models.learning_rate},
         "seed": context.recipe.seed,
         "threads": context.recipe.threads,
         "max_mask_search_tokens": context.recipe.check.max_mask_search_tokens,
@@ -136,6 +138,7 @@ def lineage_inputs(context: RunContext) -> object:
         context.recipe.hash,
         context.cast.parts,
         context.cast.pinned,
+        licence_verdict(context.recipe, context.folder).to_json(),
     ]
 
 

@@ -8,8 +8,10 @@ inputs and its output files are unchanged (`stage_store`, `stage_keys`).
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,11 @@ from persea import storage
 from persea.chat.messages import ThinkingEffort
 from persea.models.loading import set_threads
 from persea.pipeline import preflight, stage_keys, tasks_and_prompts
+from persea.pipeline.licence_gate import (
+    copy_to_student,
+    refuse_unlicensed,
+    write_notice,
+)
 from persea.pipeline.model_refs import BASE, STUDENT, is_small_local_model, model_source
 from persea.pipeline.remote_teachers import is_remote
 from persea.pipeline.run_context import RunContext
@@ -28,10 +35,17 @@ from persea.tasks.task import Split
 from persea.training.distributed.heartbeat import join_process_group
 
 if TYPE_CHECKING:
+    from persea.cache.accounting import UnitProgress
     from persea.config.schema import TeacherSection
+    from persea.evaluation.check_sampling import MeasuredSample
     from persea.evaluation.compatibility import PairCompatibility, TemplateLikelihood
+    from persea.evaluation.unwritable import UnwritableTexts, UnwritableTokens
+    from persea.teachers.teacher import Teacher
     from persea.tokenization.tokens import RenderedTokens
     from persea.vocab_extension.resize_model import ProgressCallback
+
+# Stages that make or describe a student: a licence may forbid them. Measuring a teacher needs none.
+LICENSED_STAGES = ("capture", "train", "lineage")
 
 
 @dataclass(frozen=True)
@@ -60,28 +74,51 @@ def run_check(context: RunContext, folder: Path, progress: ProgressCallback) -> 
         RefusedError: A pair is outside the limits of the `check` section.
     """
     from persea.evaluation.compatibility import refuse_incompatible
+    from persea.evaluation.unwritable import find_unwritable_tokens, refuse_unwritable_texts
 
     settings = context.recipe.check
     teachers = [t for t in context.recipe.teachers if not t.reference]
+    progress("check", 0.0, "opening the tokenizers")
     student_tokens = [s.render(context.models.student_renderer) for s in context.check_samples]
     pairs: list[PairCompatibility] = []
     likelihoods: list[TemplateLikelihood] = []
+    measured: list[MeasuredSample] = []
     for k, teacher in enumerate(teachers):
+
+        def teacher_progress(share: float, words: str, k: int = k) -> None:
+            progress("check", (k + share) / len(teachers), words)
+
         # the weights live in this call only: one teacher in memory at a time
-        teacher_pairs, teacher_likelihoods = _check_teacher(context, teacher, student_tokens)
-        pairs += teacher_pairs
-        likelihoods += teacher_likelihoods
+        found = _check_teacher(context, teacher, student_tokens, teacher_progress)
+        pairs += found[0]
+        likelihoods += found[1]
+        measured += found[2]
         info = context.models.family_info.get(teacher.name, {"family": "text only", "note": ""})
         note = ", see its note in check.json" if info["note"] else ""
         progress("check", (k + 1) / len(teachers), f"{teacher.name} ({info['family']}{note})")
+    student = context.models.student_renderer.vocabulary
+    unwritable_tokens = [
+        one
+        for t in teachers
+        for one in find_unwritable_tokens(
+            t.name,
+            context.models.renderers[t.name].vocabulary,
+            student,
+            context.models.event_maps[t.name],
+        )
+    ]
     storage.write_json(
         folder / "check.json",
         {
             "pairs": [p.to_json() for p in pairs],
             "likelihoods": [likelihood.to_json() for likelihood in likelihoods],
+            "measured": [one.to_json() for one in measured],
             "families": context.models.family_info,
-        },
+        }
+        | _nonempty("unwritable_texts", context.unwritable_texts)
+        | _nonempty("unwritable_tokens", unwritable_tokens),
     )
+    refuse_unwritable_texts(context.unwritable_texts, settings.max_unwritable_share)
     refuse_incompatible(
         pairs,
         likelihoods,
@@ -91,48 +128,63 @@ def run_check(context: RunContext, folder: Path, progress: ProgressCallback) -> 
     )
 
 
-def _check_teacher(
-    context: RunContext, teacher: TeacherSection, student_tokens: Sequence[list[RenderedTokens]]
-) -> tuple[list[PairCompatibility], list[TemplateLikelihood]]:
-    """Compare one teacher with the student; loads its weights if they are small and local."""
-    from persea.evaluation.compatibility import (
-        TEXT_FILES_SKILL,
-        check_pair,
-        make_retained_mass,
-        measure_template_likelihood,
-    )
+def _nonempty(
+    key: str, found: Sequence[UnwritableTexts] | Sequence[UnwritableTokens]
+) -> dict[str, Any]:
+    """Return the records under a key of the file; no key for none, as most vocabularies have."""
+    return {key: [one.to_json() for one in found]} if found else {}
 
-    settings, models = context.recipe.check, context.models
-    renderer, event_map = models.renderers[teacher.name], models.event_maps[teacher.name]
+
+def _check_teacher(
+    context: RunContext,
+    teacher: TeacherSection,
+    student_tokens: Sequence[list[RenderedTokens]],
+    progress: Callable[[float, str], None],
+) -> tuple[list[PairCompatibility], list[TemplateLikelihood], list[MeasuredSample]]:
+    """Compare one teacher with the student; loads its weights if they are small and local."""
+    from persea.evaluation.check_sampling import measure_weights
+    from persea.evaluation.compatibility import TEXT_FILES_SKILL, check_pair
+
+    settings, models, name = context.recipe.check, context.models, teacher.name
+    renderer = models.renderers[name]
+    progress(0.0, f"{name}: opening the event map")
+    event_map = models.event_maps[name]
     load_weights = settings.measure_likelihood and not is_remote(teacher)
     if settings.measure_likelihood is None and not is_remote(teacher):
         load_weights = is_small_local_model(model_source(teacher), settings.max_likelihood_bytes)
-    retained_mass, likelihoods = None, []
+    samples = [
+        (sample, tokens)
+        for sample, tokens in zip(context.check_samples, student_tokens, strict=True)
+        if sample.is_supported_by(renderer)
+    ]
+    weights = None
     if load_weights:
-        loaded = models.load_teacher(teacher.name, context.recipe.audition.batch_size)
-        samples = [
-            s
-            for s in context.check_samples
-            if s.skill != TEXT_FILES_SKILL and s.is_supported_by(renderer)
-        ]
-        # plain text has no template to compare with none
-        conversations = [] if renderer.is_text else [s for s in samples if not s.is_documents]
-        likelihoods = measure_template_likelihood(loaded, conversations)
-        retained_mass = make_retained_mass(loaded, event_map, settings.min_counted_probability)
+        progress(0.0, f"{name}: loading the weights")
+        weights = measure_weights(
+            models.load_teacher(name, context.recipe.audition.batch_size),
+            event_map,
+            [sample for sample, _ in samples if sample.skill != TEXT_FILES_SKILL],
+            settings.max_measured_logits,
+            context.recipe.seed,
+            settings.min_counted_probability,
+            progress,
+            # plain text has no template to compare with none
+            with_template=not renderer.is_text,
+        )
     pairs = [
         check_pair(
-            teacher.name,
+            name,
             renderer,
             models.student_renderer,
             event_map,
             sample,
             tokens,
-            retained_mass if sample.skill != TEXT_FILES_SKILL else None,
+            weights.retained_mass if weights and sample.skill != TEXT_FILES_SKILL else None,
+            weights.chosen_of(sample) if weights else None,
         )
-        for sample, tokens in zip(context.check_samples, student_tokens, strict=True)
-        if sample.is_supported_by(renderer)
+        for sample, tokens in samples
     ]
-    return pairs, likelihoods
+    return (pairs, weights.likelihoods, [weights.measured]) if weights else (pairs, [], [])
 
 
 def run_audition(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
@@ -164,6 +216,7 @@ def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -
     )
     from persea.cache.answer_filter import verify_answers
     from persea.cache.capture import capture_teacher, open_teacher_caches
+    from persea.pipeline.work import capture_work
 
     settings, units, corpus = (
         context.recipe.capture,
@@ -171,9 +224,20 @@ def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -
         context.captured_corpus,
     )
     budget = CaptureBudget(
-        len(corpus.prompts), settings.max_total_tokens or 0, settings.max_hours or 0
+        len(corpus.prompts),
+        settings.max_total_tokens or 0,
+        settings.max_hours or 0,
+        work_by_unit=capture_work(context),
     )
+
+    def on_unit(unit: UnitProgress) -> None:
+        fraction, message = budget.record_unit(unit)
+        if not unit.is_new:
+            progress("capture", fraction, "")  # of an earlier run: no part of this one's pace
+        progress("capture", fraction, message)
+
     for name in dict.fromkeys(u.teacher for u in units):
+        progress("capture", budget.fraction_done, f"loading {name}")
         capture_teacher(
             units,
             context.models.load_teacher(name, settings.batch_size),
@@ -184,7 +248,8 @@ def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -
             seed=context.recipe.seed,
             use_given_answers=context.are_answers_given,
             refuse_if_changed=partial(context.models.refuse_changed_teacher, name),
-            on_unit=lambda unit: progress("capture", *budget.record_unit(unit)),
+            on_unit=on_unit,
+            on_part=lambda unit, share: progress("capture", *budget.record_part(unit.name, share)),
         )
     storage.write_json_lines(folder / "removed.jsonl", (r.to_json() for r in corpus.removed))
     summary = capture_summary(units, folder)
@@ -199,9 +264,12 @@ def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -
         caches = [reader for reader, _ in open_teacher_caches(units, folder)]
         summary["verified"] = verify_answers(caches, items, context.tasks, folder)
     summary |= account_for_prompts(summary, corpus, quarantine)
+    if corpus.notes:
+        summary["notes"] = list(corpus.notes)
     storage.write_json(folder / "summary.json", summary)
     kept = f"{summary['kept']:,} of {summary['in']:,} kept"
-    progress("capture", 1.0, ", ".join([kept, *left_out_lines(count_left_out(summary))]))
+    left_out = left_out_lines(count_left_out(summary))
+    progress("capture", 1.0, ", ".join([kept, *left_out, *corpus.notes]))
 
 
 def run_train(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
@@ -221,31 +289,34 @@ def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) 
         evaluate_model,
         find_regressions,
     )
+    from persea.pipeline.work import EvaluationWork, model_work
     from persea.report.claims import NOTHING_MEASURED
 
     tasks, settings = context.held_out_items(Split.TEST), context.recipe.evaluation
     teacher_names, renderers = context.models.teacher_names, context.models.renderers
     names = [STUDENT, BASE, *renderers]
-    load = single_model_loader(
-        lambda name: context.models.load_participant(name, settings.batch_size)
-    )
-    answers = EvaluationAnswers()
 
+    def load_reporting(name: str) -> Teacher:
+        work.report_words(f"loading {name}")
+        teacher = context.models.load_participant(name, settings.batch_size)
+        return teacher.reporting(partial(work.report_answers, name))
+
+    load = single_model_loader(load_reporting)
+    answers = EvaluationAnswers()
+    work = EvaluationWork(
+        [model_work(context, name) for name in names],
+        bool(tasks) + bool(context.held_out_texts),
+        partial(progress, "evaluate"),
+    )
     if not tasks and not context.held_out_texts:
         progress("evaluate", 1.0, NOTHING_MEASURED)
-    # the texts' part of the stage, in models' worth of work
-    num_parts = len(names) * ((len(tasks) > 0) + (len(context.held_out_texts) > 0))
-
-    def model_progress(k: int, fraction: float, message: str) -> None:
-        progress("evaluate", (k + fraction) / num_parts, message)
-
     for k, name in enumerate(names if tasks else ()):
         evaluate_model(
             answers,
             context.models.evaluated_model(name, settings.batch_size, settings.efforts, load),
             tasks,
             settings.max_new_tokens,
-            partial(model_progress, k),
+            partial(work.report_model, k),
         )
     result = EvaluationResult(
         STUDENT,
@@ -266,8 +337,7 @@ def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) 
     if context.held_out_texts:
         from persea.pipeline.evaluate_texts import evaluate_texts
 
-        done = num_parts - len(names)
-        evaluate_texts(context, folder, load, lambda f, m: model_progress(done, f * len(names), m))
+        evaluate_texts(context, folder, load, work.report_texts)
     if context.taught_efforts and tasks:
         _write_thinking_modes(context, folder, load(STUDENT), records, progress)
 
@@ -298,14 +368,20 @@ def run_lineage(context: RunContext, folder: Path, progress: ProgressCallback) -
     from persea.report.lineage import lineage_record
 
     models = context.models
+    verdict = write_notice(context.recipe, context.folder, folder)
+    unwritable = _nonempty("unwritable_texts", context.unwritable_texts)
+    if unwritable:
+        unwritable["max_unwritable_share"] = context.recipe.check.max_unwritable_share
     record = lineage_record(
         context.folder / "train" / "student",
         models.lineage_parent(BASE),
         [models.lineage_parent(name) for name in models.teacher_names],
         context.recipe.hash,
-        {"units": digest_json([u.name for u in context.capture_units])},
+        {"units": digest_json([u.name for u in context.capture_units])} | unwritable,
         context.cast,
+        verdict,
     )
+    record["training"] = {"learning_rate": models.learning_rate}
     storage.write_json(folder / "lineage.json", record)
 
 
@@ -333,6 +409,22 @@ STAGES: tuple[Stage, ...] = (
 )
 
 
+SLOW_START_S = 8.0  # a large tokenizer takes longer to open; nothing is said of shorter starts
+
+
+@contextmanager
+def _say_if_slow(progress: ProgressCallback, stage: str) -> Iterator[None]:
+    """Report what takes so long before the first stage begins, after SLOW_START_S."""
+    words = "opening tokenizers and chat templates"
+    timer = threading.Timer(SLOW_START_S, progress, (stage, 0.0, words))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def run_pipeline(context: RunContext, progress: ProgressCallback, only_stage: str = "") -> None:
     """Run every stage in order, or one stage; skip each that is up to date.
 
@@ -342,18 +434,21 @@ def run_pipeline(context: RunContext, progress: ProgressCallback, only_stage: st
         only_stage: Name of the only stage to run; "" = all.
 
     Raises:
-        RefusedError: A finished student of another recipe would be overwritten, or a stage
-            refuses its result.
+        RefusedError: A licence forbids the student, a finished student of another recipe would be
+            overwritten, or a stage refuses its result.
         DataError: `only_stage` needs the output of a stage that has not run.
         SafetyRegressionError: The student is less safe than its base, and the recipe does not
             allow it. Raised when all output is written.
     """
     set_threads(context.recipe.threads)
-    preflight.refuse_unsupported_efforts(context)
-    if only_stage in ("", "check", "audition", "capture", "train"):
-        preflight.refuse_asking_text_models(context)
-    context.lm_eval_digests()
-    preflight.refuse_missing_logprobs(context)
+    with _say_if_slow(progress, only_stage or STAGES[0].name):
+        preflight.refuse_unsupported_efforts(context)
+        if only_stage in ("", "check", "audition", "capture", "train"):
+            preflight.refuse_asking_text_models(context)
+        context.lm_eval_digests()
+        preflight.refuse_missing_logprobs(context)
+    if only_stage in ("", *LICENSED_STAGES):
+        refuse_unlicensed(context.recipe, context.folder)
     with join_process_group(context.world):
         if only_stage in ("", "train"):
             preflight.refuse_impossible_training(context)
@@ -369,7 +464,10 @@ def run_pipeline(context: RunContext, progress: ProgressCallback, only_stage: st
             context.stages.recover()
             for stage in STAGES:
                 if not only_stage or stage.name == only_stage:
+                    if stage.name in LICENSED_STAGES:  # a server has named its model by now
+                        refuse_unlicensed(context.recipe, context.folder)
                     _run_stage(context, stage, recorded_progress)
+            copy_to_student(context.folder)
         context.world.broadcast("over")
     may_regress = context.recipe.evaluation.allow_safety_regression
     if only_stage in ("", "evaluate", "report") and not may_regress:

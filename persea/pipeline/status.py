@@ -21,6 +21,7 @@ from persea import storage
 from persea.errors import DataError, PerseaError, RunInterrupted, StorageError
 from persea.pipeline.stage_keys import STAGE_NAMES
 from persea.pipeline.stage_store import StageStore
+from persea.pipeline.time_left import TimeLeft
 
 if TYPE_CHECKING:
     from persea.vocab_extension.resize_model import ProgressCallback
@@ -105,7 +106,7 @@ def record_status(
         "seconds_left": None,
         "error": "",
     }
-    stage_start: dict[str, tuple[float, float]] = {}  # stage -> (fraction done, clock)
+    time_left = TimeLeft(lambda: time.monotonic())
     last_write = 0.0
     for partial in folder.glob(".*.tmp"):  # of a killed run: the lock excludes a live one
         storage.DISK.remove(partial)
@@ -119,16 +120,20 @@ def record_status(
     def recorded_progress(stage: str, fraction: float, message: str) -> None:
         progress(stage, fraction, message)
         clock, is_new_stage = time.monotonic(), stage != current["stage"]
-        if is_new_stage or (stage not in stage_start and message):
-            stage_start[stage] = fraction, clock
-        since, start = stage_start.get(stage, (fraction, clock))
-        left = None
-        if fraction > since:
-            left = round((clock - start) / (fraction - since) * (1 - fraction), 1)
+        is_first_message = not current["message"] and bool(message)
+        left = time_left.update(stage, fraction, message)
         current.update(
-            stage=stage, fraction_done=round(fraction, 6), message=message, seconds_left=left
+            stage=stage,
+            fraction_done=round(fraction, 6),
+            message=message,
+            seconds_left=None if left is None else round(left, 1),
         )
-        if is_new_stage or fraction in (0.0, 1.0) or clock - last_write >= WRITE_INTERVAL_S:
+        if (
+            is_new_stage
+            or is_first_message
+            or fraction == 1.0
+            or clock - last_write >= WRITE_INTERVAL_S
+        ):
             write()
 
     try:

@@ -8,11 +8,12 @@ from functools import cache, partial
 from pathlib import Path
 
 from persea.cache.answer_filter import QuestionKey, question_key
-from persea.chat.messages import Conversation, Text, ThinkingEffort
+from persea.chat.messages import Conversation, ThinkingEffort
 from persea.chat.renderer import ChatRenderer
 from persea.config.schema import BenchmarkSection, CorpusSection, TeacherSection
-from persea.data.formats import read_prompts
+from persea.data.formats import ReadReport, read_prompts
 from persea.data.prompts import MalformedLine, Prompt, assign_efforts
+from persea.data.tables import TableRow, iter_hub_table
 from persea.data.text_files import read_documents
 from persea.data.windows import MIN_WINDOW_TOKENS, TokenLimit, split_document
 from persea.errors import DataError, TeacherError
@@ -139,6 +140,7 @@ def load_part_prompts(
     skill_names: Sequence[str],
     seed: int,
     on_malformed: Callable[[MalformedLine], None],
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> list[Prompt]:
     """Load the prompts of one part of the corpus, and assign thinking efforts to them.
 
@@ -149,11 +151,20 @@ def load_part_prompts(
         skill_names: Skills that the corpus names.
         seed: Seed of generated prompts.
         on_malformed: Called with each malformed line of a part that quarantines them.
+        on_note: Called with what a reader found in a file, for people.
 
     Raises:
-        DataError: A prompt is of a skill that no part names, or a task has too few questions.
+        DataError: A prompt is of a skill that no part names, a task has too few questions, or more
+            lines are malformed than the part allows.
     """
-    quarantine = on_malformed if part.on_malformed == "quarantine" else None
+    num_malformed = 0
+
+    def set_aside(line: MalformedLine) -> None:
+        nonlocal num_malformed
+        num_malformed += 1
+        on_malformed(line)
+
+    quarantine = set_aside if part.on_malformed == "quarantine" else None
     if part.texts is not None:
         documents = read_documents(
             Path(part.texts), part.column or "", quarantine, part.max_line_bytes
@@ -162,18 +173,37 @@ def load_part_prompts(
             Prompt(location, Conversation.from_document(text), part.skill, part.language)
             for location, text in documents
         ]
-    if part.file is not None:
+    if part.file is not None or part.hub is not None:
+        source: Path | Iterable[TableRow] = Path(part.file or "")
+        name = part.file or ""
+        if part.hub is not None:
+            hub = part.hub
+            name = f"{hub.name}, {hub.split}"
+            source = iter_hub_table(
+                hub.name, hub.split, hub.config, hub.revision, streaming=hub.streaming
+            )
+        found = ReadReport()
         prompts = list(
             read_prompts(
-                Path(part.file), part.skill, part.language, quarantine, part.max_line_bytes
+                source,
+                part.skill,
+                part.language,
+                quarantine,
+                part.max_line_bytes,
+                columns=part.columns,
+                learn_turns=part.learn_turns,
+                report=found,
             )
         )
+        for note in found.notes():
+            on_note(f"{name}: {note}")
+        _refuse_too_many_malformed(name, num_malformed, found.num_rows, part)
         for prompt in prompts:
             if prompt.skill not in skill_names:
                 raise DataError(
                     f"prompt {prompt.id} is of skill {prompt.skill!r}, "
                     "which the corpus does not name",
-                    where=part.file,
+                    where=name,
                     remedy=f"use one of {', '.join(skill_names)}, or add a part of that skill",
                 )
         return assign_efforts(prompts, part.effort_shares)
@@ -189,6 +219,23 @@ def load_part_prompts(
     return assign_efforts(
         (replace(i.prompt, answer=i.reference) for i in items), part.effort_shares
     )
+
+
+def _refuse_too_many_malformed(
+    file: str, num_malformed: int, num_rows: int, part: CorpusSection
+) -> None:
+    """Check the share of lines that were set aside.
+
+    Raises:
+        DataError: It is above `max_malformed_share`.
+    """
+    if num_malformed > part.max_malformed_share * (num_rows + num_malformed):
+        raise DataError(
+            f"{num_malformed:,} of {num_rows + num_malformed:,} rows cannot be read",
+            where=file,
+            remedy="the first is named by `on_malformed: refuse`; a larger `max_malformed_share:` "
+            "allows them",
+        )
 
 
 def split_documents(
@@ -270,7 +317,7 @@ def given_samples(
     for p in prompts:
         is_document = p.conversation.is_document
         if is_document or are_answers_given:
-            learned = p.conversation if is_document else p.conversation.with_answer(Text(p.answer))
+            learned = p.conversation if is_document else p.conversation.with_answer(*p.given_parts)
             key = p.skill, p.language, is_document
             found.setdefault(key, []).append((p.id, learned))
     samples = []

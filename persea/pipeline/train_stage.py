@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from persea.vocab_extension.resize_model import ProgressCallback
 
 StepCallback = Callable[[int, Mapping[str, Any]], None]  # (step, line of metrics)
+StageProgress = Callable[[float, str], None]  # (fraction done, what is being done)
 TRAIN_COMMAND = "train"  # message of the first rank of torchrun to the others
 MIN_MESSAGE_INTERVAL_S = 0.2  # between progress messages to the launcher
 
@@ -55,15 +56,13 @@ def train_in_processes(
     """
     options, world = context.launch_options, context.world
 
-    def progress(step: int, line: Mapping[str, Any]) -> None:
-        report_progress("train", step / context.recipe.training.steps, format_step(line))
-
+    progress = partial(report_progress, "train")
     if options.num_processes > 1:
         launch_processes(
             _train_spawned_rank,
             (replace(context), inputs),
             options.num_processes,
-            lambda line: progress(line["step"], line),
+            lambda message: progress(*message),
         )
     else:
         world.broadcast(TRAIN_COMMAND)
@@ -81,7 +80,7 @@ def follow_first_rank(
 ) -> None:
     """Train whenever the first rank of torchrun does; other stages run in the first rank only."""
     while context.world.broadcast("") == TRAIN_COMMAND:
-        train_rank(context, folder, inputs(context), lambda step, line: None)
+        train_rank(context, folder, inputs(context), lambda fraction, words: None)
 
 
 def format_step(metrics: Mapping[str, Any]) -> str:
@@ -103,18 +102,18 @@ def _train_spawned_rank(
     set_threads(context.recipe.threads)
     last_message = 0.0
 
-    def progress(step: int, line: Mapping[str, Any]) -> None:
+    def progress(fraction: float, words: str) -> None:
         nonlocal last_message
-        now, last_step = time.monotonic(), context.recipe.training.steps
-        if not world.rank and (now - last_message > MIN_MESSAGE_INTERVAL_S or step == last_step):
+        now = time.monotonic()
+        if not world.rank and (now - last_message > MIN_MESSAGE_INTERVAL_S or fraction == 1):
             last_message = now
-            send_to_launcher(launcher, line)
+            send_to_launcher(launcher, (fraction, words))
 
     train_rank(replace(context, world=world), context.folder / "train", inputs, progress)
 
 
 def train_rank(
-    context: RunContext, folder: Path, inputs: Mapping[str, Any], on_step: StepCallback
+    context: RunContext, folder: Path, inputs: Mapping[str, Any], progress: StageProgress
 ) -> StudentModel:
     """Run this process' share of the training and return the student that it holds.
 
@@ -123,19 +122,29 @@ def train_rank(
         folder: the run folder's `train`; the first process writes metrics, checkpoints and
             dataset.json.
         inputs: recipe and data as JSON, compared with those of a checkpoint.
-        on_step: called after every step.
+        progress: called before everything that may take seconds, after every step, and inside a
+            step that takes longer than a second.
     """
     t, world = context.recipe.training, context.world
+    done = _steps_of_checkpoint(context, folder) / t.steps
+    progress(done, "")
+    progress(done, "loading the student")
     student = context.models.load_student().distribute(world, context.launch_options.parallel)
+    progress(done, "opening the event maps")
+    event_maps = context.models.event_maps
+    progress(done, "reading the captured answers")
     dataset = build_dataset(
         _teacher_caches(context),
         student.renderer,
-        context.models.event_maps,
+        event_maps,
         batch_size=t.batch_size,
         seed=context.recipe.seed,
         max_length=t.max_length,
         partial_tokens=t.partial_tokens,
         teach_end=context.recipe.capture.teach_end,
+        on_answer=lambda read, answers: progress(
+            done, f"reading the captured answers, {read:,} of {answers:,}"
+        ),
     )
     trained, held_out = (
         dataset.train_test_split(t.validation_share) if t.validation_share else (dataset, None)
@@ -153,18 +162,22 @@ def train_rank(
         return out, group_stats(batch, out)
 
     student.model.train()
+    progress(done, f"step {round(done * t.steps) + 1:,} of {t.steps:,}")
     run_training_loop(
         student.trainable_parameters,
         step_loss,
-        TrainingSettings.from_section(t, context.recipe.seed),
+        TrainingSettings.from_section(t, context.recipe.seed, context.models.learning_rate),
         folder,
         inputs,
-        _with_tracker(context, folder, on_step),
+        _with_tracker(
+            context, folder, lambda step, line: progress(step / t.steps, format_step(line))
+        ),
         world=world,
         batch_source=rollouts,
         resume=context.launch_options.resume,
         evaluate=partial(held_out_loss, student, held_out, world, loss_fn) if held_out else None,
         watch=rollouts.observe if rollouts else None,
+        on_part=lambda steps_done, words: progress(steps_done / t.steps, words),
     )
     if not world.rank:
         counts = dataset.stats.to_json() | {"held_out": len(held_out) if held_out else 0}
@@ -281,18 +294,25 @@ def held_out_loss(
     return {key: loss_sums[key] / num_tokens[key] for key in loss_sums}
 
 
+def _steps_of_checkpoint(context: RunContext, folder: Path) -> int:
+    """Return the step of the checkpoint that the training resumes; 0 = none."""
+    resume = context.launch_options.resume
+    if resume == checkpoints.RESUME_NEVER:
+        return 0
+    newest = checkpoints.find_checkpoint(folder, resume)
+    return int(newest.stem.partition("-")[2]) if newest else 0
+
+
 def _with_tracker(context: RunContext, folder: Path, on_step: StepCallback) -> StepCallback:
     """Return a callback that also sends logged lines to the recipe's tracker."""
     t = context.recipe.training
     if t.report_to is None or context.world.rank:
         return on_step
-    newest = checkpoints.find_checkpoint(folder, context.launch_options.resume)
-    done = int(newest.stem.partition("-")[2]) if newest else 0
     tracker = open_tracker(
         t.report_to,
         context.recipe.name,
         folder / "tensorboard" if t.report_to == "tensorboard" else folder,
-        done,
+        _steps_of_checkpoint(context, folder),
         t.model_dump(mode="json"),
         t.steps,
     )

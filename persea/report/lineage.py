@@ -15,6 +15,7 @@ from typing import Any
 from persea import storage
 from persea.errors import DataError
 from persea.evaluation.audition import Cast
+from persea.licences.verdict import LicenceVerdict
 
 RECORDED_PACKAGES = ("persea", "torch", "transformers", "tokenizers")
 
@@ -28,8 +29,8 @@ class ParentModel:
         model: Hub name, or the last name of a local folder.
         revision: Revision on the hub.
         family: Its family.
-        licence: The licence in the recipe, or else the usual one of the family; of a GGUF file, the
-            one in its metadata, or "unknown".
+        licence: The licence in the recipe, or else the one that the model's own files state (of a
+            GGUF file, its metadata), or "unknown".
         fingerprint: Digest of its files.
         gguf: Of a GGUF file: its name, sha256, quantisation, model name and licence.
     """
@@ -55,6 +56,7 @@ def lineage_record(
     recipe_hash: str,
     data: Mapping[str, Any],
     cast: Cast,
+    licences: LicenceVerdict | None = None,
 ) -> dict[str, Any]:
     """Return the lineage of a student as JSON.
 
@@ -65,9 +67,10 @@ def lineage_record(
         recipe_hash: Digest of the recipe.
         data: Summary of the captured answers, with the digest of their units.
         cast: Which teacher taught which skill, and which skills the recipe assigned.
+        licences: Verdict on the licences of base, teachers and data.
 
     Returns:
-        The record: student, base, teachers, recipe_hash, data, cast, software.
+        The record: student, base, teachers, licences, recipe_hash, data, cast, software.
 
     Raises:
         DataError: If the folder holds no weights.
@@ -79,10 +82,16 @@ def lineage_record(
             where=str(student_folder),
             remedy="run train first",
         )
+    student: dict[str, Any] = {"sha256": weights}
+    if licences is not None:
+        student["name"] = licences.student_name
+        if licences.student_licence:
+            student["licence"] = licences.student_licence
     return {
-        "student": {"sha256": weights},
+        "student": student,
         "base": base.to_json(),
         "teachers": [t.to_json() for t in teachers],
+        **({"licences": licences.to_json()} if licences is not None else {}),
         "recipe_hash": recipe_hash,
         "data": dict(data),
         "cast": {

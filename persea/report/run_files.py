@@ -324,6 +324,13 @@ def read_graded_answers(run_folder: Path) -> tuple[EvaluationRecord, tuple[Grade
     evaluation = _read_validated(run_folder / "evaluate" / "evaluation.json", EvaluationRecord)
     answers = _read_validated(where, tuple[GradedAnswer, ...])
     if not answers:
+        if (run_folder / "evaluate" / "texts.json").is_file():
+            raise DataError(
+                "the run was measured on held-out texts alone, and answers are compared",
+                where=str(where),
+                remedy="compare evaluate/texts.json of both runs, or set "
+                "evaluation.generated_tasks: true",
+            )
         raise DataError("holds no answer", where=str(where), remedy="run evaluate again")
     return evaluation, answers
 

@@ -134,7 +134,8 @@ class ServedModel:
         Raises:
             DataError: The prompt is empty or cannot be encoded, or an id is out of range.
         """
-        ids = self.renderer.vocabulary.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        vocabulary = self.renderer.vocabulary
+        ids = vocabulary.encode_alone(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise DataError("the prompt is empty", where="prompt", remedy="give one token at least")
         if max(ids) >= len(self.renderer.vocabulary):

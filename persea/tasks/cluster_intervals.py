@@ -145,7 +145,9 @@ class BitsPerByte:
         return covariance_MM
 
     def _unit(self, model: int) -> npt.NDArray[np.float64]:
-        return np.eye(len(self.rates_M))[model]
+        unit_M = np.zeros(len(self.rates_M))
+        unit_M[model] = 1
+        return unit_M
 
     def _interval(self, contrast_M: npt.NDArray[np.float64], confidence: float) -> Interval:
         value = float(self.rates_M @ contrast_M)

@@ -5,7 +5,7 @@ An evaluated student is a `Teacher` too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +118,11 @@ class Teacher:
     def is_text_only(self) -> bool:
         """Whether the engine returns no log-probabilities."""
         return self.engine.capabilities.is_text_only
+
+    def reporting(self, on_progress: Callable[[float], None]) -> Teacher:
+        """Return this teacher; it calls `on_progress` with the done share of each `answer`."""
+        reporting = getattr(self.engine, "reporting", None)  # an engine of yours may have none
+        return self if reporting is None else replace(self, engine=reporting(on_progress))
 
     def answer(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
         """Answer prompts, each at its own thinking effort or else at the teacher's.

@@ -20,6 +20,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from persea.tokenization.prefix_space import SPACE_MARK
 from persea.tokenization.vocabulary import Vocabulary
 
 NEVER_MERGED = np.iinfo(np.int64).max  # a complete token is merged no further
@@ -100,6 +101,18 @@ class BpeDerivations:
             self.max_rank_V.tolist(),
         )
 
+    def state_of(self, token: int) -> int:
+        """Return the state after a token: the token itself, whatever was before it."""
+        return token
+
+    def extend(self, state: int, token: int) -> int:
+        """Return the state after one more token."""
+        return token
+
+    def last_token(self, state: int) -> int:
+        """Return the last token of a state."""
+        return state
+
     def is_impossible_pair(self, token: int, next_token: int) -> bool:
         """Return whether `next_token` is in `impossible_next_tokens(token)`.
 
@@ -161,7 +174,12 @@ def derive_bpe(vocabulary: Vocabulary) -> BpeDerivations:
     for token, i in ids.items():
         if vocabulary.bytes_W[i] is None:
             continue
-        units = [i] if _is_byte_token(token, vocabulary) else [ids.get(c, -1) for c in token]
+        if _is_byte_token(token, vocabulary):
+            # A character that has a token is never spelled in bytes.
+            raw = vocabulary.bytes_W[i] or b""
+            derivable[i] = raw >= b"\x80" or spell_character(raw.decode()) not in ids
+            continue
+        units = [ids.get(c, -1) for c in token]
         if len(units) == 1:
             derivable[i] = units[0] == i
             continue
@@ -172,6 +190,11 @@ def derive_bpe(vocabulary: Vocabulary) -> BpeDerivations:
             (left[i], right[i]), rank[i] = pair_R2[path[-1]], path[-1]
             max_rank[i], derivable[i] = max(path), True
     return BpeDerivations(left, right, rank, max_rank, derivable, pair_R2)
+
+
+def spell_character(character: str) -> str:
+    """Return how SentencePiece writes a character."""
+    return SPACE_MARK if character == " " else character
 
 
 def _is_byte_token(token: str, vocabulary: Vocabulary) -> bool:

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from persea.tokenization.control_tokens import WHITESPACE
 
-PREFIX_TOKEN = "▁"
+SPACE_MARK = "▁"  # what SentencePiece writes for a space
 # A text of each kind of beginning: a letter, a space, other white space.
 LETTER_PROBE, SPACE_PROBE, NEWLINE_PROBE = "hello", " hello", "\nhello"
 
@@ -86,7 +86,7 @@ def _writes_prefix(normalizer: dict[str, Any]) -> bool:
     """
     return normalizer["type"] == "Prepend" or (
         normalizer["type"] == "Replace"
-        and normalizer["content"] == PREFIX_TOKEN * 2
+        and normalizer["content"] == SPACE_MARK * 2
         and normalizer["pattern"].get("Regex") in (r"\A▁", "^▁")
     )
 

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
+from persea.tokenization.prefix_space import SPACE_MARK
 from persea.tokenization.vocabulary import Vocabulary
 
 # These three decide which tokens count as impossible, so a change needs a new event map format.
@@ -61,6 +62,7 @@ class Pretokenizer:
     Attributes:
         backend: The `tokenizers` tokenizer.
         never_splits: True for SentencePiece, which has no splits.
+        sees_space_marks: Whether a normaliser has replaced every space by "▁" before.
         unsupported: Name of a pre-tokenizer that this module does not know: then every place may be
             a split.
         unicode_properties: Properties that the split patterns name.
@@ -72,6 +74,7 @@ class Pretokenizer:
 
     backend: Tokenizer
     never_splits: bool
+    sees_space_marks: bool
     unsupported: str
     unicode_properties: tuple[str, ...]
     literals: frozenset[str]
@@ -86,6 +89,8 @@ class Pretokenizer:
         """Return the character positions at which words begin, including 0 if there is text."""
         if self.never_splits or not text:
             return [0] if text else []
+        if self.sees_space_marks:
+            text = text.replace(" ", SPACE_MARK)
         return sorted(
             {begin for _, (begin, _) in self.backend.pre_tokenizer.pre_tokenize_str(text)} | {0}
         )
@@ -196,7 +201,8 @@ def load_pretokenizer(vocabulary: Vocabulary) -> Pretokenizer:
     literals = REGEX_SYNTAX_PATTERN.sub("", pattern_text)
     unsupported = ", ".join(
         sorted(
-            {pattern["type"] for pattern in parts} - {"Split", "ByteLevel", *BUILTIN_SPLIT_PATTERNS}
+            {pattern["type"] for pattern in parts}
+            - {"Split", "ByteLevel", "Metaspace", *BUILTIN_SPLIT_PATTERNS}
         )
     )
     if any(pattern["type"] == "ByteLevel" and pattern.get("add_prefix_space") for pattern in parts):
@@ -221,6 +227,7 @@ def load_pretokenizer(vocabulary: Vocabulary) -> Pretokenizer:
     return Pretokenizer(
         backend,
         never_splits,
+        marks_spaces,
         unsupported,
         properties,
         frozenset(literals.casefold()),
@@ -242,6 +249,8 @@ def _flatten_sequence(spec: Mapping[str, Any] | None) -> Iterator[Mapping[str, A
 def _split_patterns(part: Mapping[str, Any]) -> list[str]:
     if part["type"] == "Split":
         return [str(next(iter(part["pattern"].values())))]
+    if part["type"] == "Metaspace":
+        return [SPACE_MARK] if part.get("split", True) else []
     if part["type"] == "ByteLevel":
         return [GPT2_SPLIT_PATTERN] if part.get("use_regex", True) else []
     return [BUILTIN_SPLIT_PATTERNS[part["type"]]] if part["type"] in BUILTIN_SPLIT_PATTERNS else []

@@ -19,22 +19,23 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import Tokenizer, models
 
 from persea.errors import DataError
 from persea.tokenization.control_tokens import ControlFlags, read_control_flags
-from persea.tokenization.prefix_space import PrefixSpace, find_prefix_space, remove_prefix_space
+from persea.tokenization.plain_backend import (
+    LOSSY_REMEDY,
+    copy_tokenizer,
+    lossy_parts,
+    normalizes_any,
+    open_plain,
+    unknown_token,
+)
+from persea.tokenization.prefix_space import SPACE_MARK, PrefixSpace
 
 # An added token of this shape controls the model and is never text, also where its tokenizer does
 # not declare it special, such as DeepSeek's <｜User｜> with wide bars.
 CONTROL_MARKER = r"<([|｜]).*\1>"
-
-# A tokenizer may write a space before a text if a normaliser or pre-tokenizer of it matches.
-PREFIX_PATTERN = re.compile(r'"Prepend"|"Metaspace"|"add_prefix_space":\s*true')
-LOSSY_REMEDY = (
-    "no distribution of this model can be used: let it teach with its text alone, from a chat "
-    "server (`model: text_only`, docs/engines.md)"
-)
 
 # Encoded and decoded when a vocabulary is loaded: scripts, split characters, spaces, controls.
 ROUND_TRIP_PROBES = (
@@ -90,7 +91,7 @@ class Vocabulary:
         bytes_W: Bytes of each id; None for a control token and for an unused id.
         control_token_ids: Control token -> id.
         digest: sha256 of the tokenizer's whole definition.
-        byte_level: True for byte-level BPE, False for SentencePiece with byte fallback.
+        byte_level: True for byte-level BPE, False for SentencePiece (BPE or Unigram).
         prefix_space: Where the tokenizer itself writes a space before a text; None for nowhere.
         control_flags: Control token -> its flags; only those that have any.
         original: The tokenizer as it is, to compare renderings with; None where its control tokens
@@ -119,6 +120,11 @@ class Vocabulary:
     def control_names(self) -> dict[int, str]:
         """Id -> control token."""
         return {i: name for name, i in self.control_token_ids.items()}
+
+    @cached_property
+    def is_unigram(self) -> bool:
+        """Whether the highest sum of scores decides how a text is cut, not merges."""
+        return isinstance(self.backend.model, models.Unigram)
 
     def prefix_space_before(self, text: str, is_first: bool = True) -> str:
         """Return the space that the tokenizer writes before a run of text, or "".
@@ -162,6 +168,13 @@ class Vocabulary:
             for c in set(text) - self._single_characters
             if missing and any(b in missing for b in c.encode(errors="surrogateescape"))
         }
+
+    def encode_alone(self, text: str) -> list[int]:
+        """Return the ids that the tokenizer itself gives a text that stands alone, without BOS.
+
+        Under a tokenizer that writes a space before a text they begin with that space.
+        """
+        return self.encode(self.prefix_space_before(text) + text) if text else []
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a plain text: no template, no BOS, never a control token.
@@ -272,8 +285,8 @@ def load_vocabulary(
 ) -> Vocabulary:
     """Load a tokenizer as a Vocabulary. The tokenizer object is not changed.
 
-    Supported are byte-level BPE (Llama 3, Qwen, gpt-oss, GPT-2; tiktoken files converted to it) and
-    SentencePiece BPE with byte fallback (Gemma).
+    Supported are byte-level BPE (Llama 3, Qwen, gpt-oss, GPT-2; tiktoken files converted to it),
+    SentencePiece BPE with byte fallback (Gemma, Llama 2) and SentencePiece Unigram (LLM-jp).
 
     Args:
         tokenizer: A fast Hugging Face tokenizer, or a `tokenizers.Tokenizer`.
@@ -292,7 +305,7 @@ def load_vocabulary(
             where=name,
             remedy="convert it with transformers' AutoTokenizer first",
         )
-    byte_level = _is_byte_level(backend, name)
+    byte_level, unigram = _is_byte_level(backend, name), isinstance(backend.model, models.Unigram)
     # To parse the whole definition of the tokenizer would take half a second.
     added = backend.get_added_tokens_decoder()
     marker_pattern = re.compile("|".join([CONTROL_MARKER, *control_markers]), re.DOTALL)
@@ -304,13 +317,17 @@ def load_vocabulary(
     to_bytes = _byte_level_bytes if byte_level else _sentencepiece_bytes
     for token, i in ids.items():
         bytes_W[i] = to_bytes(token)
+    if unigram:
+        control |= unknown_token(backend)
+        bytes_W = [None if i in control.values() else raw for i, raw in enumerate(bytes_W)]
     for i, added_token in added.items():
         if added_token.content in control:
             bytes_W[i] = None
         elif bytes_W[i] is None:
             bytes_W[i] = added_token.content.encode()
     definition = backend.to_str()
-    plain, prefix_space = _open_plain(backend, definition, control, name)
+    probes = [unicodedata.normalize("NFC", p) for p in ROUND_TRIP_PROBES]
+    plain, prefix_space = open_plain(backend, definition, control, name, probes)
     flags = read_control_flags(added.values(), control)
     vocabulary = Vocabulary(
         name,
@@ -321,75 +338,20 @@ def load_vocabulary(
         byte_level,
         prefix_space,
         flags,
-        _copy(definition) if prefix_space or flags or _normalizes_any(backend, control) else None,
+        copy_tokenizer(definition)
+        if prefix_space or flags or normalizes_any(backend, control)
+        else None,
     )
-    probes = [unicodedata.normalize("NFC", p) for p in ROUND_TRIP_PROBES]
     if vocabulary.missing_bytes:
         unwritable = vocabulary._unwritable_characters("".join(probes))
         probes = ["".join(c for c in p if c not in unwritable) for p in probes]
-    vocabulary.encode_batch(probes)
-    return vocabulary
-
-
-def _copy(definition: str) -> Tokenizer:
-    """Return a tokenizer without padding and truncation."""
-    tokenizer = Tokenizer.from_str(definition)
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-def _open_plain(
-    backend: Tokenizer, definition: str, control: Mapping[str, int], name: str
-) -> tuple[Tokenizer, PrefixSpace | None]:
-    """Return the tokenizer that encodes text alone, and where the original writes a space.
-
-    Raises:
-        DataError: The original writes spaces by a rule that is not known.
-    """
-    states = [
-        part.__getstate__().decode() if part else ""
-        for part in (backend.normalizer, backend.pre_tokenizer)
-    ]
-    if not PREFIX_PATTERN.search(" ".join(states)):
-        return _as_text_only(_copy(definition), control), None
-    spec = json.loads(definition)
-    if not remove_prefix_space(spec):
-        return _as_text_only(_copy(definition), control), None
-    plain, original = _as_text_only(_copy(json.dumps(spec)), control), _copy(definition)
-    lead = next(
-        (
-            t.content
-            for t in original.get_added_tokens_decoder().values()
-            if t.special and not (t.normalized or t.lstrip or t.rstrip or t.single_word)
-        ),
-        "",
-    )
-    probes = [unicodedata.normalize("NFC", p) for p in ROUND_TRIP_PROBES]
-    prefix_space = find_prefix_space(original, plain, lead, probes)
-    if prefix_space is None:
+    try:
+        vocabulary.encode_batch(probes)
+    except DataError as error:
         raise DataError(
-            "the tokenizer writes spaces that are not in the text, by no rule that persea knows",
-            where=name,
-            remedy=LOSSY_REMEDY,
-        )
-    return plain, prefix_space
-
-
-def _as_text_only(plain: Tokenizer, control: Mapping[str, int]) -> Tokenizer:
-    """Return the tokenizer, changed to encode a control token in a text as text."""
-    plain.add_special_tokens([AddedToken(c, special=True, normalized=False) for c in control])
-    plain.encode_special_tokens = True
-    return plain
-
-
-def _normalizes_any(backend: Tokenizer, control: Mapping[str, int]) -> bool:
-    """Return whether a normaliser changes the text before a control token is looked for in it."""
-    state = json.loads(backend.normalizer.__getstate__()) if backend.normalizer else {}
-    types = {n["type"] for n in state.get("normalizers", [state]) if n}
-    return bool(types - {"NFC"}) and any(
-        t.normalized and t.content in control for t in backend.get_added_tokens_decoder().values()
-    )
+            f"{error.message}{lossy_parts(backend)}", where=name, remedy=LOSSY_REMEDY
+        ) from error
+    return vocabulary
 
 
 def _is_byte_level(backend: Tokenizer, name: str) -> bool:
@@ -400,11 +362,14 @@ def _is_byte_level(backend: Tokenizer, name: str) -> bool:
         return True
     if bpe and "ByteFallback" in decoder_types and backend.model.byte_fallback:
         return False
+    if isinstance(backend.model, models.Unigram):
+        return False
     raise DataError(
-        f"neither byte-level BPE nor SentencePiece BPE with byte fallback "
-        f"(model {type(backend.model).__name__}, decoder {sorted(decoder_types)})",
+        f"neither byte-level BPE, SentencePiece BPE with byte fallback nor Unigram: the bytes of "
+        f"its tokens are not known (model {type(backend.model).__name__}, decoder "
+        f"{sorted(decoder_types)})",
         where=name,
-        remedy="the bytes of its tokens are not known exactly; use a model of another family",
+        remedy=LOSSY_REMEDY,
     )
 
 
@@ -418,4 +383,4 @@ def _byte_level_bytes(token: str) -> bytes | None:
 def _sentencepiece_bytes(token: str) -> bytes:
     if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
         return bytes([int(token[3:5], 16)])
-    return token.replace("▁", " ").encode()
+    return token.replace(SPACE_MARK, " ").encode()

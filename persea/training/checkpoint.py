@@ -23,6 +23,7 @@ from persea import storage
 from persea.errors import DataError, RefusedError
 from persea.training.distributed.world import World
 from persea.training.loss_balancing import Group, GroupScale
+from persea.training.metrics_log import encode_log_line
 
 MAX_CHECKPOINTS = 2  # checkpoints to keep: the newest, and one more in case the disk damages it
 RESUME_AUTO, RESUME_NEVER = "auto", "never"  # values of --resume besides a path
@@ -42,6 +43,8 @@ class TrainerState:
         skipped_steps: steps that were not applied, with the values that were not finite.
         log_history: lines of metrics.jsonl.
         group_scales: scale of each group's losses, for loss balancing.
+        open_line: line of metrics of a step that is done and not yet in the log: its held-out
+            losses are still to be measured. None between two steps.
     """
 
     step: int = 0
@@ -50,6 +53,7 @@ class TrainerState:
     skipped_steps: tuple[Mapping[str, Any], ...] = ()
     log_history: tuple[Mapping[str, Any], ...] = ()
     group_scales: Mapping[Group, GroupScale] = field(default_factory=dict)
+    open_line: Mapping[str, Any] | None = None
 
 
 # --- random generators ---
@@ -185,6 +189,8 @@ def save_checkpoint(
     if world.rank:
         return
     name = folder / "checkpoints" / f"step-{state.step:08d}"
+    if name.with_suffix(".json").exists():  # of this step before its held-out loss was measured
+        storage.DISK.remove(name.with_suffix(".json"))
     with storage.open_atomic(name.with_suffix(".pt")) as file:
         writer: Any = _HashingWriter(file)
         try:
@@ -202,16 +208,14 @@ def save_checkpoint(
                     ],
                     "chance": [rng for rng, _ in states],
                     "carried": [source for _, source in states],
+                    "open_line": json.dumps(state.open_line),
                 },
                 writer,
             )
         except RuntimeError as error:
             raise writer.error or error from error
-    metrics = "".join(
-        json.dumps(line, allow_nan=False) + "\n" for line in state.log_history
-    ).encode()
+    metrics = b"".join(map(encode_log_line, state.log_history))
     storage.write_atomic(name.with_suffix(".jsonl"), metrics)
-    storage.write_atomic(folder / "metrics.jsonl", metrics)
     storage.write_json_with_checksum(
         name.with_suffix(".json"),
         {
@@ -289,6 +293,18 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
             remedy="name a checkpoints/step-N.json, or use --resume auto",
         )
     return chosen
+
+
+def collapse_error(problem: str, step: int, folder: Path) -> RefusedError:
+    """Return the refusal of a student whose own answers collapsed; it names what is still good."""
+    newest = find_checkpoint(folder, RESUME_AUTO)
+    kept = f"{newest} is the last good checkpoint" if newest else "no checkpoint was due before"
+    return RefusedError(
+        problem,
+        where=f"train, step {step + 1}",
+        remedy=f"{kept}; lower training.learning_rate or training.on_policy.share, or change the "
+        "limits (training.on_policy.tripwire_steps) and run again: it goes on from there",
+    )
 
 
 def describe_changes(before: Any, now: Any, key: str = "") -> list[str]:
@@ -419,5 +435,6 @@ def load_checkpoint(
         tuple(state["skipped"]),
         log,
         {Group(*group): GroupScale(*scale) for group, scale in state["scales"]},
+        json.loads(state.get("open_line", "null")),
     )
     return progress, tuple(source.numpy().tobytes() for source in state["carried"])

@@ -353,10 +353,12 @@ def build_dataset(
     max_length: int,
     partial_tokens: bool = False,
     teach_end: TeachEnd = "auto",
+    on_answer: Callable[[int, int], None] = lambda read, answers: None,
 ) -> DistillDataset:
     """Build the dataset of several caches; see `DistillDataset` for arguments and errors.
 
-    A cache of which no answer is left is no part of the mixture.
+    `on_answer` is called after each answer with the number of answers read, and of all answers. A
+    cache of which no answer is left is no part of the mixture.
     """
     projectors = {
         name: make_partial_token_projector(event_map) if partial_tokens else None
@@ -369,10 +371,13 @@ def build_dataset(
 
     survey = DatasetSurvey(max_length)
     parts: list[tuple[AnswerSubset, float]] = []
+    num_answers, num_read = sum(len(cache) for cache, _ in caches), 0
     for cache, share in caches:
         usable = array("q")
         for index in range(len(cache)):
             answer = cache[index]
+            num_read += 1
+            on_answer(num_read, num_answers)
             name = answer.answer.teacher
             if name not in event_maps:
                 raise DataError(

@@ -6,25 +6,29 @@ The loop imports no loss and no dataset; the caller passes both as one function.
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
 
-from persea import storage
-from persea.errors import RefusedError, RunInterrupted
+from persea.errors import RefusedError
 from persea.training import checkpoint as checkpoints
 from persea.training import loss_balancing as balance
 from persea.training.checkpoint import RESUME_AUTO, TrainerState, gather_full_tensor
+from persea.training.checkpoint_writer import (
+    CheckpointWriter,
+    append_log,
+    record_skipped_step,
+)
 from persea.training.distributed.world import World
 from persea.training.loss_balancing import Group, GroupStats
+from persea.training.metrics_log import MetricsLog
 from persea.training.settings import TrainingSettings
+from persea.training.step_watch import PartCallback, StepWatch
+from persea.training.stop_signals import StepAbandoned, StopSignals, collect_stop_signals
 
 SINGLE_PROCESS = World()
 
@@ -123,10 +127,14 @@ def run_training_loop(
     resume: str = RESUME_AUTO,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
     watch: Callable[[Mapping[str, float]], StepVerdict] | None = None,
+    on_part: PartCallback = lambda steps_done, words: None,
 ) -> None:
     """Minimise the loss for `settings.steps` steps, from the newest checkpoint of the same inputs.
 
-    A step whose loss or gradient is not finite is skipped and recorded.
+    A step whose loss or gradient is not finite is skipped and recorded. A logged step is a line of
+    metrics.jsonl as soon as it is done. A signal ends the training after the step; a step, or a
+    measurement of held-out losses, that takes more than `stop_signals.GRACE_S` longer is abandoned
+    and repeated after a resume, from the state of the last whole step.
 
     Args:
         parameters: the trainable parameters. With several processes they belong to a model from
@@ -146,6 +154,7 @@ def run_training_loop(
             all processes.
         watch: called with the metrics of every applied step, the same in all processes. Weights
             after a suspect step are not saved, unless they are the last.
+        on_part: called with the progress inside a step that takes longer than a second.
 
     Raises:
         RefusedError: if the checkpoint belongs to other inputs, if a step has no supervised
@@ -162,89 +171,142 @@ def run_training_loop(
     )
     checkpoints.seed_all(settings.seed, world.rank)
     state = _resume(folder, inputs, parameters, optimizer, world, batch_source, resume)
-    begun, clock = (state.step, time.monotonic()), time.monotonic() - state.seconds
-    with _collect_signals() as signals:
-        for step in range(state.step, settings.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate_at_step(step)
-            weights = balance.group_weights(
-                state.group_scales, settings.balance_max_ratio, settings.balance_prior_tokens
-            )
-            total = _accumulate_gradients(
-                parameters, loss_fn, step, weights, settings.micro_batches, world, signals
-            )
-            norm = float(
-                gather_full_tensor(
-                    torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-                )
-            )
-            loss, last = total.loss_sum / total.num_tokens, step + 1 == settings.steps
-            if applied := math.isfinite(loss) and math.isfinite(norm):
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            now = replace(
-                state,
-                step=step + 1,
-                seconds=round(time.monotonic() - clock, 3),
-                num_tokens=state.num_tokens + total.num_tokens * applied,
-                group_scales=settings.update_scales(state.group_scales, total.group_stats)
-                if applied
-                else state.group_scales,
-            )
-            line = _metrics_line(now, settings, total, norm, weights)
-            line["left"] = round(
-                (time.monotonic() - begun[1]) / (step + 1 - begun[0]) * (settings.steps - step - 1)
-            )
-            if evaluate and _is_due(step, settings.evaluate_every, last):
-                line["held_out"] = _refuse_nonfinite(evaluate(), step)
-            logged = _is_due(step, settings.log_every, last) or "held_out" in line
-            state = (
-                _append_log(now, line, logged)
-                if applied
-                else _record_skipped_step(now, line, settings, folder, world)
-            )
+    log = MetricsLog(folder / "metrics.jsonl")
+    if not world.rank:
+        log.restore(state.log_history)
+    writer = CheckpointWriter(folder, inputs, parameters, optimizer, world, log, state.step)
+    first_step = state.step - (state.open_line is not None)
+    begun = (first_step, time.monotonic(), state.seconds)
+    with collect_stop_signals() as signals, StepWatch(parameters, on_part) as step_watch:
+        for step in range(first_step, settings.steps):
+            last = step + 1 == settings.steps
+            source_state = batch_source.state() if batch_source else b""
+            rng, number = checkpoints.rng_state(), 0
+            try:
+                if state.open_line is None:
+                    state, number = _run_step(
+                        state,
+                        optimizer,
+                        parameters,
+                        loss_fn,
+                        settings,
+                        world,
+                        signals,
+                        step_watch,
+                        begun,
+                    )
+                    source_state = batch_source.state() if batch_source else b""
+                if evaluate and _is_due(step, settings.evaluate_every, last):
+                    rng = checkpoints.rng_state()
+                    step_watch.say(step + 1, "measuring the held-out loss")
+                    with signals.may_abandon(world.size == 1):
+                        held_out = _refuse_nonfinite(evaluate(), step)
+                    state = replace(
+                        state, open_line={**(state.open_line or {}), "held_out": held_out}
+                    )
+            except StepAbandoned as abandoned:
+                optimizer.zero_grad(set_to_none=True)
+                checkpoints.restore_rng_state(rng)
+                number = abandoned.signal_number
+                raise writer.save_interrupted(state, source_state, number) from None
+            state, line, applied = _close_step(state, settings, log, world)
             progress(step + 1, line)
             verdict = watch(line["terms"]) if watch and applied else None
             if verdict and verdict.problem:
-                raise _collapse_error(verdict.problem, step, state, line, folder, world)
+                if not world.rank:
+                    log.update([*(x for x in state.log_history if x["step"] != state.step), line])
+                raise checkpoints.collapse_error(verdict.problem, step, folder)
             is_good = last or not (verdict and verdict.is_suspect)
-            is_saved = is_good and _is_due(step, settings.checkpoint_every, last)
-            if is_saved or total.stop_signal:
-                checkpoints.save_checkpoint(
-                    folder,
-                    inputs,
-                    state,
-                    parameters,
-                    optimizer,
-                    world,
-                    batch_source.state() if batch_source else b"",
-                )
-            if total.stop_signal:
-                raise RunInterrupted(total.stop_signal, f"step {step + 1} is saved")
+            if is_good and _is_due(step, settings.checkpoint_every, last):
+                writer.save(state, source_state)
+                number = next(filter(None, world.all_gather(signals.first)), 0)
+            if number := number or (signals.first if world.size == 1 else 0):
+                raise writer.save_interrupted(state, source_state, number)
 
 
-def _collapse_error(
-    problem: str,
-    step: int,
+def _run_step(
     state: TrainerState,
-    line: Mapping[str, Any],
-    folder: Path,
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[torch.nn.Parameter],
+    loss_fn: StepLossFn,
+    settings: TrainingSettings,
     world: World,
-) -> RefusedError:
-    """Return the refusal of a student whose answers collapsed; metrics.jsonl has the step."""
-    if not world.rank:
-        history = [one for one in state.log_history if one["step"] != line["step"]]
-        storage.write_json_lines(
-            folder / "metrics.jsonl", (*history, {k: v for k, v in line.items() if k != "left"})
-        )
-    newest = checkpoints.find_checkpoint(folder, RESUME_AUTO)
-    kept = f"{newest} is the last good checkpoint" if newest else "no checkpoint was due before"
-    return RefusedError(
-        problem,
-        where=f"train, step {step + 1}",
-        remedy=f"{kept}; lower training.learning_rate or training.on_policy.share, or change the "
-        "limits (training.on_policy.tripwire_steps) and run again: it goes on from there",
+    signals: StopSignals,
+    watch: StepWatch,
+    begun: tuple[int, float, float],
+) -> tuple[TrainerState, int]:
+    """Compute the gradient of a step and apply it.
+
+    Args:
+        state: the state before the step.
+        optimizer: the optimiser.
+        parameters: the trainable parameters.
+        loss_fn: see `run_training_loop`.
+        settings: settings of the loop.
+        world: this process among all processes.
+        signals: signals to this process.
+        watch: reports the progress inside the step.
+        begun: this process' first step, the clock then, and the seconds trained before.
+
+    Returns:
+        The state after the step, with its line of metrics open, and the signal to any process; 0 =
+        none.
+
+    Raises:
+        StepAbandoned: after a signal. Nothing is applied.
+    """
+    step = state.step
+    for group in optimizer.param_groups:
+        group["lr"] = settings.learning_rate_at_step(step)
+    weights = balance.group_weights(
+        state.group_scales, settings.balance_max_ratio, settings.balance_prior_tokens
     )
+    with signals.may_abandon(world.size == 1):
+        total = _accumulate_gradients(
+            parameters, loss_fn, step, weights, settings.micro_batches, world, signals, watch
+        )
+    norm = float(
+        gather_full_tensor(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm))
+    )
+    loss = total.loss_sum / total.num_tokens
+    if applied := math.isfinite(loss) and math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    seconds = time.monotonic() - begun[1]
+    now = replace(
+        state,
+        step=step + 1,
+        seconds=round(begun[2] + seconds, 3),
+        num_tokens=state.num_tokens + total.num_tokens * applied,
+        group_scales=settings.update_scales(state.group_scales, total.group_stats)
+        if applied
+        else state.group_scales,
+    )
+    line = _metrics_line(now, settings, total, norm, weights) | {"applied": applied}
+    line["left"] = round(seconds / (step + 1 - begun[0]) * (settings.steps - step - 1))
+    return replace(now, open_line=line), total.stop_signal
+
+
+def _close_step(
+    state: TrainerState, settings: TrainingSettings, log: MetricsLog, world: World
+) -> tuple[TrainerState, Mapping[str, Any], bool]:
+    """Log a step that is done.
+
+    Returns:
+        The state without its open line, that line, and whether the step was applied.
+    """
+    line = dict(state.open_line or {})
+    applied = line.pop("applied")
+    state = replace(state, open_line=None)
+    if applied:
+        last = state.step == settings.steps
+        logged = _is_due(state.step - 1, settings.log_every, last) or "held_out" in line
+        state = append_log(state, line, logged)
+    else:
+        state = record_skipped_step(state, line, settings, log, world)
+    if not world.rank:
+        log.update(state.log_history)
+    return state, line, applied
 
 
 def _is_due(step: int, every: int, last: bool) -> bool:
@@ -259,7 +321,8 @@ def _accumulate_gradients(
     weights: Mapping[Group, float],
     micro_batches: int,
     world: World,
-    received_signals: Sequence[int],
+    signals: StopSignals,
+    watch: StepWatch,
 ) -> _StepTotals:
     """Write the gradient of the mean loss over all supervised positions of a step to .grad.
 
@@ -269,9 +332,16 @@ def _accumulate_gradients(
 
     Returns:
         Sums over all processes.
+
+    Raises:
+        StepAbandoned: after a signal to one of several processes, before the last micro-batch.
     """
     own, parts = _StepTotals(), world.size * micro_batches
     for k in range(micro_batches):
+        if k and world.size > 1:
+            for number in filter(None, world.all_gather(signals.first)):
+                raise StepAbandoned(number)
+        watch.begin_part(step, k, micro_batches)
         out, group_stats = loss_fn(step, world.rank * micro_batches + k, parts, weights)
         (out.loss * out.num_tokens).backward()  # type: ignore[no-untyped-call]
         loss, metrics = _to_floats(out)
@@ -288,7 +358,7 @@ def _accumulate_gradients(
             own.num_tokens,
             own.metric_sums,
             own.group_stats,
-            received_signals[0] if received_signals else 0,
+            signals.first,
         )
     ):
         total.add(*sums)
@@ -367,66 +437,6 @@ def _metrics_line(
     }
 
 
-def _append_log(state: TrainerState, line: Mapping[str, Any], logged: bool) -> TrainerState:
-    """Return the state with a log line, which lists the steps skipped since the line before."""
-    if not logged:
-        return state
-    since = state.log_history[-1]["step"] if state.log_history else 0
-    skipped = [one for one in state.skipped_steps if one["step"] > since]
-    entry = {k: v for k, v in line.items() if k != "left"} | (
-        {"skipped": skipped} if skipped else {}
-    )
-    return replace(state, log_history=(*state.log_history, entry))
-
-
-def _record_skipped_step(
-    state: TrainerState,
-    line: Mapping[str, Any],
-    settings: TrainingSettings,
-    folder: Path,
-    world: World,
-) -> TrainerState:
-    """Return the state with a skipped step; raise RefusedError if there were too many.
-
-    metrics.jsonl lists the skipped steps in both cases.
-    """
-    loss, norm, names = f"{line['loss']:g}", f"{line['gradient_norm']:g}", sorted(line["share"])
-    state = replace(
-        state,
-        skipped_steps=(
-            *state.skipped_steps,
-            {"step": state.step, "loss": loss, "gradient_norm": norm, "teachers": names},
-        ),
-    )
-    if len(state.skipped_steps) <= settings.max_skipped_steps:
-        if state.step < settings.steps or not state.log_history:
-            return state  # the next log line lists the step
-        return replace(
-            state,
-            log_history=(
-                *state.log_history[:-1],
-                {**state.log_history[-1], "skipped": list(state.skipped_steps)},
-            ),
-        )
-    if not world.rank:
-        storage.write_json_lines(
-            folder / "metrics.jsonl",
-            (*state.log_history, {"step": state.step, "skipped": list(state.skipped_steps)}),
-        )
-    raise RefusedError(
-        f"loss {loss}, gradient norm {norm} at step {state.step} "
-        f"(teachers: {', '.join(names)}): not applied"
-        + (
-            f", like {settings.max_skipped_steps} steps before it"
-            if settings.max_skipped_steps
-            else ""
-        ),
-        where="train",
-        remedy="lower training.learning_rate, or inspect the batch; the last checkpoint is finite "
-        "(training.max_skipped_steps: most steps to skip)",
-    )
-
-
 def _resume(
     folder: Path,
     inputs: Mapping[str, Any],
@@ -451,22 +461,3 @@ def _resume(
         checkpoints.delete_later_checkpoints(folder, state.step)
         checkpoints.delete_old_checkpoints(folder)
     return state
-
-
-@contextmanager
-def _collect_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT, so that the state is saved between steps, never inside one."""
-    received: list[int] = []
-
-    def record_signal(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-
-    try:
-        before = {s: signal.signal(s, record_signal) for s in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not the main thread (a notebook's worker), which may set no handlers
-        before = {}
-    try:
-        yield received
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)

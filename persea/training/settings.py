@@ -60,11 +60,19 @@ class TrainingSettings:
     adam_epsilon: float = 1e-8
 
     @classmethod
-    def from_section(cls, section: TrainingSection, seed: int) -> TrainingSettings:
-        """Return the settings of a recipe's section `training`."""
+    def from_section(
+        cls, section: TrainingSection, seed: int, learning_rate: float
+    ) -> TrainingSettings:
+        """Return the settings of a recipe's section `training`.
+
+        Args:
+            section: The section.
+            seed: Seed of all random generators.
+            learning_rate: The section's learning rate, or the default of the student's size.
+        """
         return cls(
             steps=section.steps,
-            learning_rate=section.learning_rate,
+            learning_rate=learning_rate,
             warmup_steps=section.warmup_steps,
             weight_decay=section.weight_decay,
             max_grad_norm=section.max_grad_norm,

@@ -15,12 +15,8 @@ from safetensors import SafetensorError
 from persea.chat.renderer import ChatRenderer
 from persea.errors import DataError, MissingRequirementError, RefusedError, StorageError
 from persea.losses import LMHead
-from persea.models.loading import (
-    ModelSource,
-    copy_tokenizer_files,
-    load_model,
-    local_tokenizer_folder,
-)
+from persea.models.loading import ModelSource, load_model, local_tokenizer_folder
+from persea.models.tokenizer_files import copy_tokenizer_files
 from persea.training.distributed.world import ParallelStrategy, World
 from persea.training.lm_head import (
     LogitScaling,

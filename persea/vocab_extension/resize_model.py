@@ -19,13 +19,14 @@ from tokenizers import Tokenizer
 from persea.chat.families import CONTROL_MARKERS
 from persea.errors import DataError, RefusedError, StorageError
 from persea.models.identity import fingerprint
+from persea.models.licence_text import copy_licence_files
 from persea.models.loading import (
     ModelSource,
-    copy_tokenizer_files,
     download_model,
     load_tokenizer,
     read_weights,
 )
+from persea.models.tokenizer_files import copy_tokenizer_files
 from persea.storage import open_atomic_folder
 from persea.tokenization.vocabulary import Vocabulary, load_vocabulary
 from persea.vocab_extension.learn_merges import (
@@ -364,6 +365,7 @@ def write_extended_model(
                 remedy="free space, then run again",
             ) from error
         copy_tokenizer_files(Path(source.model), folder)
+        copy_licence_files(Path(source.model), folder)
         (folder / "tokenizer.json").write_text(
             json.dumps(extension.tokenizer_spec, indent=2, ensure_ascii=False) + "\n",
             encoding="utf-8",

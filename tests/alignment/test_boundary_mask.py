@@ -31,6 +31,7 @@ from persea.alignment.token_order import (
 from persea.tokenization.vocabulary import BYTE_TO_CHAR, Vocabulary, load_vocabulary
 from tests.alignment.test_event_map import real_event_map, real_home
 from tests.conftest import FAMILIES, Speaker
+from tests.tokenization.test_unigram import toys as unigram_toys
 
 assert real_home  # a fixture of test_event_map: event maps are built once for all
 TEXTS = [
@@ -125,7 +126,10 @@ def byte_level(
 
 
 def sentencepiece(
-    chosen: list[tuple[int, int]], alphabet: str = "ab▁", missing: bytes = b""
+    chosen: list[tuple[int, int]],
+    alphabet: str = "ab▁",
+    missing: bytes = b"",
+    words: bool = False,
 ) -> Vocabulary:
     single = ["<unk>", *(f"<0x{b:02X}>" for b in range(256) if b not in missing)]
     pieces, merges = [*single, *alphabet], list[tuple[str, str]]()
@@ -145,6 +149,8 @@ def sentencepiece(
         )
     )
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    if words:
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
@@ -155,7 +161,13 @@ chosen = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=8)
 PATTERNS = ("", r" ?[ab]+| +(?!\S)| +", r"[ab]{1,3}| +", r"a+|b| ", r" ?a+b?| ?b+|\s+")
 toys = st.one_of(
     st.builds(byte_level, chosen, st.sampled_from(PATTERNS), st.booleans()),
-    st.builds(sentencepiece, chosen),
+    st.builds(sentencepiece, chosen, words=st.booleans()),
+)
+unigrams = st.one_of(
+    unigram_toys(),
+    unigram_toys(fallback=False),
+    unigram_toys(words=True),
+    unigram_toys(added=("bb", "ab b")),
 )
 STRINGS = [
     "".join(s) for n in range(1, 8) for s in product("ab ", repeat=n) if n < 7 or s[0] == "a"
@@ -169,6 +181,16 @@ def test_no_possible_token_is_masked(one: Vocabulary, two: Vocabulary):
     lost, seen = deleted(masks(one, two), STRINGS[::3])
     assert seen > 1000
     assert lost == 0
+
+
+@settings(max_examples=15)
+@given(one=unigrams, two=st.one_of(unigrams, toys))
+def test_no_possible_token_is_masked_with_unigram(one: Vocabulary, two: Vocabulary):
+    """The same with a lattice on one side or on both."""
+    for pair in ((one, two), (two, one)):
+        lost, seen = deleted(masks(*pair), STRINGS[::11])
+        assert seen > 200
+        assert lost == 0
 
 
 poor_bytes = st.sampled_from([b"", b"\x04\xc0\xff", b"xy", bytes(range(128, 256)) + b"y"])

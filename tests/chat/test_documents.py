@@ -151,7 +151,12 @@ def test_a_space_that_the_tokenizer_writes_is_no_byte_of_the_text(tmp_path: Path
     (tmp_path / "chat_template.jinja").unlink()
     path = tmp_path / "tokenizer.json"
     spec = json.loads(path.read_text())
-    spec["pre_tokenizer"]["add_prefix_space"] = True
+    spec["pre_tokenizer"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": True,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
     path.write_text(json.dumps(spec))
     renderer = load_renderer(ModelSource(str(tmp_path)), "w")
     tokens = renderer.render(Conversation.from_document("Hello 1 + 1"))

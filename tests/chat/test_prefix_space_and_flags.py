@@ -68,8 +68,6 @@ def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[ChatRenderer, Any]:
     """A renderer and transformers' tokenizer of the same folder."""
-    if request.param.startswith("unigram"):
-        pytest.skip("not supported yet")
     tokenizer, template = KINDS[request.param]
     folder = save_model_folder(tokenizer, template, tmp_path_factory.mktemp("model"))
     return load_renderer(str(folder)), AutoTokenizer.from_pretrained(folder)
@@ -216,3 +214,13 @@ def test_single_word_tokens_count_only_between_words(tmp_path: Path):
         assert renderer.render_prompt(asked).ids_T.tolist() == want
         separator = renderer.vocabulary.control_token_ids["SEP"]
         assert want.count(separator) == 1 + (question == " hello")
+
+
+@pytest.mark.parametrize("kind", ["phi-3", "first", "always", "byte-level prefix", "phi-4-mini"])
+def test_a_text_that_stands_alone_has_the_ids_of_the_tokenizer(kind: str, tmp_path: Path):
+    """What `persea serve` completes, and what a server's tokenizer is compared with."""
+    renderer, tokenizer = of(kind, tmp_path)
+    for text in ("hello there", " hello", "\nhello", ""):
+        ids = renderer.vocabulary.encode_alone(text)
+        assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert renderer.vocabulary.decode(renderer.vocabulary.encode(text)) == text.encode()

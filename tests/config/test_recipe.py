@@ -84,7 +84,7 @@ def test_a_short_recipe_gets_every_default(write: Any) -> None:
     assert (recipe.student.adapt, recipe.student.lora, recipe.student.sizes) == ("full", None, None)
     assert (recipe.training.steps, recipe.training.learning_rate, recipe.training.event_weight) == (
         30,
-        3e-3,
+        None,
         0.7,
     )
     assert (
@@ -1009,13 +1009,13 @@ BAD: list[tuple[str, str, str, str]] = [
         "no source",
         TWO + "corpus: [{skill: code}]\n",
         "3:10",
-        "corpus.0: neither `generate` nor `file` nor `texts` -> add `generate: 1000`, ",
+        "corpus.0: neither `generate` nor `file`, `hub` or `texts` -> add `generate: 1000`, ",
     ),
     (
-        "wrong file",
-        TWO + "corpus: [{skill: code, file: a.csv}]\n",
-        "3:24",
-        "is not .jsonl -> one JSON object a line",
+        "columns of nothing",
+        TWO + "corpus: [{skill: code, generate: 3, columns: {prompt: q}}]\n",
+        "",
+        "given, but no `file` or `hub`",
     ),
     (
         "mode nobody knows",

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persea.chat.messages import Conversation, Message, Role, Text, ThinkingEffort
-from persea.data.formats import MALFORMED_PREFIX_BYTES, MAX_LINE_BYTES, read_prompts
+from persea.data.formats import MAX_LINE_BYTES, read_prompts
 from persea.data.prompts import (
     GOLDEN_RATIO_STEP,
     SILVER_RATIO_STEP,
@@ -25,6 +25,7 @@ from persea.data.prompts import (
     build_corpus,
     pick_by_share,
 )
+from persea.data.tables import PREFIX_BYTES
 from persea.errors import DataError
 
 
@@ -266,28 +267,28 @@ def test_every_line_comes_out_once(
         ('{"prompt": "cut \\ud83d emoji"}', "surrogates not allowed"),
         ('{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}", "not JSON"),
         ('{"prompt": "a", "id": ' + "9" * 5000 + "}", "not JSON"),
-        ("[]", "neither `prompt` nor `messages`"),
-        ('"prompt"', "neither"),
-        ("3", "neither"),
-        ('{"text": "a"}', "neither"),
-        ('{"prompt": null}', "`prompt` is not a text"),
-        ('{"prompt": ["a"]}', "`prompt` is not a text"),
-        ('{"prompt": "a", "answer": 3}', "`answer` is not a text"),
-        ('{"messages": []}', "no user turn"),
-        ('{"messages": null}', "no user turn"),
-        ('{"messages": "Hi"}', "no user turn"),
+        ("[]", "a row is list"),
+        ('"prompt"', "a row is str"),
+        ("3", "a row is int"),
+        ('{"text": "a"}', "`text` alone"),
+        ('{"prompt": null}', "the row has nothing"),
+        ('{"prompt": ["a"]}', "the user's turn is list"),
+        ('{"prompt": "a", "answer": 3}', "content is int, not a text"),
+        ('{"messages": []}', "list of messages is empty"),
+        ('{"messages": null}', "the row has nothing"),
+        ('{"messages": "Hi"}', "the messages are str"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "no user turn"),
         ('{"messages": [{"role": "system", "content": "a"}]}', "no user turn"),
         (
             '{"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}',
-            "message 2 has role 'tool'",
+            "a tool result without a call",
         ),
         (
             '{"messages": [{"role": "user", "content": [{"type": "text"}]}]}',
-            "message 1 has role 'user' and content list",
+            "a text part of its content has no text",
         ),
-        ('{"messages": [{"content": "a"}]}', "message 1 has role None"),
-        ('{"messages": ["a"]}', "message 1 has role None"),
+        ('{"messages": [{"content": "a"}]}', "message 1: a message has role None"),
+        ('{"messages": ["a"]}', "message 1: a message is str"),
     ],
 )
 def test_a_malformed_line_is_refused_with_its_number(tmp_path: Path, line: Any, reason: str):
@@ -296,7 +297,7 @@ def test_a_malformed_line_is_refused_with_its_number(tmp_path: Path, line: Any, 
     assert next(prompts).conversation == Conversation.from_question("fine")
     with pytest.raises(DataError, match=reason) as caught:
         next(prompts)
-    assert caught.value.where == f"{path}:3"
+    assert caught.value.where.startswith(f"{path}:3")
     assert caught.value.remedy
     assert len(str(caught.value)) < 1000
 
@@ -327,7 +328,7 @@ def test_a_malformed_line_is_quarantined_with_a_callback(tmp_path: Path):
         "not JSON",
         "surrogates not allowed",
         "not JSON",
-        "neither `prompt` nor",
+        "`text` alone",
         "16,777,230 bytes",
     )
     for one, reason in zip(aside, reasons, strict=True):
@@ -335,7 +336,7 @@ def test_a_malformed_line_is_quarantined_with_a_callback(tmp_path: Path):
     assert [b.num_bytes for b in aside] == [len(lines[n - 1]) for n in (2, 3, 4, 5, 7, 8)]
     assert (aside[1].prefix, len(aside[-1].prefix)) == (
         '{"prompt": "\\xff"}',
-        MALFORMED_PREFIX_BYTES,
+        PREFIX_BYTES,
     )
     assert len(got) + len(aside) == sum(1 for line in lines if line)
 
@@ -387,8 +388,8 @@ def test_teacher_and_effort_are_independent():
 
 
 def test_a_missing_file_is_refused(tmp_path: Path):
-    for path in (tmp_path / "none.jsonl", tmp_path):
-        with pytest.raises(DataError, match="cannot read prompts") as caught:
+    for path, why in ((tmp_path / "none.jsonl", "no such file"), (tmp_path, "holds no table")):
+        with pytest.raises(DataError, match=why) as caught:
             next(read_prompts(path, "skill", "en"))
         assert caught.value.where == str(path)
 

@@ -24,14 +24,13 @@ from persea.evaluation.compatibility import (
     MAX_TEMPLATE_EXCESS_BITS_PER_BYTE,
     ConversationSample,
     PairCompatibility,
-    RetainedMassFunction,
     TemplateLikelihood,
     check_pair,
-    make_retained_mass,
     measure_template_likelihood,
     read_texts,
     refuse_incompatible,
 )
+from persea.evaluation.retained_mass import RetainedMassFunction, make_retained_mass
 from persea.models.loading import ModelSource, load_model, load_renderer
 from persea.tasks import generated as skills
 from persea.tasks.task import Split

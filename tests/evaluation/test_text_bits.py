@@ -20,7 +20,8 @@ from persea.evaluation.text_bits import (
     split_documents,
 )
 from tests.evaluation.test_answering import Counting, evaluated
-from tests.teachers.test_teacher import opened, teacher
+from tests.teachers.engines.test_transformers import opened
+from tests.teachers.test_teacher import teacher
 
 TEXTS = (
     "Tiga puluh dua ribu orang.\nDan satu lagi.",

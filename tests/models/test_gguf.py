@@ -361,7 +361,9 @@ def test_an_unknown_architecture_is_refused(tmp_path: Path, write: Write, models
         f"tokenizer.{k}": v
         for k, v in tokenizer_metadata(models("llama")[0].folder, "llama-bpe").items()
     }
-    path = write_file(tmp_path / "m.gguf", "plamo9", values, {"token_embd.weight": EXTRA})
+    rows = len(values["tokenizer.ggml.tokens"])
+    embedding = np.zeros((rows, 4), np.float32)
+    path = write_file(tmp_path / "m.gguf", "plamo9", values, {"token_embd.weight": embedding})
     assert load_renderer(str(path)).family.name == "llama"
     with pytest.raises(DataError, match=r"transformers cannot load .* architecture 'plamo9'"):
         gguf_model.model_folder(path, "w")

@@ -32,7 +32,6 @@ from persea.losses import event_kl_loss
 from persea.models.identity import model_warnings
 from persea.models.loading import (
     ModelSource,
-    copy_tokenizer_files,
     download_model,
     eos_token_ids,
     load_model,
@@ -41,12 +40,13 @@ from persea.models.loading import (
     resolve_model_source,
 )
 from persea.models.random_init import random_init
+from persea.models.tokenizer_files import copy_tokenizer_files
 from persea.teachers.engines.transformers import TransformersEngine
 from persea.teachers.teacher import Answer
 from persea.training.dataset import DistillDataset, build_dataset
 from persea.training.student import StudentModel
 from tests.chat.families.test_generic import END, HEAD, ROLES, TURN, folder_of
-from tests.conftest import FAMILIES, Speaker
+from tests.conftest import Speaker
 from tests.models.conftest import SIZES, configure
 from tests.training.test_dataset import one as single
 
@@ -120,8 +120,9 @@ def test_a_renderer_depends_on_its_folder_and_date(tiny: Speaker):
         load_renderer(ModelSource(str(tiny.folder)), "w", template_date=date(2026, 1, 1)).digest
         != renderer.digest
     )
-    other = FAMILIES[FAMILIES.index(renderer.family.name) - 1]
-    assert load_renderer(ModelSource(str(tiny.folder), family=other), "w").family.name == other
+    generic = load_renderer(ModelSource(str(tiny.folder), family="generic"), "w")
+    assert generic.family.name == "generic" != renderer.family.name
+    assert generic.digest != renderer.digest
     assert (
         load_renderer(ModelSource("random", tokenizer=str(tiny.folder)), "w").digest
         == renderer.digest
@@ -192,11 +193,24 @@ def test_a_chat_template_that_cannot_be_read_is_refused(copy: Path, content: byt
         load_renderer(ModelSource(str(copy), chat_template=str(path)), "w")
 
 
-def test_several_chat_templates_are_refused(copy: Path):
+def test_of_several_chat_templates_the_default_is_taken(copy: Path):
+    before = load_renderer(str(copy))
     (copy / "additional_chat_templates").mkdir()
     (copy / "additional_chat_templates" / "tool_use.jinja").write_text("x")
-    with pytest.raises(DataError, match="several chat templates"):
+    renderer = load_renderer(str(copy))
+    assert renderer.digest == before.digest
+    assert "several chat templates (default, tool_use)" in renderer.family.limitations
+    assert "several" not in before.family.limitations
+
+
+def test_several_chat_templates_without_a_default_are_refused(copy: Path):
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    config["chat_template"] = [{"name": name, "template": "x"} for name in ("tool_use", "rag")]
+    (copy / "tokenizer_config.json").write_text(json.dumps(config))
+    (copy / "chat_template.jinja").unlink()
+    with pytest.raises(DataError, match="none called default: rag, tool_use") as caught:
         load_renderer(ModelSource(str(copy)), "w")
+    assert "chat_template.jinja" in caught.value.remedy
 
 
 def test_a_chat_template_that_does_not_compile_is_refused(copy: Path):

@@ -13,7 +13,7 @@ from persea.config.recipe import load_recipe
 from persea.errors import RefusedError
 from persea.pipeline import stages
 from persea.pipeline.run_context import RunContext
-from persea.tasks.generated import LANGUAGES_TASK
+from persea.tasks.generated.languages import LANGUAGES_TASK
 from persea.tasks.task import Split
 from tests.cli.test_cli import SAPLINGS, recipe
 

@@ -13,12 +13,10 @@ import pytest
 
 from persea.config.recipe import load_recipe
 from persea.errors import DataError, RefusedError
-from persea.pipeline.plan import (
-    SAMPLED_BYTES_PER_TOKEN,
-    TOPK_BYTES_PER_TOKEN,
-    plan_run,
-    training_bytes,
-)
+from persea.models.loading import ModelSource
+from persea.models.sizes import read_model_size
+from persea.pipeline.cost import training_bytes
+from persea.pipeline.plan import SAMPLED_BYTES_PER_TOKEN, TOPK_BYTES_PER_TOKEN, plan_run
 from persea.pipeline.run_context import RunContext
 from tests.cli.test_cli import SAPLINGS, STAGES, flowed_copy, recipe, tree
 
@@ -97,11 +95,11 @@ def test_answers_are_counted_and_the_disk_is_enough(tmp_path: Path) -> None:
     assert units < used < told.disk_bytes < told.disk_free
     work = {c.stage: c.work for c in told.stages}
     assert work["audition"] == "at most 48 answers by 3 teachers and the student's base"
-    assert work["capture"] == "72 answers, at most 0.00 GB"
-    assert work["train"] == "8 steps of 4 conversations"
+    assert work["capture"].startswith("72 answers, at most 0.00 GB, at most ")
+    assert work["train"].startswith("8 steps of 4 conversations, learning rate 0.003, at most ")
     assert work["evaluate"] == "120 answers by 5 models"
     assert [r[0] for r in told.table_rows()] == [*STAGES, "total"]
-    assert told.table_rows()[-1][2].startswith("240 answers, at most 0.0")
+    assert told.table_rows()[-1][2].startswith("240 answers, about 0.0")
     assert told.to_json()["stages"][0] == {
         "stage": "check",
         "state": "up to date",
@@ -158,16 +156,18 @@ def test_a_run_that_the_disk_cannot_hold_is_refused(
 @pytest.mark.parametrize("rank", [1, 8])
 def test_checkpoints_of_adapters_are_counted_as_adapters(tmp_path: Path, rank: int) -> None:
     """A checkpoint of LoRA holds the matrices that are trained; these are counted from shapes."""
-    from persea.config.schema import LoraSection, StudentSection
-    from persea.models.loading import ModelSource, load_renderer
+    from persea.config.schema import LoraSection, StudentSection, TrainingSection
+    from persea.models.loading import load_renderer
     from persea.training.student import LoraSettings, load_student
 
     model = str(SAPLINGS / "llama-sapling")
     lora = LoraSection(rank=rank, alpha=2, targets=("q_proj", "v_proj"))
+    size, many = read_model_size(ModelSource(model)), TrainingSection(steps=1000)
     full, adapted = (
-        training_bytes(StudentSection(model=model, **more))
+        training_bytes(size, StudentSection(model=model, **more), many)
         for more in ({}, {"adapt": "lora", "lora": lora})
     )
+    assert size is not None and full is not None and adapted is not None
     student = load_student(
         ModelSource(model),
         load_renderer(ModelSource(model), "student"),
@@ -175,8 +175,9 @@ def test_checkpoints_of_adapters_are_counted_as_adapters(tmp_path: Path, rank: i
         0,
     )
     num_trained = sum(p.numel() for p in student.trainable_parameters)
-    num_weights = full // (4 * (1 + 3 * 3))
-    assert adapted == 4 * (num_weights + 3 * 3 * num_trained)
+    num_weights = size.num_parameters
+    assert full == 4 * 3 * 3 * num_weights  # three checkpoints, while the oldest is not deleted yet
+    assert adapted == 4 * max(3 * 3 * num_trained, 2 * 3 * num_trained + num_weights)
     assert adapted < full / 3
 
 
@@ -185,22 +186,87 @@ def test_weights_in_half_precision_are_counted_once(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from persea.config.schema import StudentSection
+    from persea.config.schema import StudentSection, TrainingSection
 
     sizes = []
     for dtype in (torch.float32, torch.float16):
         folder = tmp_path / str(dtype)
         folder.mkdir()
         save_file({"a.weight": torch.zeros(3, 5, dtype=dtype)}, folder / "model.safetensors")
-        sizes.append(training_bytes(StudentSection(model=str(folder))))
-    assert sizes == [4 * 15 * (1 + 3 * 3)] * 2
+        size = read_model_size(ModelSource(str(folder)))
+        student, training = StudentSection(model=str(folder)), TrainingSection(steps=1000)
+        sizes.append(training_bytes(size, student, training))
+    assert sizes == [4 * 15 * 3 * 3] * 2
+
+
+def peak_bytes(folder: Path, change: Any, *overrides: str) -> tuple[int, int]:
+    """(sum of the files at the peak, what plan said) of a run that is watched at every write."""
+    from persea import storage
+    from persea.pipeline.stages import run_pipeline
+    from tests.disks import Watched
+
+    class Weighing(Watched):
+        peak = 0
+
+        def step(self, *what: Any) -> None:
+            if what[0] in ("replace", "remove", "sync_folder"):
+                files = (p for p in (folder / "run").rglob("*") if p.is_file())
+                self.peak = max(self.peak, sum(p.stat().st_size for p in files))
+
+    disk = Weighing()
+    planned = plan_run(river(folder, *overrides)).disk_bytes
+    change(storage, "DISK", disk)
+    run_pipeline(river(folder, *overrides), lambda *told: None, "train")
+    files = (p for p in (folder / "run").rglob("*") if p.is_file())
+    return max(disk.peak, sum(p.stat().st_size for p in files)), planned
+
+
+@pytest.mark.parametrize("checkpoint_every", [3, 4, 8])
+def test_the_disk_is_told_to_15_percent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint_every: int
+) -> None:
+    """One, two or three checkpoints and the student, measured on a real training."""
+    flowed_copy(tmp_path, "check", "audition", "capture")
+    peak, planned = peak_bytes(
+        tmp_path, monkeypatch.setattr, f"training.checkpoint_every={checkpoint_every}"
+    )
+    assert planned == pytest.approx(peak, rel=0.15)
+
+
+def test_a_model_without_weights_has_the_size_of_its_configuration(tmp_path: Path) -> None:
+    for name in ("llama-sapling", "gemma-sapling", "gpt-oss-sapling"):
+        folder = tmp_path / name
+        folder.mkdir()
+        shutil.copy(SAPLINGS / name / "config.json", folder)
+        whole, bare = (read_model_size(ModelSource(str(f))) for f in (SAPLINGS / name, folder))
+        assert whole is not None and bare is not None
+        assert (bare.num_parameters, bare.hidden, bare.layers) == (
+            whole.num_parameters,
+            whole.hidden,
+            whole.layers,
+        )
+    assert read_model_size(ModelSource(str(tmp_path / "nowhere"))) is None
+
+
+def test_cost_is_told_with_how_it_was_got(tmp_path: Path) -> None:
+    recipe(tmp_path)
+    told = plan_run(river(tmp_path))
+    for stage in ("capture", "train"):
+        assert told.costs[stage].seconds > 0
+        assert told.costs[stage].memory_bytes > 6e8
+        assert told.costs[stage].tokens > 1000
+    assert "matrix product measured just now" in told.notes[0]
+    assert not any("warning" in note for note in told.notes)
+    assert told.notes[-1].startswith("persea pilot would try 3 teachers with 8 steps each, about ")
+    (warned, _) = plan_run(river(tmp_path, "training.learning_rate=0.1")).notes[1:]
+    assert warned.startswith("warning: training.learning_rate 0.1 is high for a student of 0.8 M")
 
 
 def test_a_gguf_file_is_counted_like_the_folder_it_was_written_from(tmp_path: Path) -> None:
     """Its matrices have other names, which `lora.targets` does not use."""
     from transformers import AutoModelForCausalLM
 
-    from persea.config.schema import LoraSection, StudentSection
+    from persea.config.schema import LoraSection, StudentSection, TrainingSection
     from tests.gguf_files import write_gguf
 
     folder = SAPLINGS / "llama-sapling"
@@ -208,5 +274,15 @@ def test_a_gguf_file_is_counted_like_the_folder_it_was_written_from(tmp_path: Pa
     path = write_gguf(tmp_path / "x.gguf", model, folder, "llama-bpe")
     lora = LoraSection(rank=4, alpha=2, targets=("q_proj", "o_proj", "down_proj"))
     for more in ({}, {"adapt": "lora", "lora": lora}):
-        sizes = {training_bytes(StudentSection(model=str(m), **more)) for m in (folder, path)}
+        sizes = {
+            training_bytes(
+                read_model_size(ModelSource(str(m))),
+                StudentSection(model=str(m), **more),
+                TrainingSection(),
+            )
+            for m in (folder, path)
+        }
         assert len(sizes) == 1 and sizes != {0}
+    whole, gguf = (read_model_size(ModelSource(str(m))) for m in (folder, path))
+    assert whole is not None and gguf is not None
+    assert (gguf.hidden, gguf.layers) == (whole.hidden, whole.layers)

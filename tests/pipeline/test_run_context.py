@@ -374,14 +374,14 @@ def test_the_student_speaks_with_its_new_weights_and_its_base_with_the_old(tmp_p
     assert student.renderer is base.renderer is one.models.student_renderer
 
 
-def test_a_parent_has_the_licence_of_the_recipe_or_of_its_family(tmp_path: Path) -> None:
+def test_a_parent_has_the_licence_of_the_recipe_or_of_its_own_card(tmp_path: Path) -> None:
     teachers = [TINY["teachers"][0] | {"licence": "MIT"}, *TINY["teachers"][1:]]
     one = river(tmp_path, teachers=teachers)
     qwen, gemma, base = (
         one.models.lineage_parent(n) for n in ("qwen-sapling", "gemma-sapling", BASE)
     )
     assert (qwen.licence, qwen.family, qwen.model) == ("MIT", "qwen", "qwen-sapling")
-    assert gemma.licence == one.models.renderers["gemma-sapling"].family.licence != ""
+    assert gemma.licence == "apache-2.0"
     assert base.model == "llama-sapling"
 
 

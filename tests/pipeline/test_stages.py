@@ -26,11 +26,10 @@ FILES = {
     "lineage": {"lineage.json"},
     "audition": {
         "cast.json",
-        *(
-            f"{t}.{s}.jsonl"
-            for t in ("qwen-sapling", "gemma-sapling", "gpt-oss-sapling")
-            for s in ("languages", "code", "reasoning")
-        ),
+        "table.md",
+        # each pinned teacher, and the base on the same questions
+        *(f"{teacher}.{skill}.jsonl" for skill, teacher in TINY["audition"]["pinned"].items()),
+        *(f"base.{skill}.jsonl" for skill in TINY["audition"]["pinned"]),
     },
     "train": {
         "metrics.jsonl",
@@ -284,7 +283,7 @@ def test_killed_while_it_trains_it_goes_on_to_the_same_student(tmp_path: Path) -
 
 def test_stopped_while_it_captures_it_says_so_and_goes_on(tmp_path: Path) -> None:
     run = flowed_copy(tmp_path, "check", "audition") / "run"
-    for words, number in (("capture  11%", signal.SIGINT), ("capture  44%", signal.SIGTERM)):
+    for words, number in ((" 8/72 prompts", signal.SIGINT), (" 32/72 prompts", signal.SIGTERM)):
         running = start("capture", "tiny.yaml", "--out", "run", folder=tmp_path)
         running.signal_when(words, number)
         ended = running.wait()

@@ -32,7 +32,7 @@ def said(folder: Path) -> dict[str, Any]:
 
 def test_it_goes_through_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[tuple[str, float, str]] = []
-    clock = iter(range(1000))
+    clock = iter(range(0, 3000, 3))
     monkeypatch.setattr(module.time, "monotonic", lambda: float(next(clock)))
     with (
         store.lock_run_folder(tmp_path),
@@ -53,7 +53,7 @@ def test_it_goes_through_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
         )
         assert now.lock_holder.startswith(f"pid {os.getpid()} on ")
         assert now.seconds_left is not None
-        assert 0 < now.seconds_left < 20
+        assert 0 < now.seconds_left < 60
         store.write_json_with_checksum(
             tmp_path / "train" / "done.json",
             {"key": "k", "version": STAGE_VERSIONS["train"], "seconds": 12.5, "outputs": {}},

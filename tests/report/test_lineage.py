@@ -89,6 +89,17 @@ def test_the_record_of_a_run_is_that_of_its_files() -> None:
     assert [t["model"] for t in record["teachers"]] == [
         Path(t["model"]).name for t in TINY["teachers"]
     ]
+    verdict = record["licences"]
+    assert (verdict["outcome"], verdict["student_name"], verdict["duties"]) == ("ok", "tiny", [])
+    assert verdict["licences"] == {
+        name: ["Apache-2.0"] for name in ("student", *(t["name"] for t in record["teachers"]))
+    }
+    notice = (folder / "run" / "lineage" / "NOTICE").read_text()
+    assert notice.startswith("tiny\n") and "base: llama-sapling (Apache-2.0)" in notice
+    student = folder / "run" / "train" / "student"
+    assert (student / "NOTICE").read_text() == notice
+    card = (folder / "run" / "report" / "README.md").read_text()
+    assert (student / "README.md").read_text() == card and "## Licences" in card
     assert not re.search(
         r"\"/|\./", json.dumps(record)
     )  # it travels with the student: no path of this machine

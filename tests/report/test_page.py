@@ -16,6 +16,8 @@ import pytest
 import yaml
 
 from persea.chat.messages import ThinkingEffort
+from persea.licences.table import Relation
+from persea.licences.verdict import LicensedInput, Release, resolve_licences
 from persea.pipeline.stage_keys import STAGE_VERSIONS
 from persea.report.page import write_report
 from persea.storage import write_json_with_checksum
@@ -890,6 +892,23 @@ def test_card_never_invents_a_licence(
     write_report(run)
     front = yaml.safe_load((run / "report" / "README.md").read_text().split("---\n")[1])
     assert {k: v for k, v in front.items() if k.startswith("license")} == expected
+
+
+def test_card_shows_the_verdict_on_the_licences(run: Path) -> None:
+    verdict = resolve_licences(
+        [
+            LicensedInput("student", Relation.BASE, ("llama3.1",)),
+            LicensedInput("asked", Relation.TEACHER),
+        ],
+        Release(recipe_name="avocado"),
+        {"asked": "J. Doe, 2026-11-30 | ours"},
+    )
+    change(run / "lineage" / "lineage.json", lambda v: v.update(licences=verdict.to_json()))
+    write_report(run)
+    card = (run / "report" / "README.md").read_text()
+    assert "Check for commercial use: ok with duties. Name of the student: Llama-avocado." in card
+    assert '- name: the student\'s name begins with "Llama" (because of student)\n' in card
+    assert "- decided for asked: J. Doe, 2026-11-30 \\| ours\n" in card
 
 
 def test_card_keeps_folders_of_this_disk_to_itself(run: Path) -> None:

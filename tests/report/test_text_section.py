@@ -12,6 +12,7 @@ import pytest
 from persea.errors import DataError
 from persea.evaluation.text_report import TextReport
 from persea.report.page import write_report
+from persea.report.run_files import read_graded_answers
 from persea.report.text_section import (
     end_bits_sentence,
     read_text_report,
@@ -108,7 +109,7 @@ def test_a_run_without_questions_has_a_page(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     path = run / "evaluate" / "evaluation.json"
     evaluation = json.loads(path.read_text())
-    empty = {"scores": [], "compared": [], "regressions": [], "bits_per_byte": {}}
+    empty: dict[str, Any] = {"scores": [], "compared": [], "regressions": [], "bits_per_byte": {}}
     path.write_text(json.dumps(evaluation | empty))
     (run / "evaluate" / "examples.jsonl").write_text("")
     write_texts(run)
@@ -116,6 +117,16 @@ def test_a_run_without_questions_has_a_page(tmp_path: Path) -> None:
     assert "Held-out texts" in page
     assert "Scores by skill and model" not in page
     assert "Example" not in page.partition("<main>")[2].partition("Recipe")[0]
+
+
+def test_runs_of_texts_alone_are_not_compared_by_answers(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "evaluate" / "examples.jsonl").write_text("")
+    with pytest.raises(DataError, match="holds no answer"):
+        read_graded_answers(run)
+    write_texts(run)
+    with pytest.raises(DataError, match="measured on held-out texts alone"):
+        read_graded_answers(run)
 
 
 def test_a_broken_result_is_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ def documents(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Bits of student, base and teacher: the student gained `gained` bits a byte of `gap`."""
     rng = np.random.default_rng(seed)
-    bytes_N = np.round(np.exp(rng.normal(4.8, 0.6, n)))
+    bytes_N = np.round(np.exp(rng.normal(4.8, 0.6, n))).astype(np.float64)
     base_N = bytes_N * (2.5 + 0.3 * rng.normal(size=n))
     student_N = base_N - bytes_N * (gained + 0.08 * rng.normal(size=n))
     teacher_N = base_N - bytes_N * (gap + 0.2 * rng.normal(size=n))

@@ -30,6 +30,7 @@ from persea.tokenization.vocabulary import (
     load_vocabulary,
 )
 from tests.conftest import REAL, Speaker
+from tests.tokenization.traits import unigram
 
 TRAINING = [
     "the cat sat on the mat",
@@ -320,35 +321,25 @@ def wordpiece() -> Tokenizer:
     return tokenizer
 
 
-def unigram(fallback: bool) -> Tokenizer:
-    byte_tokens = [f"<0x{b:02X}>" for b in range(256)]
-    pieces = [
-        ("<unk>", 0.0),
-        *((t, -9.0) for t in byte_tokens),
-        *((c, -3.0) for c in "▁abcdefghijklmnopqrstuvwxyz"),
-        ("▁the", -1.0),
-    ]
-    tokenizer = Tokenizer(models.Unigram(pieces, 0, fallback))
-    if not fallback:
-        tokenizer.pre_tokenizer, tokenizer.decoder = (
-            pre_tokenizers.Metaspace(),
-            decoders.Metaspace(),
-        )
-        return tokenizer
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+def lossy_unigram() -> Tokenizer:
+    """T5's form, which joins white space."""
+    tokenizer = unigram("metaspace always")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
     )
     return tokenizer
 
 
 REFUSED = {
     "wordpiece": (wordpiece, "WordPiece"),
-    "unigram": (lambda: unigram(False), "Unigram"),
-    "unigram with byte fallback": (lambda: unigram(True), "Unigram"),
+    "decomposed": (lambda: byte_level(normalizer=normalizers.NFD()), "changes texts by NFD"),
+    "T5": (lossy_unigram, "changes texts by WhitespaceSplit"),
     "words": (lambda: Tokenizer(models.WordLevel({"a": 0}, "a")), "WordLevel"),
     "sentencepiece without bytes": (lambda: sentencepiece(fallback=False), "neither byte-level"),
-    "lower case": (lambda: byte_level(normalizer=normalizers.Lowercase()), "byte 0"),
+    "lower case": (
+        lambda: byte_level(normalizer=normalizers.Lowercase()),
+        "byte 0 .* by Lowercase",
+    ),
     "compatibility forms": (lambda: byte_level(normalizer=normalizers.NFKC()), "byte "),
 }
 
@@ -359,7 +350,8 @@ def test_tokenizers_whose_bytes_cannot_be_known_are_refused(case: str):
     with pytest.raises(DataError, match=reason) as caught:
         load_vocabulary(make(), "odd/model")
     assert caught.value.where == "odd/model"
-    assert caught.value.remedy
+    assert "model: text_only" in caught.value.remedy
+    assert "leave the text out" not in caught.value.remedy, "the text is persea's own probe"
 
 
 def test_a_vocabulary_that_lacks_bytes_opens_and_refuses_only_the_texts_that_need_them():

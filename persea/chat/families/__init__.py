@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from persea.chat.families.gemma import GEMMA, GEMMA4
+from persea.chat.families.gemma import GEMMA, GEMMA4, GEMMA4_CURRENT
 from persea.chat.families.gpt_oss import GPT_OSS
 from persea.chat.families.llama import LLAMA
-from persea.chat.families.qwen import QWEN, QWEN3_CODER, QWEN25, QWEN35, QWQ
+from persea.chat.families.qwen import QWEN, QWEN3_CODER, QWEN25, QWQ
+from persea.chat.families.qwen35 import QWEN35, QWEN35_ALL_THOUGHTS, QWEN38
 from persea.chat.family import Family
 from persea.errors import DataError
 from persea.tokenization.vocabulary import Vocabulary
@@ -16,9 +17,12 @@ FAMILIES = (
     QWEN25,
     QWEN3_CODER,
     QWEN35,
+    QWEN35_ALL_THOUGHTS,
+    QWEN38,
     QWQ,
     GEMMA,
     GEMMA4,
+    GEMMA4_CURRENT,
     GPT_OSS,
 )
 
@@ -26,33 +30,42 @@ FAMILIES = (
 CONTROL_MARKERS = tuple(dict.fromkeys(m for f in FAMILIES for m in f.control_markers))
 
 
-def get_family(name: str) -> Family:
-    """Return the family of that name.
+def get_families(name: str) -> tuple[Family, ...]:
+    """Return the family of that name; several, one for each generation of its template, in order.
 
     Raises:
         DataError: No family has that name; the message lists the known ones.
     """
-    for family in FAMILIES:
-        if family.name == name:
-            return family
-    raise DataError(
-        f"unknown family {name!r}",
-        remedy=f"known families: {', '.join(f.name for f in FAMILIES)}; or generic",
-    )
+    found = tuple(f for f in FAMILIES if f.name == name)
+    if not found:
+        names = ", ".join(dict.fromkeys(f.name for f in FAMILIES))
+        raise DataError(f"unknown family {name!r}", remedy=f"known families: {names}; or generic")
+    return found
 
 
-def detect_family(vocabulary: Vocabulary, template_text: str) -> Family | None:
-    """Return the family whose signature token and template signature a model has.
+def get_family(name: str) -> Family:
+    """Return the family of that name, the first generation of its template.
 
-    Of several families the one with the longest template signature wins. None where no family fits
-    or two fit equally well: such a model gets an inferred family (`generic.py`), never a guess.
+    Raises:
+        DataError: No family has that name; the message lists the known ones.
     """
-    candidates = [
-        f
-        for f in FAMILIES
-        if f.signature_token in vocabulary.control_token_ids
-        and f.template_signature in template_text
-    ]
-    longest = max((len(f.template_signature) for f in candidates), default=0)
-    best = [f for f in candidates if len(f.template_signature) == longest]
-    return best[0] if len(best) == 1 else None
+    return get_families(name)[0]
+
+
+def candidate_families(vocabulary: Vocabulary, template_text: str) -> tuple[Family, ...]:
+    """Return the families whose signature token and template signature a model has.
+
+    The longest template signature comes first. Other models borrow control tokens and pieces of
+    templates, so a candidate is taken only if it is proven, see `persea.chat.probing`.
+    """
+    return tuple(
+        sorted(
+            (
+                f
+                for f in FAMILIES
+                if f.signature_token in vocabulary.control_token_ids
+                and f.template_signature in template_text
+            ),
+            key=lambda f: -len(f.template_signature),
+        )
+    )

@@ -25,9 +25,10 @@ Gemma 4 has other control tokens, a system turn, a thinking switch, and its own 
 
 A call and its result belong to one turn of the model, which ends a call with <|tool_response>.
 Arguments are written key by key in sorted order: a call has no byte offsets, and `normalise_gemma4`
-sorts it. The template keeps a thought only in a turn with a call after the last question. Without
-thinking its prompt ends with an empty thought that its finished conversations leave out: see
-`Family.prompt_only_suffix`.
+sorts it. The first templates keep a thought only in a turn with a call after the last question;
+that of July 2026 (`GEMMA4_CURRENT`) keeps every thought after it, and opens a thought behind a
+tool's result. Without thinking the prompt of some versions ends with an empty thought that their
+finished conversations leave out: see `Family.prompt_only_suffix`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from persea.chat.families.llama import parse as parse_text
@@ -87,10 +89,14 @@ def parse(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, .
     return parse_text(pieces, effort)
 
 
-def normalise_gemma4(conversation: Conversation) -> Conversation:
+def normalise_gemma4(conversation: Conversation, only_before_calls: bool = True) -> Conversation:
     """Trim texts, sort arguments, and drop most thoughts.
 
-    Thoughts are kept in turns with calls after the last question if thinking is on.
+    Thoughts are kept after the last question if thinking is on.
+
+    Args:
+        conversation: The conversation to normalise.
+        only_before_calls: Keep them in turns with calls only.
     """
     last_question = max(
         (k for k, m in enumerate(conversation.messages) if m.role is Role.USER), default=-1
@@ -100,7 +106,9 @@ def normalise_gemma4(conversation: Conversation) -> Conversation:
         if isinstance(p, Thinking):
             return (
                 p.text
-                if m.calls and k > last_question and conversation.effort is not ThinkingEffort.NONE
+                if (m.calls or not only_before_calls)
+                and k > last_question
+                and conversation.effort is not ThinkingEffort.NONE
                 else ""
             )
         return p.text if isinstance(p, ToolResult) else p.text.strip()
@@ -183,9 +191,14 @@ def _write_call(call: ToolCall) -> Iterator[str]:
 
 
 def parse_gemma4(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
-    """Parse [<|channel> thought <channel|>] and a text or calls."""
+    """Parse [<|channel> thought <channel|>] and a text or calls.
+
+    Behind a tool's result the current template opens the thought in the prompt.
+    """
     parts: list[ContentPart] = []
     rest = list(pieces)
+    if "<|channel>" not in rest and "<channel|>" in rest and effort is not ThinkingEffort.NONE:
+        rest = ["<|channel>", b"thought\n", *rest]
     if rest[:1] == ["<|channel>"]:
         if "<channel|>" not in rest:
             return None
@@ -271,7 +284,6 @@ def _random_config(common: dict[str, Any], sizes: Mapping[str, int]) -> Pretrain
 
 GEMMA = Family(
     name="gemma",
-    licence="Gemma Terms of Use",
     signature_token="<start_of_turn>",
     efforts=(ThinkingEffort.NONE,),
     stop_tokens=("<end_of_turn>", "<eos>"),
@@ -288,7 +300,6 @@ GEMMA = Family(
 )
 GEMMA4 = Family(
     name="gemma-4",
-    licence="Apache-2.0",
     signature_token="<|turn>",
     efforts=(ThinkingEffort.NONE, ThinkingEffort.HIGH),
     stop_tokens=("<turn|>", "<|tool_response>", "<eos>"),
@@ -298,4 +309,9 @@ GEMMA4 = Family(
     prompt_only_suffix="<|channel>thought\n<channel|>",
     is_tool_text_verbatim=verbatim_except_calls,
     thought_ends=(("<channel|>",),),
+)
+GEMMA4_CURRENT = replace(
+    GEMMA4,
+    normalise=partial(normalise_gemma4, only_before_calls=False),
+    template_version="2026-07",
 )

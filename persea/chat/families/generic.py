@@ -1,166 +1,456 @@
-"""Infer the family of an unknown model from its own chat template: no thinking, no tools.
+"""Infer the family of an unknown model from its own chat template: thoughts, but no tools.
 
-The facts that a family's file states are found here by rendering probe conversations whose texts
-are placeholders and reading the text around the placeholders.
+`persea.chat.template_probing` finds out by rendering what the file of a family states. Here the
+findings become a `Family` and a template whose prompts are prefixes of its conversations:
 
-    stop token     the control token after an answer; if the template leaves the last answer open,
-                   the token before the next question, provided that the model's configuration
-                   declares it as end of text
-    strip rules    the white space that the template strips from a text, by role
-    answer prefix  text between prompt and answer; the model generates it, `parse` removes it
+    the last answer gets the stop token that the template leaves out
+    text that ends the prompt and that a finished conversation lacks (an opened <think>) is put into
+    the conversation, with the thought and its end
 
-If the probes contradict each other the model is refused. `Family.limitations` lists the facts that
-probes cannot find.
+Each conversation is rendered as it is given and as persea trims it; if the two differ it is
+refused. `Family.limitations` lists the facts that probes cannot find.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
-from persea.chat.family import DecodedPieces, Family, edit_texts, pieces_to_text
-from persea.chat.messages import ContentPart, Conversation, Role, Text, Thinking, ThinkingEffort
-from persea.chat.template import ChatTemplate
+from persea.chat.families.qwen import last_question_index
+from persea.chat.families.tool_format import (
+    messages_to_dicts,
+    tools_to_json_schema,
+    verbatim_except_calls,
+)
+from persea.chat.family import DecodedPieces, Family, edit_texts, keep_calls_as_parsed
+from persea.chat.messages import (
+    ContentPart,
+    Conversation,
+    Message,
+    Role,
+    Text,
+    Thinking,
+    ThinkingEffort,
+    ToolCall,
+    ToolResult,
+)
+from persea.chat.response_parsing import (
+    FIRST_SURROGATE,
+    AnswerForm,
+    Marker,
+    control_characters,
+    has_control_token,
+    pieces_to_string,
+)
+from persea.chat.template import ChatTemplate, read_names
+from persea.chat.template_probes import TemplateProbe, Turn, make_messages
+from persea.chat.template_probing import NO_STRIP, Place, TemplateBehaviour, probe_template
+from persea.chat.thought_probing import EffortBehaviour, PromptTail
+from persea.chat.tool_notation import ToolNotation
 from persea.errors import DataError
 from persea.tokenization.name_pattern import compile_names
 from persea.tokenization.vocabulary import Vocabulary
 
 GENERIC_FAMILY_NAME = "generic"
-# Arguments of str.strip that templates use; None = all white space.
-STRIP_CHARS_CHOICES = ("", "\n", " ", " \n", None)
-PLACEHOLDER_FORMAT = "\ue000{}\ue001"  # private-use characters, which no template treats specially
-WHITESPACE_PROBES = ("\n \t\u3000", " \n\t\u3000")
-NO_THINKING_KWARGS = {"enable_thinking": False}
-
-
-@dataclass(frozen=True)
-class StripRule:
-    """White space that a template strips: the arguments of `str.lstrip` and `str.rstrip`."""
-
-    left: str | None
-    right: str | None
-
-    def __call__(self, text: str) -> str:
-        """Return the stripped text."""
-        return text.lstrip(self.left).rstrip(self.right)
-
-
-NO_STRIP = StripRule("", "")
-
-
-@dataclass(frozen=True)
-class TemplateBehaviour:
-    """The results of probing a template.
-
-    Attributes:
-        stop_token: Control token that ends an answer.
-        closes_last_answer: Whether the template also writes it after the last answer.
-        answer_prefix: Text between the prompt and the answer.
-        answer_suffix: Text between the answer and its stop token.
-        strip_rules: ((role, is the last message), stripped white space).
-        no_system_reason: Why the template takes no system text; "" if it does.
-    """
-
-    stop_token: str
-    closes_last_answer: bool
-    answer_prefix: str
-    answer_suffix: str
-    strip_rules: tuple[tuple[tuple[Role, bool], StripRule], ...]
-    no_system_reason: str
+# Raised when the renderings of inferred families change: it is part of their digest.
+GENERIC_VERSION = "2"
+DROPPED_THOUGHT = "."
+INSERTED_THOUGHT_KEY = "persea_thought"  # no template reads it
 
 
 def infer_family(
-    vocabulary: Vocabulary, template: ChatTemplate, eos_tokens: Collection[str], where: str
-) -> tuple[Family, ChatTemplate]:
-    """Return the family of one model, and its template with the last answer closed.
+    vocabulary: Vocabulary,
+    template: ChatTemplate,
+    template_text: str,
+    eos_tokens: Collection[str],
+    where: str,
+    with_thinking: bool = True,
+) -> InferredFamily:
+    """Find out how a model's template behaves.
 
     Args:
         vocabulary: The model's tokenizer.
         template: Its compiled chat template.
+        template_text: Its source.
         eos_tokens: Control tokens that the model's own configuration declares as end of text.
         where: The place for error messages.
+        with_thinking: Look for thoughts; False where persea's own prelude has them.
 
     Raises:
         DataError: The template's prompt is no prefix of its conversations, it does not end answers,
             or it rewrites texts.
     """
-    behaviour = probe_template(vocabulary, template, eos_tokens, where)
-    strip_rules = dict(behaviour.strip_rules)
+    pattern = compile_names(vocabulary.control_token_ids)
+    known_eos = frozenset(eos_tokens) & vocabulary.control_token_ids.keys()
+    probe = TemplateProbe(template, *read_names(template_text), pattern, known_eos, where)
+    try:
+        behaviour = probe_template(probe, with_thinking)
+    except DataError as refusal:
+        probe = replace(probe, has_text_parts=True)  # a template for pictures
+        try:
+            behaviour = probe_template(probe, with_thinking)
+        except DataError:
+            raise refusal from None
+    complete = complete_last_answer(template, behaviour, where)
+    return InferredFamily(
+        behaviour, complete, pattern, tuple(sorted(known_eos)), where, probe.has_text_parts
+    )
 
-    def normalise(conversation: Conversation) -> Conversation:
-        """Drop thoughts; trim texts as the template does."""
-        last = len(conversation.messages) - 1
-        return edit_texts(
-            conversation,
-            lambda k, m, p: (
-                ""
-                if isinstance(p, Thinking)
-                else strip_rules.get((m.role, k == last), NO_STRIP)(p.text)
-            ),
+
+@dataclass(frozen=True)
+class InferredFamily:
+    """The functions of an inferred family.
+
+    Attributes:
+        behaviour: The results of probing.
+        template: The template with complete last answers.
+        control_pattern: Matches the tokenizer's control tokens.
+        eos_tokens: Control tokens that the model's own configuration declares as end of text.
+        where: The place for error messages.
+        has_text_parts: Whether texts are lists of parts, as templates for pictures take them.
+        notation: How the model writes tool calls; None without tools.
+    """
+
+    behaviour: TemplateBehaviour
+    template: ChatTemplate
+    control_pattern: re.Pattern[str]
+    eos_tokens: tuple[str, ...]
+    where: str
+    has_text_parts: bool
+    notation: ToolNotation | None = None
+
+    def to_family(self) -> Family:
+        """Return the family."""
+        stop, notation = self.behaviour.stop_token, self.notation
+        return Family(
+            name=GENERIC_FAMILY_NAME,
+            signature_token="",
+            efforts=tuple(effort for effort, _ in self.behaviour.efforts),
+            stop_tokens=(stop, *(t for t in self.eos_tokens if t != stop)),
+            normalise=self.normalise,
+            template_inputs=self.template_inputs,
+            parse=self.parse,
+            is_tool_text_verbatim=verbatim_except_calls if notation else None,
+            resolve_calls=notation.resolve if notation else keep_calls_as_parsed,
+            thought_ends=self.thought_ends,
+            template_version=" ".join([GENERIC_VERSION, *([notation.name] if notation else [])]),
+            limitations=describe_limitations(self.behaviour, self.eos_tokens, notation is not None),
         )
 
-    def template_inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Return messages as every template takes them, with the usual thinking switch off."""
+    def at(self, effort: ThinkingEffort) -> EffortBehaviour:
+        """Return the behaviour at an effort; a model that always thinks has only the highest."""
+        return dict(self.behaviour.efforts).get(effort, self.behaviour.efforts[-1][1])
+
+    def normalise(self, conversation: Conversation) -> Conversation:
+        """Drop the thoughts that the template drops; trim texts as it does.
+
+        Raises:
+            DataError: The template treats this conversation in another way than the probes.
+        """
+        self._refuse_text_before_calls(conversation)
+        given = self._drop_thoughts(conversation)
+        rules = dict(self.behaviour.strip_rules)
+        last = len(given.messages) - 1
+
+        def edit(k: int, m: Message, p: ContentPart) -> str:
+            if isinstance(p, ToolResult):
+                return p.text
+            after_system = k > 0 and given.messages[k - 1].role is Role.SYSTEM
+            place = Place(
+                m.role,
+                k == last,
+                after_system=m.role is Role.USER and after_system,
+                has_thought=bool(m.thinking),
+                is_thought=isinstance(p, Thinking),
+            )
+            return rules.get(place, NO_STRIP)(p.text)
+
+        normalised = edit_texts(given, edit)
+        self._refuse_odd_empty_answer(normalised)
+        if normalised != conversation and self._render(normalised) != self._render(conversation):
+            raise DataError(
+                "the chat template treats white space in this conversation in another way than in "
+                "persea's probes",
+                where=self.where,
+                remedy="trim the texts of the conversation, or leave it out",
+            )
+        return normalised
+
+    def _refuse_odd_empty_answer(self, conversation: Conversation) -> None:
+        """Refuse a last answer of calls or of nothing that cannot be parsed back."""
+        if not conversation.messages:
+            return
+        answer = conversation.messages[-1]
+        if answer.role is not Role.ASSISTANT or answer.text:
+            return
+        question = replace(conversation, messages=conversation.messages[:-1])
+        written = self._render(conversation).removeprefix(self._render(question))
+        written = written.partition(self.behaviour.stop_token)[0]
+        parts = self._parse_coded(self._code(written), conversation.effort)
+        if parts is not None:
+            parts = self.to_family().resolve_calls(parts, conversation.tools)
+        parsed = None if parts is None else Message(Role.ASSISTANT, parts)
+        if parsed is None or parsed.text.strip() or parsed.calls != answer.calls:
+            raise DataError(
+                "the chat template writes these calls so that they cannot be parsed back"
+                if answer.calls
+                else "the chat template writes an empty answer in another way than a text",
+                where=self.where,
+                remedy="leave the conversation out",
+            )
+
+    def _refuse_text_before_calls(self, conversation: Conversation) -> None:
+        if any(m.calls and m.text.strip() for m in conversation.messages):
+            raise DataError(
+                "a message has text and tool calls; persea does not know how this template trims "
+                "the text",
+                where=self.where,
+                remedy="leave the conversation out",
+            )
+
+    def _drop_thoughts(self, conversation: Conversation) -> Conversation:
+        behaviour, last = self.at(conversation.effort), len(conversation.messages) - 1
+        # With tools, a turn of several answers begins at the last question.
+        first = last_question_index(conversation) + 1 if conversation.tools else last
+
+        def edit(k: int, m: Message, p: ContentPart) -> str:
+            is_kept = behaviour.thinking is not None and (
+                k >= first or behaviour.keeps_earlier_thoughts
+            )
+            return "" if isinstance(p, Thinking) and not is_kept else p.text
+
+        return edit_texts(conversation, edit)
+
+    def _render(self, conversation: Conversation) -> str:
+        messages, kwargs = self.template_inputs(conversation)
+        ends_with_answer = conversation.messages[-1].role is Role.ASSISTANT
+        return self.template(messages, add_generation_prompt=not ends_with_answer, **kwargs)
+
+    def template_inputs(
+        self, conversation: Conversation
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Return messages as the template takes them, and the switches of the effort."""
+        behaviour = self.behaviour
         if behaviour.no_system_reason and any(m.role is Role.SYSTEM for m in conversation.messages):
             raise DataError(
                 f"the chat template takes no system text: {behaviour.no_system_reason}",
-                where=where,
+                where=self.where,
                 remedy="put it into the question, or leave the conversation out",
             )
-        return [{"role": m.role.value, "content": m.text} for m in conversation.messages], dict(
-            NO_THINKING_KWARGS
+        self._refuse_ambiguous_answer(conversation)
+        key = behaviour.thought_key or INSERTED_THOUGHT_KEY
+        last, messages = len(conversation.messages) - 1, []
+        for k, m in enumerate(conversation.messages):
+            turn = Turn(m.role, m.text, self._thought_of(m, conversation.effort, k == last))
+            made = make_messages([turn], key, self.has_text_parts)
+            if m.role is Role.TOOL or m.calls:
+                own = messages_to_dicts(Conversation((m,)))
+                made = own if m.role is Role.TOOL else [made[0] | own[0]]
+            messages += made
+        tools = tools_to_json_schema(conversation.tools)
+        switches = dict(self.at(conversation.effort).switches)
+        return messages, switches | ({"tools": tools} if tools else {})
+
+    def _thought_of(self, message: Message, effort: ThinkingEffort, is_last: bool) -> str:
+        """Return the thought that the template gets.
+
+        An earlier thought that the template drops can leave a line break, so that a message whose
+        thought was emptied gets another one.
+        """
+        behaviour = self.at(effort)
+        if behaviour.thinking is None:
+            return ""
+        was_emptied = any(isinstance(p, Thinking) for p in message.parts) and not (
+            is_last or message.calls
+        )
+        if was_emptied and not behaviour.keeps_earlier_thoughts and self.behaviour.thought_key:
+            return message.thinking or DROPPED_THOUGHT
+        return message.thinking
+
+    def _refuse_ambiguous_answer(self, conversation: Conversation) -> None:
+        if not conversation.messages or conversation.messages[-1].role is not Role.ASSISTANT:
+            return
+        answer = conversation.messages[-1]
+        found = self.answer_forms[conversation.effort].find_ambiguity(answer.thinking, answer.text)
+        if found:
+            raise DataError(
+                f"the answer contains {found}, which is plain text for this tokenizer and marks a "
+                "thought",
+                where=self.where,
+                remedy="leave the conversation out",
+            )
+
+    @cached_property
+    def answer_forms(self) -> dict[ThinkingEffort, AnswerForm]:
+        """Return what the model writes behind its prompt, by effort.
+
+        At the effort none a thought is parsed too: the model was not asked for it.
+        """
+        last = self.behaviour.efforts[-1][1]
+        forms = {}
+        for effort in ThinkingEffort:
+            own = self.at(effort)
+            thinker = own if own.thinking is not None else last
+            closing = thinker.thinking.between if thinker.thinking is not None else ""
+            forms[effort] = AnswerForm(
+                lead=self._code(own.plain.between) if own.plain is not None else "",
+                tail=self._code(self.behaviour.answer_suffix),
+                opening=Marker.from_text(self._code(thinker.opening)),
+                closing=Marker.from_text(self._code(closing)),
+                is_opened=own.is_opened,
+            )
+        return forms
+
+    def _code(self, text: str) -> str:
+        """Return template text with a surrogate for each control token."""
+        characters = self.characters
+        return self.control_pattern.sub(
+            lambda match: characters.get(match.group(), chr(FIRST_SURROGATE)), text
         )
 
-    def parse(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
-        """Parse one text without control tokens; remove the template's text around the answer."""
-        text = pieces_to_text(pieces)
-        if text is None:
+    @cached_property
+    def characters(self) -> dict[str, str]:
+        """Return the surrogate of each control token in the template text around answers."""
+        texts = [self.behaviour.answer_suffix]
+        if self.notation is not None:
+            texts.append(str(self.notation.response_template))
+        for _, behaviour in self.behaviour.efforts:
+            texts.append(behaviour.opening)
+            for answer in (behaviour.plain, behaviour.thinking):
+                if answer is not None:
+                    texts += [answer.before_thought, answer.between]
+        return control_characters(*texts, control_pattern=self.control_pattern)
+
+    def parse(
+        self, pieces: DecodedPieces, effort: ThinkingEffort
+    ) -> tuple[ContentPart, ...] | None:
+        """Parse an answer; None if it is malformed."""
+        return self._parse_coded(pieces_to_string(pieces, self.characters), effort)
+
+    def _parse_coded(self, text: str, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
+        """Parse an answer with surrogates for its control tokens."""
+        parsed = self.answer_forms[effort].split(text)
+        if parsed is None or has_control_token(parsed[0]):
             return None
-        return (
-            Text(
-                strip_rules[Role.ASSISTANT, True](
-                    text.removeprefix(behaviour.answer_prefix).removesuffix(behaviour.answer_suffix)
-                )
-            ),
+        rules = dict(self.behaviour.strip_rules)
+        place = Place(Role.ASSISTANT, is_last=True, has_thought=bool(parsed[0]))
+        of_thought = replace(place, has_thought=True, is_thought=True)
+        thought = rules.get(of_thought, NO_STRIP)(parsed[0])
+        answer = self._parse_calls(parsed[1])
+        if answer is None:
+            return None
+        if not any(isinstance(p, ToolCall) for p in answer):
+            answer = (Text(rules.get(place, NO_STRIP)(parsed[1])),)
+        return (Thinking(thought), *answer) if thought else answer
+
+    def _parse_calls(self, text: str) -> tuple[ContentPart, ...] | None:
+        """Return [text] calls, or the text alone; None if it is malformed."""
+        if self.notation is None or self.is_plain(text):
+            return None if has_control_token(text) else (Text(text),)
+        names = {character: token for token, character in self.characters.items()}
+        parsed = self.notation.parse("".join(names.get(c, c) for c in text))
+        if parsed is None or has_control_token(parsed[0]):
+            return None
+        content, calls = parsed
+        if not calls:
+            return None if has_control_token(text) else (Text(text),)
+        return (Text(content.strip()), *calls) if content.strip() else calls
+
+    def is_plain(self, text: str) -> bool:
+        """Return whether a text has no control token although the notation of calls has some."""
+        return self.has_control_calls and not has_control_token(text)
+
+    @cached_property
+    def has_control_calls(self) -> bool:
+        """Whether the notation of calls has control tokens of this tokenizer."""
+        notation = self.notation
+        return notation is not None and (
+            self.control_pattern.search(str(notation.response_template)) is not None
         )
 
-    stop_tokens = (
-        behaviour.stop_token,
-        *sorted(set(eos_tokens) & vocabulary.control_token_ids.keys() - {behaviour.stop_token}),
-    )
-    family = Family(
-        name=GENERIC_FAMILY_NAME,
-        licence="not known",
-        signature_token="",
-        efforts=(ThinkingEffort.NONE,),
-        stop_tokens=stop_tokens,
-        normalise=normalise,
-        template_inputs=template_inputs,
-        parse=parse,
-        limitations=describe_limitations(behaviour, eos_tokens),
-    )
-    return family, template if behaviour.closes_last_answer else close_last_answer(
-        template, behaviour.stop_token
-    )
+    @cached_property
+    def thought_ends(self) -> tuple[DecodedPieces, ...]:
+        """Return `Family.thought_ends`: the closing marker as pieces."""
+        thinking = self.behaviour.efforts[-1][1].thinking
+        if thinking is None:
+            return ()
+        text, position = thinking.between, 0
+        pieces: list[str | bytes] = []
+        for match in self.control_pattern.finditer(text):
+            if match.start() > position:
+                pieces.append(text[position : match.start()].encode())
+            pieces.append(match.group())
+            position = match.end()
+        if text[position:]:
+            pieces.append(text[position:].encode())
+        return (tuple(pieces),)
 
 
-def close_last_answer(template: ChatTemplate, stop_token: str) -> ChatTemplate:
-    """Return the template with the stop token after a last answer that it leaves open."""
+def _has_thinking_part(content: Any) -> bool:
+    return isinstance(content, list) and content[0]["type"] == "thinking"
+
+
+def complete_last_answer(
+    template: ChatTemplate, behaviour: TemplateBehaviour, where: str
+) -> ChatTemplate:
+    """Return the template with last answers that begin with the prompt and end with the stop token.
+
+    Args:
+        template: The compiled chat template.
+        behaviour: The results of probing.
+        where: The place for error messages.
+    """
+    efforts = [b for _, b in behaviour.efforts]
+    key = behaviour.thought_key
 
     def render(messages: list[dict[str, Any]], add_generation_prompt: bool, **switches: Any) -> str:
         text = template(messages=messages, add_generation_prompt=add_generation_prompt, **switches)
-        ends_with_answer = bool(messages) and messages[-1]["role"] == Role.ASSISTANT.value
-        return text + stop_token if ends_with_answer and not add_generation_prompt else text
+        if add_generation_prompt or not messages or messages[-1]["role"] != Role.ASSISTANT.value:
+            return text
+        answer = messages[-1]
+        thought = answer.get(INSERTED_THOUGHT_KEY, "")
+        has_thought = bool(thought or answer.get(key) or _has_thinking_part(answer["content"]))
+        current = next(
+            (b for b in efforts if all(switches.get(k) == v for k, v in b.switches)), efforts[-1]
+        )
+        last = current.thinking if has_thought else current.plain
+        if last is None:
+            raise DataError(
+                "the chat template does not write an answer without a thought where its prompt "
+                "ends",
+                where=where,
+                remedy="give the answer its thought, or leave the conversation out",
+            )
+        tail = last.tail
+        if tail != PromptTail():
+            prompt = template(messages=messages[:-1], add_generation_prompt=True, **switches)
+            shared = prompt.removesuffix(tail.lacking) + tail.instead
+            if not prompt.endswith(tail.lacking) or not text.startswith(shared):
+                raise DataError(
+                    "the answer is not rendered where the generation prompt ends",
+                    where=where,
+                    remedy="leave the conversation out",
+                )
+            text = prompt + tail.inserted.replace("{thought}", thought) + text[len(shared) :]
+        if behaviour.closes_last_answer:
+            return text
+        return text + behaviour.answer_suffix + behaviour.stop_token
 
     return render
 
 
-def describe_limitations(behaviour: TemplateBehaviour, eos_tokens: Collection[str]) -> str:
+def describe_limitations(
+    behaviour: TemplateBehaviour, eos_tokens: Collection[str], has_tools: bool
+) -> str:
     """Return the known and unknown facts about such a model, for people."""
+    thinking = behaviour.efforts[-1][1].thinking
+    missing = [*(["thinking"] if thinking is None else []), *([] if has_tools else ["tools"])]
     limitations = [
-        "persea does not know this family and uses its chat template alone: no thinking and no "
-        "tools, although the model may have them",
+        "persea does not know this family and uses its chat template alone"
+        + (f": no {' and no '.join(missing)}, even if the model has more" if missing else ""),
         f"an answer ends with {behaviour.stop_token}"
         + (
             ""
@@ -168,6 +458,10 @@ def describe_limitations(behaviour: TemplateBehaviour, eos_tokens: Collection[st
             else ", which the template writes only before the next question"
         ),
     ]
+    if thinking is not None:
+        limitations.append(f"a thought ends with {thinking.between.strip()}")
+        if ThinkingEffort.NONE not in dict(behaviour.efforts):
+            limitations.append("its template has no switch to answer at once")
     if behaviour.stop_token not in eos_tokens:
         limitations.append(
             f"its configuration ends a text with {', '.join(sorted(eos_tokens)) or 'no token'} "
@@ -176,126 +470,3 @@ def describe_limitations(behaviour: TemplateBehaviour, eos_tokens: Collection[st
     if behaviour.no_system_reason:
         limitations.append(f"its template takes no system text ({behaviour.no_system_reason})")
     return "; ".join(limitations) + "."
-
-
-def probe_template(
-    vocabulary: Vocabulary, template: ChatTemplate, eos_tokens: Collection[str], where: str
-) -> TemplateBehaviour:
-    """Find out how a template behaves by rendering probe conversations.
-
-    Raises:
-        DataError: persea cannot follow the template.
-    """
-
-    def render(*texts: tuple[Role, str], prompt: bool = False) -> str:
-        return template(
-            messages=[{"role": r.value, "content": t} for r, t in texts],
-            add_generation_prompt=prompt,
-            **NO_THINKING_KWARGS,
-        )
-
-    question, answer, next_question = (
-        (r, PLACEHOLDER_FORMAT.format(k))
-        for k, r in enumerate((Role.USER, Role.ASSISTANT, Role.USER))
-    )
-    prompt, full = render(question, prompt=True), render(question, answer)
-    if not full.startswith(prompt) or full.count(answer[1]) != 1 or prompt.count(question[1]) != 1:
-        raise DataError(
-            "the chat template does not write an answer where its prompt ends",
-            where=where,
-            remedy="write a file for this family, see docs/new_family.md",
-        )
-    prefix, suffix = full[len(prompt) :].split(answer[1])
-    control_pattern = compile_names(vocabulary.control_token_ids)
-    if control_pattern.search(prefix):
-        raise DataError(
-            f"the chat template writes {prefix!r} between its prompt and the answer",
-            where=where,
-            remedy="write a file for this family, see docs/new_family.md",
-        )
-    stop, closes = control_pattern.search(suffix), True
-    if stop is None:
-        suffix, closes = (
-            render(question, answer, next_question).split(answer[1])[1].split(next_question[1])[0],
-            False,
-        )
-        stop = control_pattern.search(suffix)
-        if stop is None or stop.group() not in eos_tokens or suffix[: stop.start()]:
-            raise DataError(
-                "the chat template ends an answer with no control token"
-                + (
-                    f"; the next question begins with {stop.group()}, "
-                    "which the model's configuration does not declare as eos"
-                    if stop
-                    else ""
-                ),
-                where=where,
-                remedy="the model would never stop; "
-                "write a file for this family, see docs/new_family.md",
-            )
-    system, no_system_reason = (Role.SYSTEM, PLACEHOLDER_FORMAT.format(3)), ""
-    try:
-        if render(system, question, answer).count(system[1]) != 1:
-            no_system_reason = "it drops the text"
-    except DataError as error:
-        no_system_reason = error.message
-    earlier, later = (
-        (question, answer),
-        (next_question, (Role.ASSISTANT, PLACEHOLDER_FORMAT.format(4))),
-    )
-    probes: list[tuple[tuple[Role, bool], list[tuple[Role, str]], int]] = [
-        ((Role.USER, True), [question], 0),
-        ((Role.USER, False), [question, answer], 0),
-        ((Role.ASSISTANT, True), [question, answer], 1),
-        ((Role.ASSISTANT, False), [*earlier, *later], 1),
-    ]
-    if not no_system_reason:
-        probes.append(((Role.SYSTEM, False), [system, question, answer], 0))
-    strip_rules = tuple(
-        (key, _probe_strip_rule(render, messages, index, where)) for key, messages, index in probes
-    )
-    return TemplateBehaviour(
-        stop.group(), closes, prefix, suffix[: stop.start()], strip_rules, no_system_reason
-    )
-
-
-def _probe_strip_rule(
-    render: Callable[..., str], messages: list[tuple[Role, str]], index: int, where: str
-) -> StripRule:
-    """Return the white space that the template strips from one message, probed around a letter."""
-    role, placeholder = messages[index]
-    before, found, after = render(*messages, prompt=len(messages) == 1).partition(placeholder)
-    if not found or placeholder in after:
-        raise DataError(
-            f"the chat template drops or repeats the {role.value}'s text",
-            where=where,
-            remedy="write a file for this family, see docs/new_family.md",
-        )
-    retained = []
-    for white_space in WHITESPACE_PROBES:
-        rendered = render(
-            *messages[:index],
-            (role, f"{white_space}x{white_space[::-1]}"),
-            *messages[index + 1 :],
-            prompt=len(messages) == 1,
-        )
-        if not rendered.startswith(before) or not rendered.endswith(after):
-            raise DataError(
-                f"the chat template changes with the white space around the {role.value}'s text",
-                where=where,
-                remedy="write a file for this family, see docs/new_family.md",
-            )
-        retained.append(rendered[len(before) : len(rendered) - len(after)])
-    for left in STRIP_CHARS_CHOICES:
-        for right in STRIP_CHARS_CHOICES:
-            if retained == [
-                StripRule(left, right)(f"{white_space}x{white_space[::-1]}")
-                for white_space in WHITESPACE_PROBES
-            ]:
-                return StripRule(left, right)
-    raise DataError(
-        f"the chat template rewrites the {role.value}'s text "
-        f"{f'{WHITESPACE_PROBES[0]}x'!r} to {retained[0]!r}",
-        where=where,
-        remedy="write a file for this family, see docs/new_family.md",
-    )

@@ -172,7 +172,6 @@ def _random_config(common: dict[str, Any], sizes: Mapping[str, int]) -> Pretrain
 
 GPT_OSS = Family(
     name="gpt-oss",
-    licence="Apache-2.0",
     signature_token="<|channel|>",
     efforts=(ThinkingEffort.LOW, ThinkingEffort.MEDIUM, ThinkingEffort.HIGH),
     stop_tokens=("<|return|>", "<|call|>"),

@@ -135,6 +135,7 @@ def make_hybrid_family(family: Family, vocabulary: Vocabulary) -> Family:
     return replace(
         family,
         efforts=tuple(ThinkingEffort),
+        has_hybrid_format=True,
         normalise=partial(_normalise, family),
         template_inputs=partial(_template_inputs, family, has_think_tokens),
         parse=partial(_parse, family, has_think_tokens),

@@ -126,7 +126,6 @@ def _random_config(common: dict[str, Any], sizes: Mapping[str, int]) -> Pretrain
 
 LLAMA = Family(
     name="llama",
-    licence="Llama Community License",
     signature_token="<|start_header_id|>",
     efforts=(ThinkingEffort.NONE,),
     stop_tokens=("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),

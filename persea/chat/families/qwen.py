@@ -1,4 +1,4 @@
-"""Qwen: ChatML in five variants, distinguished by their templates (`Family.template_signature`).
+"""Qwen: ChatML in variants, distinguished by their templates (`Family.template_signature`).
 
     <|im_start|>user
     Hello<|im_end|>
@@ -13,10 +13,10 @@
                  question are dropped
     qwen2.5      no thinking
     qwen3-coder  no thinking; calls are written key by key
-    qwen3.5      the prompt opens <think>; texts are trimmed, earlier thoughts kept; calls are
-                 written key by key
     qwq          the prompt opens <think>; the template takes the thought as part of the text and
                  drops earlier ones
+
+Qwen 3.5 and later are in `qwen35.py`.
 
 A call is {"name": "f", "arguments": {...}} between <tool_call> and </tool_call>; any number of
 calls may follow the text. Key by key (`qwen_xml_tools.py`) a call has no byte offsets, because the
@@ -60,11 +60,12 @@ if TYPE_CHECKING:
 LEADING_LINE_BREAK_PATTERN = re.compile(r"\A\s*[\r\n]")
 
 
-def _is_thinking_on(conversation: Conversation) -> bool:
+def is_thinking_on(conversation: Conversation) -> bool:
+    """Return whether the conversation asks for a thought."""
     return conversation.effort is not ThinkingEffort.NONE
 
 
-def _last_question_index(conversation: Conversation) -> int:
+def last_question_index(conversation: Conversation) -> int:
     """Return the index of the last user text that is no <tool_response>, as the templates find it.
 
     Without one it is the last message.
@@ -83,11 +84,11 @@ def normalise(conversation: Conversation) -> Conversation:
 
     A turn with a <think> block loses line breaks at its start and end.
     """
-    last, last_question = len(conversation.messages) - 1, _last_question_index(conversation)
+    last, last_question = len(conversation.messages) - 1, last_question_index(conversation)
 
     def change(k: int, m: Message, p: ContentPart) -> str:
         thought = (
-            m.thinking.strip("\n") if k > last_question and _is_thinking_on(conversation) else ""
+            m.thinking.strip("\n") if k > last_question and is_thinking_on(conversation) else ""
         )
         if isinstance(p, Thinking):
             return thought
@@ -103,7 +104,7 @@ def normalise(conversation: Conversation) -> Conversation:
 def template_inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return messages with the thought as `reasoning_content`, tools, and the thinking switch."""
     return messages_to_dicts(conversation, "reasoning_content"), {
-        "enable_thinking": _is_thinking_on(conversation)
+        "enable_thinking": is_thinking_on(conversation)
     } | _tools_kwargs(conversation)
 
 
@@ -239,47 +240,13 @@ def _trim_text_before_calls(parts: Sequence[ContentPart] | None) -> tuple[Conten
     return tuple(p for p in trimmed if p.text)
 
 
-# --- Qwen 3.5 and QwQ: the prompt opens <think> ---
+# --- QwQ: the prompt opens <think> ---
 
 
-def normalise_qwen35(conversation: Conversation) -> Conversation:
-    """Trim texts, also of tools; keep trimmed thoughts if thinking is on.
-
-    White space around a thought would share a token with the prompt.
-    """
-    return edit_texts(
-        conversation,
-        lambda k, m, p: (
-            "" if isinstance(p, Thinking) and not _is_thinking_on(conversation) else p.text.strip()
-        ),
-    )
-
-
-def template_inputs_qwen35(
-    conversation: Conversation,
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return the inputs of Qwen3; refuse a call that cannot be parsed back."""
-    refuse_ambiguous_calls(conversation, "qwen3.5")
-    return template_inputs(conversation)
-
-
-def parse_qwen35(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
-    """Parse thought </think> answer [calls], trimmed.
-
-    Without thinking the prompt has closed the block.
-    """
-    parts = _parse_opened_thought(pieces, effort)
-    if parts is None:
-        return None
-    trimmed = tuple(
-        replace_text(p, p.text.strip()) if isinstance(p, (Text, Thinking)) else p for p in parts
-    )
-    return tuple(p for p in trimmed if p.text) or (Text(""),)
-
-
-def _parse_opened_thought(
+def parse_opened_thought(
     pieces: DecodedPieces, effort: ThinkingEffort
 ) -> tuple[ContentPart, ...] | None:
+    """Parse thought </think> answer [calls]; without thinking the prompt has closed the block."""
     if pieces and pieces[0] == "<think>":  # some servers repeat the opening of the prompt
         pieces = pieces[1:]
     if "</think>" in pieces:
@@ -293,7 +260,7 @@ def normalise_qwq(conversation: Conversation) -> Conversation:
 
     def change(k: int, m: Message, p: ContentPart) -> str:
         if isinstance(p, Thinking):
-            return p.text.strip() if k == last and _is_thinking_on(conversation) else ""
+            return p.text.strip() if k == last and is_thinking_on(conversation) else ""
         return p.text.lstrip("\n") if m.role is Role.ASSISTANT else p.text
 
     return edit_texts(conversation, change)
@@ -309,14 +276,12 @@ def template_inputs_qwq(conversation: Conversation) -> tuple[list[dict[str, Any]
         last = conversation.messages[-1]
         thought = f"{last.thinking}\n" if last.thinking else ""
         messages[-1]["content"] = f"<think>\n{thought}</think>\n\n{last.text}"
-    return messages, {"enable_thinking": _is_thinking_on(conversation)} | _tools_kwargs(
-        conversation
-    )
+    return messages, {"enable_thinking": is_thinking_on(conversation)} | _tools_kwargs(conversation)
 
 
 def parse_qwq(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
     """Parse thought </think> answer [calls]; without thinking the prompt has closed the block."""
-    parts = _parse_opened_thought(pieces, effort)
+    parts = parse_opened_thought(pieces, effort)
     if parts is None:
         return None
     trimmed = [
@@ -342,7 +307,6 @@ THINKING_ON_OFF = (ThinkingEffort.NONE, ThinkingEffort.HIGH)
 THINKING_OFF_ONLY = (ThinkingEffort.NONE,)
 QWEN = Family(
     name="qwen",
-    licence="Apache-2.0",
     signature_token="<|im_start|>",
     efforts=THINKING_ON_OFF,
     control_markers=QWEN_CONTROL_MARKERS,
@@ -357,7 +321,6 @@ QWEN = Family(
 )
 QWEN25 = Family(
     name="qwen2.5",
-    licence="Apache-2.0",
     signature_token="<|im_start|>",
     efforts=THINKING_OFF_ONLY,
     control_markers=QWEN_CONTROL_MARKERS,
@@ -370,7 +333,6 @@ QWEN25 = Family(
 )
 QWEN3_CODER = Family(
     name="qwen3-coder",
-    licence="Apache-2.0",
     signature_token="<|im_start|>",
     efforts=THINKING_OFF_ONLY,
     control_markers=QWEN_CONTROL_MARKERS,
@@ -382,25 +344,8 @@ QWEN3_CODER = Family(
     is_tool_text_verbatim=verbatim_except_calls,
     resolve_calls=resolve_call_types,
 )
-QWEN35 = Family(
-    name="qwen3.5",
-    licence="Apache-2.0",
-    signature_token="<|im_start|>",
-    efforts=THINKING_ON_OFF,
-    control_markers=QWEN_CONTROL_MARKERS,
-    thought_ends=QWEN_THOUGHT_ENDS,
-    stop_tokens=QWEN_STOP_TOKENS,
-    normalise=normalise_qwen35,
-    template_inputs=template_inputs_qwen35,
-    parse=parse_qwen35,
-    template_signature="<parameter=example_parameter_2>\\n"
-    "This is the value for the second parameter",
-    is_tool_text_verbatim=verbatim_except_calls,
-    resolve_calls=resolve_call_types,
-)
 QWQ = Family(
     name="qwq",
-    licence="Apache-2.0",
     signature_token="<|im_start|>",
     efforts=THINKING_ON_OFF,
     control_markers=QWEN_CONTROL_MARKERS,
@@ -412,4 +357,3 @@ QWQ = Family(
     template_signature='elif message.role == "assistant" and not message.tool_calls',
     is_tool_text_verbatim=always_verbatim,
 )
-QWENS = (QWEN, QWEN25, QWEN3_CODER, QWEN35, QWQ)

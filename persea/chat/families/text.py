@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from persea.chat.documents import (
-    NO_END_NOTE,
     TEXT_FAMILY_NAME,
     find_document_end,
     make_document_tokens,
@@ -50,17 +49,15 @@ def make_text_family(
             return prefix + "".join(text + SEPARATOR for text in texts)
         return prefix + SEPARATOR.join(texts) + end
 
-    limitations = [TEXT_LIMITATIONS] + ([] if end else [NO_END_NOTE])
     family = Family(
         name=TEXT_FAMILY_NAME,
-        licence="not known",
         signature_token="",
         efforts=(ThinkingEffort.NONE,),
         stop_tokens=(end,) if end else (),
         normalise=_normalise,
         template_inputs=_template_inputs,
         parse=_parse,
-        limitations="; ".join(limitations) + ".",
+        limitations=f"{TEXT_LIMITATIONS}.",
     )
     return family, template
 

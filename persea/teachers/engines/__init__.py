@@ -7,7 +7,7 @@ docs/new_engine.md shows how to add one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
@@ -116,6 +116,13 @@ class Engine(Protocol):
             Generated ids, with the stop token where one was generated.
         """
         _refuse(self, "cannot continue token ids", "use `chat`")
+
+    def reporting(self, on_progress: Callable[[float], None]) -> Engine:
+        """Return this engine, calling `on_progress` with the share of each `generate` that is done.
+
+        An engine that cannot tell returns itself.
+        """
+        return self
 
     def chat(
         self, conversations: Sequence[Conversation], max_new_tokens: int

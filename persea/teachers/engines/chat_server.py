@@ -315,8 +315,9 @@ class ChatServerEngine(ServerEngine):
                 "the server does not report how many tokens it used, and its endpoint has a budget"
             )
         if "\ufffd" in texts["content"] + texts["reasoning_content"]:
-            raise MalformedResponseError(
-                "half characters: the server decodes token by token, and bytes are lost"
+            raise RejectedRequestError(
+                "half characters: the model wrote bytes that are no text, or the server decodes "
+                "token by token"
             )
         thinking, text = _separate_thought(texts["reasoning_content"], texts["content"])
         if thinking and effort is ThinkingEffort.NONE:

@@ -103,7 +103,7 @@ class LlamaCppEngine(ServerEngine):
         Raises:
             TeacherError: One of them is not as persea needs it.
         """
-        expected = self.renderer.vocabulary.encode(HANDSHAKE_TEXT)
+        expected = self.renderer.vocabulary.encode_alone(HANDSHAKE_TEXT)
         body = {"content": HANDSHAKE_TEXT, "add_special": False, "parse_special": False}
         ids = self.send_handshake(Request("/tokenize", body, _parse_tokens), HANDSHAKE_REMEDY)
         if ids != expected:

@@ -83,7 +83,7 @@ class TokenServerEngine(ServerEngine):
 
     def handshake(self) -> ServerFingerprint:
         """Check the tokenizer and the log-probabilities, and record the fingerprint."""
-        expected = self.renderer.vocabulary.encode(HANDSHAKE_TEXT)
+        expected = self.renderer.vocabulary.encode_alone(HANDSHAKE_TEXT)
         ids = self.send_handshake(
             Request(
                 self.wire_format.tokenize_path,

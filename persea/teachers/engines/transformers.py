@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,12 +40,18 @@ class TransformersEngine(Engine):
             embedding matrix and are cut off.
         batch_size: Sequences in one forward pass.
         sampling: How `generate` draws answers.
+        on_progress: Called with the share of a `generate` that is done, after each token.
     """
 
     model: PreTrainedModel
     vocab_size: int
     batch_size: int = 64
     sampling: Sampling = GREEDY
+    on_progress: Callable[[float], None] = lambda share: None
+
+    def reporting(self, on_progress: Callable[[float], None]) -> TransformersEngine:
+        """Return this engine with another `on_progress`. See Engine."""
+        return replace(self, on_progress=on_progress)
 
     @property
     def capabilities(self) -> EngineCapabilities:
@@ -68,8 +74,12 @@ class TransformersEngine(Engine):
         the seed only.
         """
         if self.sampling.temperature:
-            drawn = [list(self.stream(p, stop_ids, max_new_tokens, self.sampling)) for p in prompts]
-            return [np.array(ids, np.int32) for ids in drawn]
+            drawn = []
+            for prompt in prompts:
+                ids = list(self.stream(prompt, stop_ids, max_new_tokens, self.sampling))
+                drawn.append(np.array(ids, np.int32))
+                self.on_progress(len(drawn) / len(prompts))
+            return drawn
         return self.generate_rollouts(prompts, stop_ids, max_new_tokens, temperature=0.0, seed=0)
 
     @torch.no_grad()
@@ -106,6 +116,7 @@ class TransformersEngine(Engine):
         with _default_generation_config(self.model):
             for begin in range(0, len(order), self.batch_size):
                 chosen = order[begin : begin + self.batch_size]
+                watched = (begin, len(chosen), len(order), max_new_tokens)
                 width = max(len(prompts[i]) for i in chosen)
                 ids_BT = torch.full((len(chosen), width), stop_ids[0])
                 mask_BT = torch.zeros_like(ids_BT)
@@ -118,13 +129,32 @@ class TransformersEngine(Engine):
                         input_ids=ids_BT.to(device),
                         attention_mask=mask_BT.to(device),
                         generation_config=config,
-                        logits_processor=LogitsProcessorList([_require_finite_logits]),
+                        logits_processor=LogitsProcessorList([self._watch_tokens(watched)]),
                     )
                 for row, i in enumerate(chosen):
                     answers[i] = _truncate_after_stop(
                         output[row, width:].cpu().numpy().astype(np.int32), stop_ids
                     )
         return answers
+
+    def _watch_tokens(
+        self, batch: tuple[int, int, int, int]
+    ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """Return a processor of logits that changes none: it refuses and reports.
+
+        Args:
+            batch: Prompts before this batch, in it, and of all batches; longest answer.
+        """
+        before, num_prompts, num_all, max_new_tokens = batch
+        done = 0
+
+        def watch(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            nonlocal done
+            done += 1
+            self.on_progress((before + num_prompts * min(1.0, done / max_new_tokens)) / num_all)
+            return _require_finite_logits(ids, scores)
+
+        return watch
 
     def _generation_config(
         self, stop_ids: Sequence[int], max_new_tokens: int, temperature: float

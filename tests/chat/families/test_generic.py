@@ -11,13 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from persea.chat import families
-from persea.chat.families.generic import GENERIC_FAMILY_NAME, StripRule
-from persea.chat.families.llama import LLAMA
-from persea.chat.families.qwen import QWEN
-from persea.chat.family import Family
+from persea.chat.families.generic import GENERIC_FAMILY_NAME
 from persea.chat.messages import (
     Conversation,
     FinishReason,
@@ -30,6 +36,8 @@ from persea.chat.messages import (
     ToolCall,
     ToolResult,
 )
+from persea.chat.renderer import ChatRenderer
+from persea.chat.template_probing import StripRule
 from persea.config.recipe import load_recipe
 from persea.errors import DataError
 from persea.models.identity import model_warnings
@@ -62,6 +70,12 @@ SAID = [
 ]
 
 
+# Pieces of text as in Llama 3 and Qwen: line breaks stay together.
+PRETOKENS = (
+    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
 def folder_of(
     path: Path,
     template: str,
@@ -72,13 +86,21 @@ def folder_of(
     controls: tuple[str, ...] = (),
     adds_bos: bool = False,
     config_eos: tuple[str, ...] = (),
+    gpt2: bool = False,
 ) -> Path:
     """Make a tokenizer folder: byte-level BPE with the control tokens that the template writes."""
     looks = re.findall(r"<[|｜][^>{}'\"]{1,40}[|｜]>|</?think>|\[gMASK\]|<sop>", template)
     names = list(dict.fromkeys([t for t in (bos, eos, *ends, *controls, *looks) if t]))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(PRETOKENS), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        if not gpt2
+        else pre_tokenizers.ByteLevel(add_prefix_space=False),
         decoders.ByteLevel(),
     )
     trainer = trainers.BpeTrainer(
@@ -365,17 +387,12 @@ def test_earlier_answers_may_be_trimmed_differently(tmp_path: Path, where: str):
         ),
         (
             HEAD + "<|{{ m['role'] }}|>{{ m['content'] }}{{ m['content'] }}<|stop|>" + END,
-            "does not write an answer where its prompt ends",
+            "drops or repeats a question or an answer",
         ),
         (
             HEAD + "{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt "
             "%}assistant: {% endif %}",
             "ends an answer with no control token$",
-        ),
-        (
-            HEAD + "<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}<|think|>{% endif %}{{ "
-            "m['content'] }}<|stop|>" + END,
-            "between its prompt",
         ),
         ("{{ raise_exception('no chat') }}", "no chat"),
         (
@@ -390,7 +407,7 @@ def test_earlier_answers_may_be_trimmed_differently(tmp_path: Path, where: str):
             HEAD
             + "<|{{ m['role'] }}|>{{ m['content'] if m['role'] == 'user' else '' }}<|stop|>"
             + END,
-            "does not write an answer",
+            "drops or repeats a question or an answer",
         ),
     ],
 )
@@ -465,12 +482,6 @@ def test_an_eos_that_is_not_the_turns_end_is_reported_and_stops_too(tmp_path: Pa
 def test_generic_is_one_of_the_names_a_recipe_may_use(tiny: Speaker):
     """Forced on a known model, the inferred family renders plain conversations as the model's
     family does."""
-    if tiny.renderer.family.name == "gpt-oss":
-        with pytest.raises(
-            DataError, match=r"between its prompt|where its prompt ends|white space"
-        ):
-            load_renderer(ModelSource(str(tiny.folder), family=GENERIC_FAMILY_NAME), "w")
-        return
     renderer = load_renderer(ModelSource(str(tiny.folder), family=GENERIC_FAMILY_NAME), "w")
     conversation = Conversation.from_question(" Hi\n").with_answer(Text("\n Hello "))
     assert (
@@ -505,7 +516,7 @@ def test_a_run_reports_families_and_their_limitations(tmp_path: Path):
         "gemma-sapling (gemma)",
         "gpt-oss-sapling (gpt-oss)",
     ]
-    assert context.models.lineage_parent("qwen-sapling").licence == "not known"
+    assert context.models.lineage_parent("qwen-sapling").licence == "apache-2.0"  # its own card's
 
 
 def test_tools_are_refused_and_not_lost(tmp_path: Path):
@@ -520,35 +531,229 @@ def test_tools_are_refused_and_not_lost(tmp_path: Path):
             renderer.render_prompt(conversation)
 
 
-# ---- which family --------------------------------------------------------------------------------
+# ---- thoughts ------------------------------------------------------------------------------------
+
+THOUGHT = "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+ASSISTANT = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+HABITS = {
+    # Ministral 3: thoughts are content parts; there is no switch.
+    "content parts": HEAD + "<|{{ m.role }}|>{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content %}"
+    "{{ '[THINK]' + p.thinking + '[/THINK]' if p.type == 'thinking' else p.text }}"
+    "{% endfor %}{% endif %}<|stop|>" + END,
+    # DeepSeek R1: the prompt opens a thought, conversations have none.
+    "opened": HEAD
+    + TURN
+    + "{% endfor %}{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}",
+    # Kimi K2 Thinking: an empty thought before each answer.
+    "empty": HEAD
+    + "<|{{ m.role }}|>{{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}<|stop|>"
+    + END,
+    # Qwen 3: a switch, and thoughts of the last answer only.
+    "switch": HEAD
+    + "<|{{ m.role }}|>{% if loop.last and m.role == 'assistant' %}"
+    + THOUGHT
+    + "{% endif %}{{ m.content }}<|stop|>{% endfor %}"
+    + ASSISTANT
+    + "{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}"
+    "<think>\n\n</think>\n\n{% endif %}",
+    # Efforts in a system turn; every thought is kept.
+    "efforts": "<|system|>Effort: {{ reasoning_effort or 'high' }}<|stop|>"
+    + HEAD
+    + "<|{{ m.role }}|>{{ '<think>' + m.reasoning + '</think>' if m.reasoning }}"
+    "{{ m.content }}<|stop|>" + END,
+    # Muse: thought and answer are messages of one turn.
+    "messages": HEAD
+    + "<|{{ m.role }}|>{% if m.role == 'assistant' %}{% if m.thinking %} to=self<|say|>"
+    "{{ m.thinking }}<|eom|><|assistant|>{% endif %} to=user<|say|>{% endif %}{{ m.content }}"
+    "<|stop|>" + END,
+}
+EFFORTS = {
+    "content parts": ["high"],
+    "opened": ["high"],
+    "empty": ["high"],
+    "switch": ["none", "high"],
+    "efforts": ["low", "medium", "high"],
+    "messages": ["high"],
+}
+MARKS = (*ROLES, "<|say|>", "<|eom|>", "[THINK]", "[/THINK]", "<think>", "</think>")
 
 
-def test_the_longest_template_signature_wins(
-    tiny_of: Callable[[str], Speaker], monkeypatch: pytest.MonkeyPatch
-):
-    vocabulary = tiny_of("qwen").renderer.vocabulary
+def thinking_of(path: Path, habit: str, controls: tuple[str, ...] = MARKS) -> ChatRenderer:
+    return load_renderer(small(path, HABITS[habit], controls=controls), "w")
 
-    def family(name: str, mark: str) -> Family:
-        return replace(QWEN, name=name, template_signature=mark)
 
-    any_, short, long, other = (
-        family("any", ""),
-        family("short", "ab"),
-        family("long", "abc"),
-        family("other", "xyz"),
+@pytest.mark.parametrize("habit", HABITS)
+@pytest.mark.parametrize(
+    "controls", [MARKS, (*ROLES, "<|say|>", "<|eom|>")], ids=["tokens", "text"]
+)
+def test_thoughts_are_rendered_and_parsed(tmp_path: Path, habit: str, controls: tuple[str, ...]):
+    """The markers are control tokens, or plain text."""
+    renderer = thinking_of(tmp_path, habit, controls)
+    assert [e.value for e in renderer.family.efforts] == EFFORTS[habit]
+    effort = ThinkingEffort.HIGH
+    asked = Conversation.from_question("2 + 3?", effort=effort)
+    conversation = asked.with_answer(Thinking("Two and three."), Text("It is 5."))
+    tokens, prompt = renderer.render(conversation), renderer.render_prompt(asked)
+    assert tokens.ids_T[: len(prompt)].tolist() == prompt.ids_T.tolist()
+    answer = tokens.ids_T[tokens.loss_mask_T].tolist()
+    assert renderer.parse(answer, effort) == (
+        (Thinking("Two and three."), Text("It is 5.")),
+        FinishReason.STOP,
     )
-    monkeypatch.setattr(
-        families, "FAMILIES", (replace(LLAMA, template_signature=""), any_, long, short, other)
-    )
-    assert families.detect_family(vocabulary, "") is any_
-    assert families.detect_family(vocabulary, "zab") is short
-    assert families.detect_family(vocabulary, "zabc") is long
-    assert families.detect_family(vocabulary, "abc xyz") is None  # equally long: no guess
-    monkeypatch.setattr(families, "FAMILIES", (LLAMA, short))
-    assert families.detect_family(vocabulary, "nothing of it") is None
+    covered = [k for k, s in enumerate(tokens.starts_T) if s >= 0 and tokens.loss_mask_T[k]]
+    said = b"".join(renderer.vocabulary.bytes_W[tokens.ids_T[k]] or b"" for k in covered)
+    assert said.startswith(b"Two and three") and said.endswith(b"5.")
+    for cut in range(len(answer)):  # an answer that is cut off is never an exception
+        assert renderer.parse(answer[:cut], effort)[1] is FinishReason.LENGTH
+    assert renderer.family.thought_ends
     assert (
-        families.detect_family(vocabulary, "<|start_header_id|> ab") is short
-    )  # a signature in the template alone is none
+        "no tools" in renderer.family.limitations and "thought ends" in renderer.family.limitations
+    )
+
+
+@pytest.mark.parametrize(
+    ("habit", "want"),
+    [
+        ("opened", "<|user|>q<|stop|><|assistant|><think>\nso\n</think>\n\na<|stop|>"),
+        ("empty", "<|user|>q<|stop|><|assistant|><think>so</think>a<|stop|>"),
+        ("switch", "<|user|>q<|stop|><|assistant|><think>\nso\n</think>\n\na<|stop|>"),
+        (
+            "messages",
+            "<|user|>q<|stop|><|assistant|> to=self<|say|>so<|eom|>"
+            "<|assistant|> to=user<|say|>a<|stop|>",
+        ),
+        ("content parts", "<|user|>q<|stop|><|assistant|>[THINK]so[/THINK]a<|stop|>"),
+    ],
+)
+def test_where_a_thought_goes(tmp_path: Path, habit: str, want: str):
+    renderer = thinking_of(tmp_path, habit)
+    conversation = Conversation.from_question("q", effort=ThinkingEffort.HIGH)
+    ids = renderer.render(conversation.with_answer(Thinking("so"), Text("a"))).ids_T.tolist()
+    pieces = renderer.vocabulary.decode_pieces(ids)
+    assert "".join(p if isinstance(p, str) else p.decode() for p in pieces) == want
+
+
+def test_an_answer_at_once_of_a_model_that_always_thinks(tmp_path: Path):
+    """Asked at once it thinks nevertheless; its thought is parsed, and counted by the caller."""
+    renderer = thinking_of(tmp_path, "opened")
+    asked = Conversation.from_question("q")
+    assert renderer.render_prompt(asked).ids_T.tolist() == (
+        renderer.render_prompt(replace(asked, effort=ThinkingEffort.HIGH)).ids_T.tolist()
+    )
+    tokens = renderer.render(asked.with_answer(Thinking("so"), Text("a")))
+    answer = tokens.ids_T[tokens.loss_mask_T].tolist()
+    assert renderer.parse(answer, ThinkingEffort.NONE)[0] == (Thinking("so"), Text("a"))
+    plain = renderer.render(asked.with_answer(Text("a")))
+    pieces = renderer.vocabulary.decode_pieces(plain.ids_T.tolist())
+    assert pieces[-4:] == (b"\n", "</think>", b"\n\na", "<|stop|>")
+
+
+@pytest.mark.parametrize(("habit", "kept"), [("switch", False), ("efforts", True)])
+def test_earlier_thoughts_are_kept_as_the_template_keeps_them(
+    tmp_path: Path, habit: str, kept: bool
+):
+    renderer = thinking_of(tmp_path, habit)
+    first = Conversation.from_question("q", effort=ThinkingEffort.HIGH)
+    first = first.with_answer(Thinking("so"), Text("a"))
+    conversation = replace(first, messages=first.messages * 2)
+    thoughts = [m.thinking for m in renderer.family.normalise(conversation).messages]
+    assert thoughts == ["", "so" if kept else "", "", "so"]
+
+
+def test_markers_in_plain_text_are_refused(tmp_path: Path):
+    renderer = thinking_of(tmp_path, "content parts", ROLES)
+    asked = Conversation.from_question("q", effort=ThinkingEffort.HIGH)
+    with pytest.raises(DataError, match="marks a thought"):
+        renderer.render(asked.with_answer(Thinking("a [/THINK] b"), Text("a")))
+    with pytest.raises(DataError, match="marks a thought"):
+        renderer.render(asked.with_answer(Text("[THINK] a")))
+
+
+def test_a_system_text_can_change_what_is_trimmed(tmp_path: Path):
+    """Llama 2 trims system text and question as one."""
+    template = (
+        "{% set s = '' %}{% set rest = messages %}{% if messages[0].role == 'system' %}"
+        "{% set s = '<<SYS>>' + messages[0].content + '<</SYS>>' %}"
+        "{% set rest = messages[1:] %}{% endif %}"
+        "{% for m in rest %}<|{{ m.role }}|>"
+        "{{ ((s if loop.first else '') + m.content) | trim }}<|stop|>" + END
+    )
+    renderer = load_renderer(small(tmp_path, template), "w")
+    texts = {}
+    for system in ("", "你好，世界"):
+        asked = Conversation.from_question(" two  words ", system=system)
+        ids = renderer.render_prompt(asked).ids_T.tolist()
+        texts[system] = b"".join(
+            p for p in renderer.vocabulary.decode_pieces(ids) if isinstance(p, bytes)
+        ).decode()
+    assert texts == {"": "two  words", "你好，世界": "<<SYS>>你好，世界<</SYS>> two  words"}
+
+
+CALLS = (
+    "{% if tools %}<|system|>{{ tools | tojson }}<|stop|>{% endif %}"
+    + HEAD
+    + "<|{{ m.role }}|>{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "{{ '<tool_call>' + {'name': c.function.name, 'arguments': c.function.arguments} | tojson"
+    " + '</tool_call>' }}{% endfor %}<|stop|>" + END
+)
+TOOL = Tool("clock", "the time", "{}")
+TOOL_MARKS = (*ROLES, "<|tool|>", "<tool_call>", "</tool_call>")
+
+
+@pytest.mark.parametrize("controls", [TOOL_MARKS, (*ROLES, "<|tool|>")], ids=["tokens", "text"])
+def test_calls_of_a_common_notation_are_found(tmp_path: Path, controls: tuple[str, ...]):
+    renderer = load_renderer(small(tmp_path, CALLS, controls=controls), "w")
+    assert "no tools" not in renderer.family.limitations
+    call = ToolCall("clock", '{"zone": "အာရှ", "n": 7}')
+    asked = replace(Conversation.from_question("q"), tools=(TOOL,))
+    tokens = renderer.render(asked.with_answer(call))
+    answer = tokens.ids_T[tokens.loss_mask_T].tolist()
+    assert renderer.parse(answer, ThinkingEffort.NONE, (TOOL,)) == ((call,), FinishReason.STOP)
+    result = Message(Role.TOOL, (ToolResult("clock", "noon"),))
+    done = Conversation((*asked.with_answer(call).messages, result), tools=(TOOL,))
+    ids = renderer.render(done.with_answer(Text("Noon."))).ids_T.tolist()
+    assert b"noon" in renderer.vocabulary.decode_pieces(ids)
+    with pytest.raises(DataError, match="text and tool calls"):
+        renderer.render(asked.with_answer(Text("So:"), call))
+
+
+def test_a_call_in_plain_text_is_text_where_calls_have_control_tokens(tmp_path: Path):
+    renderer = load_renderer(small(tmp_path, CALLS, controls=TOOL_MARKS), "w")
+    text = '<tool_call>{"name": "clock", "arguments": {}}</tool_call>'
+    tokens = renderer.render(Conversation.from_question("q").with_answer(Text(text)))
+    answer = tokens.ids_T[tokens.loss_mask_T].tolist()
+    assert renderer.parse(answer, ThinkingEffort.NONE, (TOOL,))[0] == (Text(text),)
+
+
+def test_a_template_for_pictures_takes_texts(tmp_path: Path):
+    template = (
+        HEAD
+        + "<|{{ m.role }}|>{% for p in m.content %}{{ '<image>' if p.type == 'image' else p.text }}"
+        "{% endfor %}<|stop|>" + END
+    )
+    renderer = load_renderer(small(tmp_path, template), "w")
+    conversation = Conversation.from_question("q").with_answer(Text("a"))
+    pieces = renderer.vocabulary.decode_pieces(renderer.render(conversation).ids_T.tolist())
+    assert pieces == ("<|user|>", b"q", "<|stop|>", "<|assistant|>", b"a", "<|stop|>")
+
+
+def test_a_prompt_whose_last_tokens_change_is_refused(tmp_path: Path):
+    """GPT-2's tokenizer writes two line breaks as one token, but as two before a word."""
+    template = (
+        HEAD + TURN + "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n\n{% endif %}"
+    )
+    template = template.replace("<|{{ m['role'] }}|>", "<|{{ m['role'] }}|>\n\n")
+    with pytest.raises(DataError, match="last tokens of the prompt change"):
+        load_renderer(small(tmp_path / "gpt2", template, gpt2=True), "w")
+    assert load_renderer(small(tmp_path / "llama", template), "w").family.name == "generic"
+
+
+def test_a_template_that_needs_tools_is_refused(tmp_path: Path):
+    template = "{% for t in tools %}{{ t }}{% endfor %}" + HEAD + TURN + END
+    with pytest.raises(DataError, match="needs tools") as caught:
+        load_renderer(small(tmp_path, template), "w")
+    assert "default" in caught.value.remedy
 
 
 def test_trim():

@@ -67,10 +67,17 @@ def test_byte_offsets_are_those_of_every_family(renderer: ChatRenderer):
     assert tokens.ends_T[learned].tolist()[-2:] == [6, 6]
 
 
-def test_a_model_whose_end_is_not_known_renders_texts_without_one(renderer: ChatRenderer):
-    family, template = make_text_family(renderer.vocabulary, {"eos_token": "<none>"})
-    assert NO_END_NOTE not in family.limitations  # <eos> is known by its name
+def test_a_model_whose_end_is_not_known_renders_texts_without_one(tmp_path: Path):
+    folder_of(tmp_path, "", bos="<bos>", eos="<none>", adds_bos=True)
+    (tmp_path / "chat_template.jinja").unlink()
+    vocabulary = load_renderer(ModelSource(str(tmp_path)), "w").vocabulary
+    family, template = make_text_family(vocabulary, {})
+    assert family.stop_tokens == ()
     assert template([{"role": "user", "content": "x"}], add_generation_prompt=True) == "<bos>x\n"
+    renderer = ChatRenderer(family, vocabulary, template, "")
+    tokens = renderer.render(Conversation.from_question("x").with_answer(Text("y")))
+    assert text_of(renderer, tokens.ids_T.tolist()) == "<bos>x\ny"
+    assert renderer.document_tokens.note == NO_END_NOTE
 
 
 def test_the_note_says_what_such_a_model_does(renderer: ChatRenderer, tmp_path: Path):

@@ -55,6 +55,7 @@ from persea.teachers.engines.http_client import (
 from persea.teachers.engines.response_validation import (
     MalformedResponseError,
     RawPromptLogprobs,
+    RejectedRequestError,
     decode_candidate_logprobs,
     to_sparse_distributions,
 )
@@ -861,8 +862,9 @@ def test_a_chat_answer_is_put_together_and_half_characters_are_refused() -> None
         FinishReason.MALFORMED,
     )
     assert read({"content": "long"}, ended="length")[1] is FinishReason.LENGTH
+    with pytest.raises(RejectedRequestError, match="half characters"):
+        read({"content": "x\ufffd"})
     for broken in (
-        lambda: read({"content": "x\ufffd"}),
         lambda: read({"content": "x"}, model="n"),
         lambda: read({"content": "x"}, ended="odd"),
         lambda: read({"content": 3}),

@@ -1,0 +1,110 @@
+"""Choose the family of a model: the first candidate that is proven, else an inferred one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+
+from persea.chat.families import candidate_families, get_families
+from persea.chat.families.generic import GENERIC_FAMILY_NAME, infer_family
+from persea.chat.families.hybrid import has_thinking_switch, make_hybrid_family
+from persea.chat.family import Family
+from persea.chat.probing import EncodeText, prove_family_once
+from persea.chat.renderer import ChatRenderer
+from persea.chat.text_runs import refuse_tokens_without_row, split_runs
+from persea.chat.tool_notation import find_notations
+from persea.errors import DataError
+from persea.tokenization.logit_rows import tokens_without_row
+from persea.tokenization.name_pattern import compile_names
+
+# Conversations with tools that a notation may refuse, at two efforts.
+MAX_REFUSED_WITH_TOOLS = 2
+
+
+def choose_family(
+    renderer: ChatRenderer,
+    name: str,
+    encode: EncodeText,
+    eos_tokens: Callable[[], Collection[str]],
+    where: str,
+    response_template: object = None,
+) -> ChatRenderer:
+    """Return the renderer with its family.
+
+    Args:
+        renderer: Tokenizer and chat template; its family is replaced.
+        name: The family that the recipe names; "" = any.
+        encode: Text with control tokens -> ids, as transformers' tokenizer encodes a rendering.
+        eos_tokens: Returns the control tokens that the model's own configuration declares as end
+            of text; called for a generic family only.
+        where: The place for error messages.
+        response_template: How transformers parses the model's answers, if its tokenizer states it.
+
+    Raises:
+        DataError: The named family is not the model's, or persea cannot follow the template.
+    """
+    _refuse_tokens_without_row(renderer)
+    has_switch = has_thinking_switch(renderer.template)
+
+    def adapt(family: Family) -> Family:
+        if has_switch and len(family.efforts) == 1:
+            return make_hybrid_family(family, renderer.vocabulary)
+        return family
+
+    difference = ""
+    for family in _candidates(renderer, name):
+        candidate = replace(renderer, family=adapt(family))
+        proof = prove_family_once(candidate, encode)
+        if proof.is_proven:
+            return candidate
+        difference = difference or proof.difference or "most probing conversations are refused"
+    if name not in ("", GENERIC_FAMILY_NAME):
+        raise DataError(
+            f"this model is not of the family {name}: {difference}",
+            where=where,
+            remedy="delete `family:`, then persea finds out what the chat template does",
+        )
+    inferred = infer_family(
+        renderer.vocabulary,
+        renderer.template,
+        renderer.template_text,
+        eos_tokens(),
+        where,
+        with_thinking=not has_switch,
+    )
+    without_tools = replace(
+        renderer, family=adapt(inferred.to_family()), template=inferred.template
+    )
+    proof = prove_family_once(without_tools, encode)
+    if proof.difference:
+        raise DataError(
+            f"persea cannot follow the chat template: {proof.difference}",
+            where=where,
+            remedy="write a file for this family, see docs/new_family.md",
+        )
+    if inferred.has_text_parts or has_switch:
+        return without_tools
+    for notation in find_notations(response_template, renderer.template_text):
+        family = replace(inferred, notation=notation).to_family()
+        with_tools = replace(without_tools, family=family)
+        again = prove_family_once(with_tools, encode)
+        if not again.difference and again.num_refused <= proof.num_refused + MAX_REFUSED_WITH_TOOLS:
+            return with_tools
+    return without_tools
+
+
+def _refuse_tokens_without_row(renderer: ChatRenderer) -> None:
+    """Refuse a template that writes control tokens for which the model has no logits."""
+    vocabulary = renderer.vocabulary
+    if not tokens_without_row(vocabulary):
+        return
+    messages = [{"role": role, "content": "Hi"} for role in ("user", "assistant")]
+    text = renderer.template(messages, add_generation_prompt=False)
+    pattern = compile_names(vocabulary.control_token_ids)
+    refuse_tokens_without_row(vocabulary, list(split_runs(vocabulary, pattern, [(text, None)])))
+
+
+def _candidates(renderer: ChatRenderer, name: str) -> tuple[Family, ...]:
+    if not name:
+        return candidate_families(renderer.vocabulary, renderer.template_text)
+    return () if name == GENERIC_FAMILY_NAME else get_families(name)

@@ -1,0 +1,1 @@
+"""Licences of models and data: what they allow a student to be, and what it then owes."""
