@@ -4,6 +4,8 @@
 # make docs         the documentation as a site, in site/ (installs mkdocs; about a minute)
 # make chaos        kills, cuts, flips bits, fills the disk, and compares the results: the cache (4 minutes), a training (15 minutes), a whole
 #                   run (10 minutes)
+# make real         two real small models teach one student six languages: downloads them (330 MB), needs PERSEA_DATA; about 25 minutes
+# make bench-real   which method teaches best with real models: the next MINUTES=60 of runs (resumes; downloads as above; installs TRL)
 # make results      the quickstart with three seeds, and its comparisons (about 90 minutes; resumes)
 # make bench-cache  what the cache costs and what it is worth (about 15 minutes)
 # make bench-rollouts   how fast a student answers many prompts at once (about a minute)
@@ -29,7 +31,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint docs chaos results bench bench-bias bench-cache bench-rollouts bench-train bench-onpolicy bench-objectives bench-extension templates engines soak saplings clean
+.PHONY: quickstart test lint docs chaos results bench bench-bias bench-cache bench-rollouts bench-train bench-onpolicy bench-objectives bench-extension bench-real real templates engines soak saplings clean
 .DELETE_ON_ERROR:
 
 .venv/persea: pyproject.toml
@@ -76,6 +78,23 @@ bench-objectives: .venv/persea
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.objectives teachers scripts --size scripts
 	for size in scripts-met scripts-512 scripts-2048; do OMP_NUM_THREADS=1 $(BIN)/python -m bench.objectives extension --size $$size; done
 	$(BIN)/python -m bench.objectives report
+
+# The folder of the real models and of the run that `make real` writes.
+REAL ?= runs/real
+MINUTES ?= 60
+
+real: .venv/persea
+	$(BIN)/pip install -q -e '.[gguf]'
+	$(BIN)/python -m bench.real_models $(REAL)
+	$(BIN)/python -m bench.real.prepare $(REAL)
+	$(BIN)/persea run $(REAL)/real.yaml --out $(REAL)/run
+	@echo "the page: $(REAL)/run/report/index.html; talk to the student: $(BIN)/persea chat $(REAL)/run/train/student"
+
+bench-real: .venv/persea
+	$(BIN)/pip install -q -e '.[bench,gguf]'
+	$(BIN)/python -m bench.real_models $(REAL)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.real --models $(REAL) --budget-minutes $(MINUTES)
+	$(BIN)/python -m bench.real --models $(REAL) --report
 
 bench-cache: .venv/persea
 	$(BIN)/python bench/cache.py

@@ -165,6 +165,7 @@ def learn_merges(
     word_counts: Mapping[str, tuple[int, int]],
     num_tokens: int,
     on_token: Callable[[int], None] = lambda num_new: None,
+    is_wanted: Callable[[str], bool] = lambda token: True,
 ) -> list[Merge]:
     """Continue byte-pair encoding: merge the pair with the greatest weight, again and again.
 
@@ -176,6 +177,7 @@ def learn_merges(
         word_counts: Word -> (count, weight), from `count_words`.
         num_tokens: New tokens to make.
         on_token: Called with the number of new tokens after each merge.
+        is_wanted: Whether a token, in the byte-level alphabet, may be made.
 
     Returns:
         The merges, in the order in which they were learned.
@@ -216,7 +218,7 @@ def learn_merges(
         if counts[pair] != -n:
             queued[pair] = counts[pair]
             heapq.heappush(heap, (-counts[pair], _ReverseOrderedPair(pair)))
-        elif seen[pair] >= MIN_PAIR_COUNT and token not in added_tokens:
+        elif seen[pair] >= MIN_PAIR_COUNT and token not in added_tokens and is_wanted(token):
             merges.append(pair)
             ranks.setdefault(pair, len(ranks))
             touched = where.pop(pair)

@@ -1,0 +1,169 @@
+"""Teacher and student: folders of real models, their tokenizers, and mixed-precision training."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
+
+from bench.objectives.vocabularies import Speaker, no_template
+from persea.chat.families import CONTROL_MARKERS
+from persea.chat.families.gemma import GEMMA
+from persea.chat.families.qwen import QWEN
+from persea.chat.family import Family
+from persea.chat.renderer import ChatRenderer
+from persea.tokenization.vocabulary import load_vocabulary
+
+# Plain documents: the family is only needed for the token that ends a text.
+TEACHER_FAMILY = replace(GEMMA, name="gemma-text", stop_tokens=("<eos>",))
+STUDENT_FAMILY = replace(QWEN, name="smollm2-text", stop_tokens=("<|endoftext|>",))
+TEACHER_START, STUDENT_START = "<bos>", "<|endoftext|>"
+
+
+def speaker(spec: str, name: str, family: Family, start: str) -> Speaker:
+    """Return a tokenizer (the content of tokenizer.json) with the token before every text."""
+    backend = Tokenizer.from_str(spec)
+    vocabulary = load_vocabulary(backend, name, CONTROL_MARKERS)
+    return Speaker(
+        ChatRenderer(family, vocabulary, no_template, ""), vocabulary.control_token_ids[start]
+    )
+
+
+def teacher_speaker(folder: Path) -> Speaker:
+    return speaker(
+        (folder / "tokenizer.json").read_text(), "gemma3-270m", TEACHER_FAMILY, TEACHER_START
+    )
+
+
+def student_speaker(spec: str) -> Speaker:
+    return speaker(spec, "smollm2-135m", STUDENT_FAMILY, STUDENT_START)
+
+
+def load(folder: Path, dtype: torch.dtype) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Texts one after another in one row; each sees only itself. S positions, each with a label."""
+
+    ids_S: torch.Tensor
+    place_S: torch.Tensor
+    text_S: torch.Tensor
+    labels_S: torch.Tensor
+
+
+def pack(texts: Sequence[Sequence[int]], start: int, end: int) -> Packed:
+    """Return start + ids as inputs and ids + end as labels of every text."""
+    return Packed(
+        torch.tensor([i for ids in texts for i in (start, *ids)]),
+        torch.tensor([k for ids in texts for k in range(len(ids) + 1)]),
+        torch.tensor([b for b, ids in enumerate(texts) for _ in range(len(ids) + 1)]),
+        torch.tensor([i for ids in texts for i in (*ids, end)]),
+    )
+
+
+def states(model: Any, packed: Packed) -> torch.Tensor:
+    """Return the hidden states [S, D] before each label."""
+    text_S, n = packed.text_S, len(packed.text_S)
+    sees_SS = (text_S[:, None] == text_S[None]) & torch.ones(n, n, dtype=torch.bool).tril()
+    mask = torch.zeros(1, 1, n, n, dtype=model.dtype).masked_fill(~sees_SS, -torch.inf)
+    hidden: torch.Tensor = model.model(
+        input_ids=packed.ids_S[None], position_ids=packed.place_S[None], attention_mask=mask
+    ).last_hidden_state[0]
+    return hidden
+
+
+class Trainee:
+    """A student in bfloat16 with float32 master weights and AdamW, or in float32 throughout."""
+
+    def __init__(self, model: Any, half: bool) -> None:
+        self.model, self.half = model, half
+        self.own = [p for p in model.parameters() if p.requires_grad]
+        self.masters = (
+            [p.detach().float().clone().requires_grad_(True) for p in self.own]
+            if half
+            else self.own
+        )
+        for p in self.masters:
+            p.grad = torch.zeros_like(p)
+        if half:
+            model.to(torch.bfloat16)
+        matrices = [p for p in self.masters if p.ndim > 1]
+        vectors = [p for p in self.masters if p.ndim == 1]
+        self.adam = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}],
+            lr=0.0,
+            betas=(0.9, 0.98),
+            fused=True,
+        )
+
+    def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits."""
+        weight: torch.Tensor = self.model.get_input_embeddings().weight
+        return (hidden_SD @ weight.T).float()
+
+    def step(self, loss: torch.Tensor, rate: float) -> float:
+        """Take one step; return the norm of the gradient."""
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self.half:
+            for master, own in zip(self.masters, self.own, strict=True):
+                assert own.grad is not None and master.grad is not None
+                master.grad.copy_(own.grad)
+                own.grad = None
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
+        for group in self.adam.param_groups:
+            group["lr"] = rate
+        self.adam.step()
+        if self.half:
+            with torch.no_grad():
+                for master, own in zip(self.masters, self.own, strict=True):
+                    own.copy_(master)
+        else:
+            self.adam.zero_grad()
+        return float(norm)
+
+
+def rate_at(step: int, steps: int, top: float) -> float:
+    """Warm up linearly over a tenth of the steps, then fall along a cosine to a tenth."""
+    warm = max(1, steps // 10)
+    return top * min(1.0, (step + 1) / warm) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+
+
+@torch.no_grad()
+def bits(
+    model: Any, who: Speaker, texts: Sequence[str], at_once: int = 1024
+) -> list[tuple[float, float]]:
+    """Return the bits of each text, without and with its end.
+
+    The head multiplies in float32, whatever the model's type.
+    """
+    ids = who.vocabulary.encode_batch(list(texts))
+    end = who.renderer.stop_ids[0]
+    weight = model.get_input_embeddings().weight.float()
+    groups: list[list[int]] = [[]]
+    for k in sorted(range(len(ids)), key=lambda k: len(ids[k])):
+        if groups[-1] and sum(len(ids[j]) + 1 for j in groups[-1]) + len(ids[k]) > at_once:
+            groups.append([])
+        groups[-1].append(k)
+    out = [(0.0, 0.0)] * len(ids)
+    for some in groups:
+        packed = pack([ids[k] for k in some], who.start, end)
+        logits_SV = states(model, packed).float() @ weight.T
+        lost_S = torch.nn.functional.cross_entropy(logits_SV, packed.labels_S, reduction="none")
+        lost_S = lost_S / math.log(2)
+        for b, k in enumerate(some):
+            mine = lost_S[packed.text_S == b]
+            out[k] = (float(mine[:-1].sum()), float(mine.sum()))
+    return out
+
+
+def tokenizer_text(folder: Path) -> str:
+    return json.dumps(json.loads((folder / "tokenizer.json").read_text()))

@@ -1,0 +1,123 @@
+"""The teacher's side of every text: computed once, kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.objectives.examples import Teacher, plain
+from bench.objectives.vocabularies import Speaker
+from bench.real.models import load, pack, states, teacher_speaker
+from persea.distributions import SparseDistributions, sample_distributions
+
+TAU = 0.02  # persea's default
+AT_ONCE = 1024  # tokens of one pass
+ROWS = 64  # positions whose whole distributions exist at a time
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One text in the teacher's tokens. T tokens and the end: T + 1 distributions.
+
+    Attributes:
+        ids: T token ids.
+        states_TD: Hidden state before each token and before the end, float32, [T + 1, D].
+        realised_T: Natural log-probability of each token and of the end.
+        drawn: Sampled distributions before each token and before the end.
+    """
+
+    ids: tuple[int, ...]
+    states_TD: torch.Tensor
+    realised_T: torch.Tensor
+    drawn: SparseDistributions
+
+
+@dataclass(frozen=True)
+class RealTeacher:
+    """Gemma 3 270M with its cache."""
+
+    folder: Path
+    cache: Path
+    name: str = "gemma"
+
+    @cached_property
+    def speaker(self) -> Speaker:
+        return teacher_speaker(self.folder)
+
+    @cached_property
+    def model(self) -> Any:
+        return load(self.folder, torch.float32).eval().requires_grad_(False)
+
+    @cached_property
+    def head(self) -> Teacher:
+        """The teacher as the methods of bench.objectives see it."""
+        return Teacher(self.speaker, self.model)
+
+    def scored(self, texts: Sequence[str]) -> list[Scored]:
+        """Return every text's scores; those not in the cache are computed and kept."""
+        paths = [self.cache / f"{hashlib.sha256(t.encode()).hexdigest()[:24]}.pt" for t in texts]
+        todo = [k for k, path in enumerate(paths) if not path.is_file()]
+        self.cache.mkdir(parents=True, exist_ok=True)
+        ids = self.speaker.vocabulary.encode_batch([texts[k] for k in todo])
+        at = 0
+        while at < len(todo):
+            n = 1
+            while at + n < len(todo) and sum(map(len, ids[at : at + n + 1])) <= AT_ONCE:
+                n += 1
+            for k, own, one in zip(
+                todo[at : at + n],
+                ids[at : at + n],
+                self._score(ids[at : at + n], texts),
+                strict=True,
+            ):
+                drawn = sampled(self.head, one, own, f"{TAU} {texts[k]}")
+                realised = torch.from_numpy(drawn.target_logprob_N)
+                partial = paths[k].with_suffix(".part")
+                torch.save(Scored(tuple(own), one, realised, drawn), partial)
+                partial.rename(paths[k])
+            at += n
+            print(f"teacher: {at} of {len(todo)} texts", flush=True)
+        return [torch.load(path, weights_only=False) for path in paths]
+
+    @torch.no_grad()
+    def _score(self, ids: Sequence[Sequence[int]], texts: Sequence[str]) -> list[torch.Tensor]:
+        packed = pack(ids, self.speaker.start, self.speaker.renderer.stop_ids[0])
+        hidden_SD = states(self.model, packed)
+        return [hidden_SD[packed.text_S == b].clone() for b in range(len(ids))]
+
+
+@torch.no_grad()
+def sampled(
+    teacher: Teacher, states_TD: torch.Tensor, ids: Sequence[int], seed: str
+) -> SparseDistributions:
+    """Sample distributions as persea's capture does, before each token and before the end."""
+    targets = np.array([*ids, teacher.speaker.renderer.stop_ids[0]])
+    parts = [
+        sample_distributions(
+            teacher.logprobs(states_TD[a : a + ROWS]), targets[a : a + ROWS], TAU, seed, a
+        )
+        for a in range(0, len(targets), ROWS)
+    ]
+    sizes = np.concatenate([np.diff(p.offsets_N1) for p in parts])
+    return SparseDistributions(
+        np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
+        np.concatenate([p.ids_M for p in parts]),
+        np.concatenate([p.probs_M for p in parts]),
+        np.concatenate([p.target_logprob_N for p in parts]),
+    )
+
+
+def bits_per_byte(found: Sequence[Scored], sizes: Sequence[int]) -> float:
+    """Return the teacher's bits per byte, ends not counted."""
+    nats = sum(-float(one.realised_T[:-1].sum()) for one in found)
+    return nats / float(np.log(2)) / sum(sizes)
+
+
+__all__ = ["RealTeacher", "Scored", "bits_per_byte", "plain", "sampled"]
