@@ -325,8 +325,7 @@ def test_a_llama_base_without_any_template_gets_the_bundled_one(
 ):
     folder = Path(shutil.copytree(tiny_of("llama").folder, tmp_path / "base"))
     (folder / "chat_template.jinja").unlink()
-    with pytest.raises(DataError, match="no chat template"):
-        load_renderer(ModelSource(str(folder)), "student.model")
+    assert load_renderer(ModelSource(str(folder)), "student.model").is_text
     assert (
         load_renderer(ModelSource(str(folder), thinking=True), "student.model").template_text
         == (ROOT / "persea" / "chat" / "families" / "hybrid.jinja").read_text()
