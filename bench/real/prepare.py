@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,12 +11,11 @@ import torch
 
 from bench.real.texts import ENGLISH, LANGUAGES, held_out, train_texts
 from bench.real.world import World
-from persea.models.loading import copy_tokenizer_files
+from persea.models.tokenizer_files import copy_tokenizer_files
 from persea.storage import open_atomic_folder, write_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "real.yaml"
-NEW_TOKENS = 6000
 SCORED = 8  # kilobytes of each language in which the teacher finds likely tokens
 ASKED = (
     "What is the capital of France?",
@@ -84,14 +82,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.real.prepare")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kilobytes", type=int, default=12, help="training text of a language")
+    parser.add_argument(
+        "--new-tokens",
+        type=int,
+        default=0,
+        help="tokens of Gemma's vocabulary to add to the student; with 12 kB of text their rows "
+        "are not learned (bench/results/real-run.json)",
+    )
     options = parser.parse_args()
     torch.set_num_threads(2)
     folder: Path = options.folder
     write_texts(folder / "texts", options.kilobytes)
-    if not (folder / "student" / "config.json").is_file():
-        world = World(folder, folder / "kept")
-        write_student(world, folder / "student", NEW_TOKENS, options.kilobytes)
-    shutil.copyfile(RECIPE, folder / "real.yaml")
+    recipe = RECIPE.read_text(encoding="utf-8")
+    if options.new_tokens:
+        if not (folder / "student" / "config.json").is_file():
+            world = World(folder, folder / "kept")
+            write_student(world, folder / "student", options.new_tokens, options.kilobytes)
+        recipe = recipe.replace(
+            "model: ./smollm2   # the student", "model: ./student   # extended", 1
+        )
+    write_atomic(folder / "real.yaml", recipe.encode())
     print(f"wrote {folder / 'real.yaml'}")
 
 
