@@ -302,6 +302,17 @@ def unreadable_file_error(path: Path, error: OSError) -> StorageError:
     )
 
 
+STAGE_FOLDERS = ("check", "audition", "capture", "train", "evaluate", "lineage", "report")
+
+
+def _stage_remedy(path: Path) -> str:
+    """Return the remedy for a missing file: the command of the stage whose folder it is in."""
+    folder = path.parent.name
+    stage = next((part for part in reversed(path.parts[:-1]) if part in STAGE_FOLDERS), "")
+    command = f": `persea {stage} RECIPE`" if stage else ""
+    return f"run the stage that writes {stage or folder}/ first{command}"
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file that a stage wrote.
 
@@ -315,7 +326,7 @@ def read_json(path: Path) -> Any:
         raise DataError(
             "not there",
             where=str(path),
-            remedy=f"run the stage that writes {path.parent.name}/ first",
+            remedy=_stage_remedy(path),
         ) from error
     except OSError as error:
         raise unreadable_file_error(path, error) from error

@@ -42,7 +42,8 @@ SIGNATURES: dict[str, str] = {
         "(cache: 'AnswerSource | Sequence[CachedAnswer] | Sequence[tuple[AnswerSource, "
         "float]]', *, student: 'ChatRenderer', teachers: 'Mapping[str, ChatRenderer] | None' "
         "= None, event_maps: 'Mapping[str, EventMap] | None' = None, batch_size: 'int' = 16, "
-        "seed: 'int' = 0, max_length: 'int' = 512, partial_tokens: 'bool' = False) -> 'None'"
+        "seed: 'int' = 0, max_length: 'int' = 512, partial_tokens: 'bool' = False, "
+        "teach_end: 'TeachEnd' = 'auto') -> 'None'"
     ),
     "DistillResult": "(folder: 'Path') -> None",
     "EventMap": (
@@ -64,8 +65,10 @@ SIGNATURES: dict[str, str] = {
         "'Sequence[Task | str]' = Ellipsis, texts: 'Mapping[str, str] | None' = None, "
         "load_weights: 'bool' = False, items: 'int' = 64, max_lines: 'int' = 200, batch_size: "
         "'int' = 64, seed: 'int' = 0, min_common_share: 'float' = 0.3, "
-        "max_disagreement: 'float' = 0.1, max_template_excess: 'float' = 0.25, "
-        "min_counted_probability: 'float' = 0.001) -> 'CompatibilityResult'"
+        "max_disagreement: 'float' = 0.1, max_unwritable_share: 'float' = 0.05, "
+        "max_template_excess: 'float' = 0.25, "
+        "min_counted_probability: 'float' = 0.001, "
+        "max_measured_logits: 'int' = 400000000) -> 'CompatibilityResult'"
     ),
     "distill": (
         "(recipe: 'Recipe | str | Path', out: 'str | Path | None' = None, *, overrides: "

@@ -321,7 +321,7 @@ def test_plan_and_dry_run_tell_the_same_and_write_nothing(tmp_path: Path) -> Non
     assert figures.sub("", plan.out) == figures.sub("", dry.out)
     value = json.loads(persea("plan", path, "--json", folder=tmp_path).out)
     assert [(s["stage"], s["state"]) for s in value["stages"]] == [
-        (s, "to do" if s in ("check", "audition") else "waits") for s in STAGES
+        (s, "to do" if s in ("check", "audition", "capture") else "waits") for s in STAGES
     ]
     assert value["answers"] == 3 * 8 * 4 + 72 + 3 * 8 * 5
     assert tree(tmp_path) == before
@@ -474,7 +474,7 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], int, str]] = {
     "no chat template": (
         no_template,
         3,
-        r"teachers\.0\.model: '.*broken' has no chat template -> add chat_template\.jinja .*",
+        r"corpus: qwen-sapling has no chat template, so it cannot answer .* -> give it plain .*",
     ),
     "no tokenizer": (
         no_tokenizer,
@@ -500,7 +500,7 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], int, str]] = {
     "broken line": (
         lambda f: prompts(f, '{"prompt": "thr'),
         3,
-        r".*p\.jsonl:3: not JSON: .* -> .*correct or delete the line",
+        r".*p\.jsonl:3: not JSON: .* -> .*correct or delete the row, .*",
     ),
     "a line of another skill": (
         lambda f: prompts(f, '{"prompt": "x", "skill": "poetry"}'),
@@ -535,12 +535,12 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], int, str]] = {
     "report before all": (
         lambda f: ["report", recipe(f)],
         3,
-        r"runs/tiny/check/done\.json: not there -> run the stage that writes check/ first",
+        r"runs/tiny/check/done\.json: not there -> .* check/ first: `persea check RECIPE`",
     ),
-    "train before audition": (
+    "train before capture": (
         lambda f: ["train", recipe(f)],
         3,
-        r"runs/tiny/audition/.*: not there -> run the stage that writes audition/ first",
+        r"runs/tiny/capture/.*: not there -> .* capture/ first: `persea capture RECIPE`",
     ),
 }
 
