@@ -70,7 +70,7 @@ def evaluated(
 
 
 def kept(home: Path) -> list[Path]:
-    return sorted(home.rglob("*.json"))
+    return sorted((home / "answers").rglob("*.json"))
 
 
 # --- answers ---

@@ -265,7 +265,6 @@ def test_a_base_student_learns_prompts_as_text_where_the_recipe_says_so(
         ("{texts: a.jsonl, skill: code, generate: 3}", "both `generate` and `texts`"),
         ("{texts: a.jsonl, skill: code, effort_shares: {none: 1}}", "nobody answers"),
         ("{generate: 3, skill: code, column: body}", "given, but no `texts`"),
-        ("{texts: a.csv, skill: code}", "neither .jsonl nor .txt"),
     ],
 )
 def test_contradictions_of_texts(tmp_path: Path, part: str, message: str) -> None:

@@ -42,7 +42,9 @@ def river(
     }
     return SimpleNamespace(
         recipe=recipe,
-        models=SimpleNamespace(student_identity="me", teacher_identities={"a": "b"}),
+        models=SimpleNamespace(
+            student_identity="me", teacher_identities={"a": "b"}, learning_rate=1e-3
+        ),
         stages=SimpleNamespace(read_record=done.get),
         capture_units=[SimpleNamespace(name="u")],
         corpus=SimpleNamespace(malformed=()),

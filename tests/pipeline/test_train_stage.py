@@ -160,6 +160,9 @@ def test_two_processes_hear_the_students_own_answers_as_one_does(tmp_path: Path)
         assert two["share"] == one["share"]
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
         assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-2)
+        # the entropy of the answers is measured at some positions of each process' share
+        entropies = [told["terms"].pop("rollout_entropy", 0.0) for told in (one, two)]
+        assert entropies[1] == pytest.approx(entropies[0], rel=0.1)
         assert two["terms"] == pytest.approx(
             one["terms"], rel=1e-3, abs=1e-6
         )  # what is left out is told of the whole step
