@@ -84,5 +84,5 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
         list(read_documents(path))
     assert caught.value.where == f"{path}:2"
     for name in ("none.txt", "none.jsonl"):
-        with pytest.raises(DataError, match="(?i)no such file"):
+        with pytest.raises(DataError, match=r"(?i)no such file"):
             list(read_documents(tmp_path / name))
