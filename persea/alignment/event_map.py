@@ -269,6 +269,9 @@ def build_event_map(
     event_numbers: dict[bytes, int] = {}
     teacher_event_W = _number_events(fixpoints_W, event_numbers)
     student_event_V = _number_events(fixpoints_V, event_numbers)
+    for own, other in ((teacher_event_W, student_event_V), (student_event_V, teacher_event_W)):
+        if not (other == SPACES_EVENT).any():  # one side has no token of spaces at all
+            own[own == SPACES_EVENT] = -1
     teacher_event_W[list(teacher.stop_ids)] = END_OF_TURN_EVENT
     student_event_V[list(student.stop_ids)] = END_OF_TURN_EVENT
     num_events = len(event_numbers) + FIRST_TEXT_EVENT

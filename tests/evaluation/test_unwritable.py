@@ -14,7 +14,8 @@ from persea.alignment.spans import align_batch
 from persea.chat.messages import Conversation, Text
 from persea.chat.renderer import ChatRenderer
 from persea.errors import RefusedError
-from persea.evaluation.compatibility import ConversationSample, make_retained_mass
+from persea.evaluation.compatibility import ConversationSample
+from persea.evaluation.retained_mass import make_retained_mass
 from persea.evaluation.unwritable import (
     UnwritableTexts,
     UnwritableTokens,

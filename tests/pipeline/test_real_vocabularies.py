@@ -131,7 +131,8 @@ def test_the_river_flows_through_four_real_vocabularies(
     pairs = json.loads((tmp_path / "run" / "check" / "check.json").read_text())["pairs"]
     assert {p["teacher"] for p in pairs} == set(TEACHERS)
     assert len({p["language"] for p in pairs if p["skill"] == "texts"}) == 17
-    assert all(p["event_disagreement"] < 0.1 for p in pairs), "four lines a language are few"
+    # four lines a language are few, and the given answers of the corpus are fewer still
+    assert all(p["event_disagreement"] < (0.1 if p["skill"] == "texts" else 0.25) for p in pairs)
 
     # every prompt was answered by the teacher of its skill, with rows over that teacher's own
     # vocabulary
