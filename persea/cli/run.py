@@ -239,7 +239,7 @@ def schema() -> None:
 @recipes_app.command("ls")
 def recipes_ls() -> None:
     """List the bundled recipes with their first line."""
-    for path in sorted(bundled_folder("recipes").glob("*.yaml")):
+    for path in sorted(bundled_folder("recipes").glob("*.yaml"), key=lambda p: p.stem):
         typer.echo(f"{path.stem:20} {path.read_text().splitlines()[0].lstrip('# ')}")
 
 
