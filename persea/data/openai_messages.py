@@ -8,7 +8,6 @@ text. `null` means that a value is absent.
 from __future__ import annotations
 
 import json
-import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -227,16 +226,6 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _without_nulls(v) for k, v in value.items() if v is not None}
     return [_without_nulls(v) for v in value] if isinstance(value, list) else value
-
-
-def has_template_marks(text: str) -> bool:
-    r"""Return whether a text holds control tokens of chat templates, as rendered data sets do.
-
-    Example:
-        >>> has_template_marks("<|im_start|>user\nHi<|im_end|>"), has_template_marks("a < b")
-        (True, False)
-    """
-    return bool(re.search(r"<\|(im_start|start_header_id|start|user|turn)\|?>|\[INST\]", text))
 
 
 def _kind(value: Any) -> str:

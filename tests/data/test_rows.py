@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from persea.chat.messages import Role, Text, Thinking, ToolCall, ToolResult
-from persea.data.openai_messages import has_template_marks, parse_tools, separate_thought
+from persea.data.openai_messages import parse_tools, separate_thought
 from persea.data.rows import parse_row
 from persea.errors import DataError
 
@@ -300,7 +300,6 @@ def test_a_mapping_of_a_missing_column_names_the_columns_there_are() -> None:
 
 def test_text_helpers() -> None:
     assert separate_thought("plain", "x") == ("", "plain")
-    assert has_template_marks("[INST] hi") and not has_template_marks("x <| y")
     assert parse_tools(None, "x") == parse_tools("", "x") == ()
     with pytest.raises(DataError, match="not JSON"):
         parse_tools("{", "x")

@@ -45,9 +45,7 @@ from persea.teachers.engines.response_validation import (
     require_object,
 )
 from persea.teachers.engines.server import (
-    HANDSHAKE_TEMPERATURE,
     HANDSHAKE_TOKENS,
-    NUM_HANDSHAKE_DRAWS,
     ServerEngine,
     ServerFingerprint,
     list_served_models,
@@ -141,10 +139,7 @@ class ChatServerEngine(ServerEngine):
         if self.handshake_effort is ThinkingEffort.NONE:
             self._switch_off_thinking()
         if self.sampling.temperature:
-            draws = [
-                replace(self.sampling, temperature=HANDSHAKE_TEMPERATURE, seed=seed)
-                for seed in range(NUM_HANDSHAKE_DRAWS)
-            ]
+            draws = self.handshake_samplings(self.sampling)
             requests = [self._handshake_request(HANDSHAKE_QUESTIONS[1], s) for s in draws]
             self.refuse_equal_draws([a[:2] for a in self._send_questions(requests)])
         questions = [self._handshake_request(q) for q in HANDSHAKE_QUESTIONS]

@@ -36,14 +36,13 @@ from persea.teachers.engines.response_validation import (
     MalformedResponseError,
     RawPromptLogprobs,
     require_list,
+    require_logprob,
     require_object,
     require_token_ids,
     to_sparse_distributions,
 )
 from persea.teachers.engines.server import (
-    HANDSHAKE_TEMPERATURE,
     HANDSHAKE_TOKENS,
-    NUM_HANDSHAKE_DRAWS,
     ServerEngine,
     ServerFingerprint,
     resolve_served_model,
@@ -131,11 +130,8 @@ class LlamaCppEngine(ServerEngine):
                 )
         if self.sampling.temperature:
             draws = [
-                replace(
-                    self,
-                    sampling=replace(self.sampling, temperature=HANDSHAKE_TEMPERATURE, seed=seed),
-                )._generate_request(prompt_ids, HANDSHAKE_TOKENS)
-                for seed in range(NUM_HANDSHAKE_DRAWS)
+                replace(self, sampling=s)._generate_request(prompt_ids, HANDSHAKE_TOKENS)
+                for s in self.handshake_samplings(self.sampling)
             ]
             self.refuse_equal_draws(
                 [ids for ids, _ in self.send_handshakes(draws, HANDSHAKE_REMEDY)]
@@ -240,7 +236,10 @@ class LlamaCppEngine(ServerEngine):
         k = 0
         for entry in entries:
             start, raw = k, b""
-            expected = bytes(require_list(entry.get("bytes"), "bytes"))
+            try:
+                expected = bytes(require_list(entry.get("bytes"), "bytes"))
+            except (TypeError, ValueError) as error:
+                raise MalformedResponseError("the bytes of an entry are no bytes") from error
             while k < len(ids):
                 raw += self.renderer.vocabulary.bytes_W[ids[k]] or b""
                 k += 1
@@ -371,12 +370,15 @@ def _require_entries(event: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _parse_row(entry: dict[str, Any]) -> _Row:
-    """Return a row, whose values are checked when it becomes a distribution."""
+    """Return a row; the rest of its values is checked when it becomes a distribution."""
     listed = [
         require_object(one, "a listed token")
         for one in require_list(entry.get("top_logprobs"), "top_logprobs")
     ]
-    return entry.get("logprob"), [(one.get("id"), one.get("logprob")) for one in listed]
+    if not listed:
+        raise MalformedResponseError("no tokens are listed at a position")
+    rows = [(one.get("id"), require_logprob(one.get("logprob"), "an entry")) for one in listed]
+    return require_logprob(entry.get("logprob"), "an entry"), rows
 
 
 def open_engine(name: str, options: EngineOptions) -> LlamaCppEngine:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -18,6 +18,7 @@ from persea.teachers.engines import (
     DEFAULT_MAX_FINGERPRINT_DRIFT_NATS,
     Engine,
     EngineFailure,
+    Sampling,
 )
 from persea.teachers.engines.http_client import HttpClient, Request
 from persea.teachers.engines.response_validation import (
@@ -181,6 +182,14 @@ class ServerEngine(Engine):
     def refuse_handshake(self, reason: str, remedy: str) -> NoReturn:
         """Raise TeacherError for a server that cannot be used."""
         raise TeacherError(reason, where=f"{self.client.name}, {self.client.url}", remedy=remedy)
+
+    @staticmethod
+    def handshake_samplings(sampling: Sampling) -> list[Sampling]:
+        """Return the settings of the draws that must differ: one seed each."""
+        return [
+            replace(sampling, temperature=HANDSHAKE_TEMPERATURE, seed=seed)
+            for seed in range(NUM_HANDSHAKE_DRAWS)
+        ]
 
     def refuse_equal_draws(self, draws: Sequence[Any]) -> None:
         """Check that draws with different seeds differ, where the recipe asks for a temperature.

@@ -37,9 +37,7 @@ from persea.teachers.engines.response_validation import (
     to_sparse_distributions,
 )
 from persea.teachers.engines.server import (
-    HANDSHAKE_TEMPERATURE,
     HANDSHAKE_TOKENS,
-    NUM_HANDSHAKE_DRAWS,
     ServerEngine,
     ServerFingerprint,
     resolve_served_model,
@@ -146,11 +144,8 @@ class TokenServerEngine(ServerEngine):
                 )
         if self.sampling.temperature:
             draws = [
-                replace(
-                    self,
-                    sampling=replace(self.sampling, temperature=HANDSHAKE_TEMPERATURE, seed=seed),
-                )._build_generate_request(prompt_ids, HANDSHAKE_TOKENS)
-                for seed in range(NUM_HANDSHAKE_DRAWS)
+                replace(self, sampling=s)._build_generate_request(prompt_ids, HANDSHAKE_TOKENS)
+                for s in self.handshake_samplings(self.sampling)
             ]
             answers = self.send_handshakes(draws, HANDSHAKE_REMEDY)
             self.refuse_equal_draws([a.tolist() for a in answers])

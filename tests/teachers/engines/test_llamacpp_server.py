@@ -199,6 +199,29 @@ def test_malformed_scores_are_refused(spoil: Any, why: str) -> None:
         connected(script)
 
 
+@pytest.mark.parametrize(
+    ("entry", "why"),
+    [
+        ({"logprob": None}, "is not a log-probability"),
+        ({"top_logprobs": []}, "no tokens are listed"),
+        ({"bytes": [999]}, "are no bytes"),
+        ({"bytes": ["x"]}, "are no bytes"),
+    ],
+)
+def test_malformed_answers_are_refused_in_the_handshake(entry: dict[str, Any], why: str) -> None:
+    def handler(path: str, body: Any) -> Any:
+        said = llamacpp(path, body)
+        if path != "/completion" or not body["stream"]:
+            return said
+        lines = [json.loads(line[6:]) for line in said.split(b"\n\n") if line]
+        spoilt = next(e for e in lines if e.get("completion_probabilities"))
+        spoilt["completion_probabilities"][0] |= entry
+        return b"".join(b"data: " + json.dumps(e).encode() + b"\n\n" for e in lines)
+
+    with playing(Script(handler)) as script, pytest.raises(TeacherError, match=why):
+        connected(script)
+
+
 def test_another_tokenizer_is_refused() -> None:
     def handler(path: str, body: Any) -> Any:
         return {"tokens": [1, 2, 3]} if path == "/tokenize" else llamacpp(path, body)
