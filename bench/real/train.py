@@ -135,7 +135,7 @@ def train(
     steps = batches(sizes, run.passes, run.seed)
     trainee = Trainee(model, run.arithmetic == "half", first_new, run.new_rows)
     end, curve, cpu, tokens, read = who.renderer.stop_ids[0], [], 0.0, 0, 0
-    losses = list[float]()
+    losses, every = list[float](), max(1, len(steps) // points)
     torch.manual_seed(run.seed)
     for step, chosen in enumerate(steps):
         begun = time.process_time()
@@ -149,7 +149,9 @@ def train(
         losses.append(float(loss.detach()))
         if not np.isfinite(losses[-1]):
             raise SystemExit(f"{run}: the loss is {losses[-1]} at step {step}")
-        if (step + 1) % max(1, len(steps) // points) == 0 and step + 1 < len(steps):
+        # the last value on dev is the result itself where dev is what is measured
+        is_last = step + 1 == len(steps)
+        if (not is_last and (step + 1) % every == 0) or (is_last and run.part != "dev"):
             dev = measure(trainee.model, who, run.languages, "dev")
             curve.append([step + 1, tokens, read, round(cpu, 1), mean(dev, run.languages)])
     if trainee.half:

@@ -26,6 +26,8 @@ from persea.models.gguf_header import find_gguf
 from persea.models.gguf_model import model_folder
 
 AT_ONCE = 48  # texts that the teacher continues at a time
+POINTS = 7  # measures on dev along a run on test whose course is compared
+CURVES = ("cross-entropy", EVENTS[-1])
 
 
 def hf_folder(folder: Path) -> Path:
@@ -118,6 +120,22 @@ class World:
         """Return the line of a run."""
         if run.method == "teacher":
             return self.teacher_line(run)
+        return finish(run, *self.trained(run))
+
+    def student_of(self, run: Run) -> tuple[Any, Speaker]:
+        """Return the trained student of a run in float32; its weights are kept."""
+        path = self.cache / "students" / f"{run.key}.pt"
+        if path.is_file():
+            model, who = self.begun(run)
+            model.load_state_dict(torch.load(path, weights_only=True))
+            return model, who
+        model, who, _ = self.trained(run)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), path)
+        return model, who
+
+    def trained(self, run: Run) -> tuple[Any, Speaker, dict[str, Any]]:
+        """Train; return the student, its tokenizer and what that cost."""
         model, who = self.begun(run)
         texts = self.texts(run) if run.passes else []
         taught, cost = len(texts), dict[str, Any]()
@@ -139,8 +157,9 @@ class World:
             [t.size for t in texts],
             loss,
             first_new=old if len(who.vocabulary) > old else None,
+            points=POINTS if run.part == "test" and run.method in CURVES else 3,
         )
-        return finish(run, model, who, trained | cost)
+        return model, who, trained | cost
 
     def lessons(
         self, run: Run, who: Speaker, texts: Sequence[Text]
