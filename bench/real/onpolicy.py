@@ -97,11 +97,10 @@ class Begun:
         out = []
         for w, prefix, ids in zip(windows, prefixes, found, strict=True):
             ended = bool(len(ids)) and int(ids[-1]) in stops
-            tokens = [int(i) for i in (ids[:-1] if ended else ids)]
-            try:
-                own = own_words(self.who, w, [*prefix, *tokens])
-            except (KeyError, ValueError):
-                own = None
+            # another control token ends the text, not the answer
+            controls = np.flatnonzero(self.who.vocabulary.lengths_W[ids] == 0)
+            tokens = ids[: controls[0] if len(controls) else len(ids)].tolist()
+            own = own_words(self.who, w, [*prefix, *tokens]) if tokens else None
             out.append(Said(own, len(tokens), ended))
         return out
 
