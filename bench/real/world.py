@@ -26,7 +26,7 @@ from persea.models.gguf_header import find_gguf
 from persea.models.gguf_model import model_folder
 
 AT_ONCE = 48  # texts that the teacher continues at a time
-POINTS = 7  # measures on dev along a run on test whose course is compared
+POINTS = 5  # measures on dev along a run on test whose course is compared
 CURVES = ("cross-entropy", EVENTS[-1])
 
 
@@ -157,7 +157,7 @@ class World:
             [t.size for t in texts],
             loss,
             first_new=old if len(who.vocabulary) > old else None,
-            points=POINTS if run.part == "test" and run.method in CURVES else 3,
+            points=POINTS if run.part == "test" and run.method in CURVES else 1,
         )
         return model, who, trained | cost
 
