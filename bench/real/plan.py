@@ -58,9 +58,9 @@ FULLS = [
     replace(AT, new_rows=FASTER),
     replace(AT, new_rows=3 * FASTER),
     replace(AT, rate=3e-4, new_rows=FASTER),
-    replace(AT, rate=5e-4),
+    replace(AT, rate=5e-4, new_rows=FASTER),
 ]
-PLAINS = [PLAIN, replace(PLAIN, rate=5e-4)]
+PLAINS = [PLAIN, replace(PLAIN, rate=5e-4), replace(PLAIN, rate=3e-4)]
 
 
 def searches(results: Mapping[str, Any]) -> Iterator[Run]:
@@ -72,7 +72,8 @@ def searches(results: Mapping[str, Any]) -> Iterator[Run]:
     yield replace(AT, student=MEANS, rate=5e-4)
     yield AT
     yield PLAINS[1]
-    yield from FULLS[1:4]
+    yield from FULLS[1:]
+    yield PLAINS[2]
 
 
 def main_rows(results: Mapping[str, Any]) -> Iterator[Run]:
