@@ -81,7 +81,7 @@ def main_rows(results: Mapping[str, Any]) -> Iterator[Run]:
     yield from ends(TWO, 12, "test")
     at, plain = best(results, FULLS), best(results, PLAINS)
     yield tested(at)
-    yield tested(at, method=CE)
+    yield from (tested(at, method=CE), tested(AT, method=CE))
     yield tested(plain, passes=WITH_CAPTURE)
 
 
@@ -98,7 +98,7 @@ def more_seeds(results: Mapping[str, Any]) -> Iterator[Run]:
     at, plain = best(results, FULLS), best(results, PLAINS)
     for seed in SEEDS[1:]:
         yield tested(at, seed=seed)
-        yield tested(at, method=CE, seed=seed)
+        yield tested(AT, method=CE, seed=seed)
         yield tested(plain, passes=WITH_CAPTURE, seed=seed)
     for seed in SEEDS[1:]:
         yield from other_methods(results, (seed,))
