@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from persea.config.schema import TeacherSection
     from persea.evaluation.check_sampling import MeasuredSample
     from persea.evaluation.compatibility import PairCompatibility, TemplateLikelihood
+    from persea.evaluation.named_mass import NamedMass
     from persea.evaluation.unwritable import UnwritableTexts, UnwritableTokens
     from persea.teachers.teacher import Teacher
     from persea.tokenization.tokens import RenderedTokens
@@ -74,6 +75,7 @@ def run_check(context: RunContext, folder: Path, progress: ProgressCallback) -> 
         RefusedError: A pair is outside the limits of the `check` section.
     """
     from persea.evaluation.compatibility import refuse_incompatible
+    from persea.evaluation.named_mass import refuse_low_named_mass
     from persea.evaluation.unwritable import find_unwritable_tokens, refuse_unwritable_texts
 
     settings = context.recipe.check
@@ -83,6 +85,7 @@ def run_check(context: RunContext, folder: Path, progress: ProgressCallback) -> 
     pairs: list[PairCompatibility] = []
     likelihoods: list[TemplateLikelihood] = []
     measured: list[MeasuredSample] = []
+    named: list[NamedMass] = []
     for k, teacher in enumerate(teachers):
 
         def teacher_progress(share: float, words: str, k: int = k) -> None:
@@ -93,6 +96,7 @@ def run_check(context: RunContext, folder: Path, progress: ProgressCallback) -> 
         pairs += found[0]
         likelihoods += found[1]
         measured += found[2]
+        named += _measure_named_mass(context, teacher, teacher_progress)
         info = context.models.family_info.get(teacher.name, {"family": "text only", "note": ""})
         note = ", see its note in check.json" if info["note"] else ""
         progress("check", (k + 1) / len(teachers), f"{teacher.name} ({info['family']}{note})")
@@ -116,8 +120,10 @@ def run_check(context: RunContext, folder: Path, progress: ProgressCallback) -> 
             "families": context.models.family_info,
         }
         | _nonempty("unwritable_texts", context.unwritable_texts)
-        | _nonempty("unwritable_tokens", unwritable_tokens),
+        | _nonempty("unwritable_tokens", unwritable_tokens)
+        | _nonempty("named_mass", named),
     )
+    refuse_low_named_mass(named, settings.min_named_mass)
     refuse_unwritable_texts(context.unwritable_texts, settings.max_unwritable_share)
     refuse_incompatible(
         pairs,
@@ -128,8 +134,30 @@ def run_check(context: RunContext, folder: Path, progress: ProgressCallback) -> 
     )
 
 
+def _measure_named_mass(
+    context: RunContext, teacher: TeacherSection, progress: Callable[[float, str], None]
+) -> list[NamedMass]:
+    """Measure what the listed tokens of a teacher behind a server keep of its probability."""
+    from persea.evaluation.named_mass import measure_named_mass
+
+    endpoint = teacher.endpoint
+    if not context.recipe.check.min_named_mass or endpoint is None or not endpoint.top_logprobs:
+        return []
+    progress(0.5, f"{teacher.name}: scoring reference answers")
+    return measure_named_mass(
+        context.models.load_teacher(teacher.name, context.recipe.audition.batch_size),
+        context.models.event_maps[teacher.name],
+        [
+            s
+            for s in context.check_samples
+            if s.is_supported_by(context.models.renderers[teacher.name])
+        ],
+    )
+
+
 def _nonempty(
-    key: str, found: Sequence[UnwritableTexts] | Sequence[UnwritableTokens]
+    key: str,
+    found: Sequence[UnwritableTexts] | Sequence[UnwritableTokens] | Sequence[NamedMass],
 ) -> dict[str, Any]:
     """Return the records under a key of the file; no key for none, as most vocabularies have."""
     return {key: [one.to_json() for one in found]} if found else {}
