@@ -123,6 +123,7 @@ templates: .venv/persea
 engines: .venv/persea
 	$(BIN)/pip install -q 'transformers[serving]'
 	$(BIN)/python bench/engines.py .engines
+	$(BIN)/python bench/serving.py .engines
 
 soak: .venv/persea
 	$(BIN)/python bench/soak.py

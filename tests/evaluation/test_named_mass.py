@@ -55,9 +55,7 @@ def sample(skill: str, language: str, count: int) -> ConversationSample:
 
 
 def test_the_mass_of_whole_events_is_told_by_language_and_refused_below_the_limit() -> None:
-    teacher: Any = SimpleNamespace(
-        name="far", renderer=opened("qwen-sapling")[0], engine=Listing()
-    )
+    teacher: Any = SimpleNamespace(name="far", renderer=opened("qwen-sapling")[0], engine=Listing())
     samples = [sample("a", "ko", 3), sample("b", "ko", 40), sample("a", "th", 2)]
     korean, thai = measure_named_mass(teacher, EVENT_MAP, samples)
     assert (korean.language, korean.conversations, korean.failed) == ("ko", 11, 5)
@@ -74,7 +72,5 @@ def test_a_server_that_scores_nothing_has_no_mass() -> None:
     class Failing(Listing):
         scored = 2
 
-    teacher: Any = SimpleNamespace(
-        name="far", renderer=opened("qwen-sapling")[0], engine=Failing()
-    )
+    teacher: Any = SimpleNamespace(name="far", renderer=opened("qwen-sapling")[0], engine=Failing())
     assert measure_named_mass(teacher, EVENT_MAP, [sample("a", "ko", 1)]) == []
