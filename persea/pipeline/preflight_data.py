@@ -179,8 +179,8 @@ def captured_bytes(context: RunContext) -> int:
     )
 
 
-def disk_bytes(context: RunContext) -> int:
-    """Return the bytes that a run may add to the disk: without stages that have finished."""
+def missing_disk_bytes(context: RunContext) -> int:
+    """Return the bytes that a run may still add to the disk: without stages that have finished."""
     trained = cost.training_bytes(
         context.models.student_size, context.recipe.student, context.training
     )
@@ -194,7 +194,7 @@ def refuse_full_disk(context: RunContext) -> None:
     Raises:
         RefusedError: It cannot.
     """
-    needed = disk_bytes(context)
+    needed = missing_disk_bytes(context)
     free = shutil.disk_usage(cost.existing_ancestor(context.folder)).free
     if needed > free:
         raise RefusedError(

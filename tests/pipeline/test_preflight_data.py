@@ -12,7 +12,7 @@ import yaml
 from persea.config.recipe import load_recipe
 from persea.errors import DataError, MissingRequirementError, RecipeError, RefusedError
 from persea.pipeline.preflight import check_run
-from persea.pipeline.preflight_data import disk_bytes
+from persea.pipeline.preflight_data import missing_disk_bytes
 from persea.pipeline.run_context import RunContext
 from tests.cli.test_cli import SAPLINGS
 
@@ -91,7 +91,7 @@ def test_two_equal_teachers_are_named(tmp_path: Path) -> None:
 
 def test_a_finished_stage_needs_no_disk(tmp_path: Path) -> None:
     context = context_of(tmp_path, SHORT)
-    before = disk_bytes(context)
+    before = missing_disk_bytes(context)
     (tmp_path / "run" / "train").mkdir(parents=True)
     (tmp_path / "run" / "train" / "done.json").write_text("{}")
-    assert 0 < disk_bytes(context) < before
+    assert 0 < missing_disk_bytes(context) < before
