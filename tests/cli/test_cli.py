@@ -233,6 +233,8 @@ def test_help_names_every_verb() -> None:
         *STAGES,
         "status",
         "compare",
+        "runs",
+        "export",
         "chat",
         "serve",
         "cache",
