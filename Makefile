@@ -122,7 +122,7 @@ templates: .venv/persea
 	$(BIN)/python bench/templates.py
 
 export: .venv/persea
-	$(BIN)/python -m bench.export --out bench/results/export.json
+	$(BIN)/python bench/export.py --out bench/results/export.json
 
 engines: .venv/persea
 	$(BIN)/pip install -q 'transformers[serving]'

@@ -1,6 +1,6 @@
 """Export models to GGUF, load each in a real llama.cpp, compare greedy tokens with transformers.
 
-    python -m bench.export [MODEL_FOLDER ...] [--out bench/results/export.json]
+    python bench/export.py [MODEL_FOLDER ...] [--out bench/results/export.json]
 
 Without folders: the saplings that llama.cpp has an architecture for. llama.cpp comes from the wheel
 xllamacpp, in a virtual environment of its own; PERSEA_LLAMACPP_PYTHON names a Python that has it.

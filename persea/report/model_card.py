@@ -59,7 +59,7 @@ def model_card_front_matter(files: RunFiles, texts: TextReport | None = None) ->
         license=licence if is_known else "other",
         license_name=licence_name,
         # the hub cannot link to a local folder
-        base_model=[base] if HUB_NAME.fullmatch(base) else None,
+        base_model=[base] if HUB_NAME.fullmatch(base) else [],
         datasets=_data_sets(files.recipe) or None,
         language=sorted(name for name in languages if re.fullmatch(r"[a-z]{2,3}", name)) or None,
         library_name="transformers",

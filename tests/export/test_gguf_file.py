@@ -151,6 +151,6 @@ def test_llama_3_frequencies_are_those_of_transformers() -> None:
     reason="names no Python with xllamacpp; `make export` makes one",
 )
 def test_llama_cpp_answers_with_the_same_greedy_tokens() -> None:
-    command = [sys.executable, "-m", "bench.export", str(SAPLINGS / "qwen-sapling")]
+    command = [sys.executable, "bench/export.py", str(SAPLINGS / "qwen-sapling")]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
