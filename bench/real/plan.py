@@ -20,7 +20,16 @@ FULL = "events + masks + partial tokens"
 LONGER, MEANS = "taught 3000 ridge", "taught 3000 means"
 LONGEST = "taught 6000 ridge"  # of six languages
 SEEDS = (1, 2, 3)
-OTHERS = ("gold", "uld", "strict everywhere", "bpm", "events", "events + masks", "chunk", "strict")
+OTHERS = (
+    "strict everywhere",
+    "gold",
+    "events + masks",
+    "uld",
+    "events",
+    "bpm",
+    "chunk",
+    "strict",
+)
 ENGLISH_LOST = 0.02  # bits per byte
 NONE = {"mean": 0.0}
 SMOOTHED = "label smoothing .1"
@@ -79,28 +88,30 @@ def searches(results: Mapping[str, Any]) -> Iterator[Run]:
 def main_rows(results: Mapping[str, Any]) -> Iterator[Run]:
     """Cross-entropy, the longer vocabulary, and the best recipe, on test."""
     yield from ends(TWO, 12, "test")
-    at, plain = best(results, FULLS), best(results, PLAINS)
+    at = best(results, FULLS)
     yield tested(at)
     yield from (tested(at, method=CE), tested(AT, method=CE))
-    yield tested(plain, passes=WITH_CAPTURE)
+    yield tested(PLAIN, passes=WITH_CAPTURE)
 
 
 def other_methods(results: Mapping[str, Any], seeds: Sequence[int]) -> Iterator[Run]:
-    """Every other method with the best recipe's settings."""
-    at = best(results, FULLS)
+    """Every other method, at the learning rate that suits cross-entropy on the same student.
+
+    At the rate of the best recipe cross-entropy and GOLD end worse than in SmolLM2's own vocabulary.
+    """
     for seed in seeds:
         for method in OTHERS if seed == 1 else OTHERS[:3]:
-            yield tested(at, method=method, seed=seed)
+            yield tested(AT, method=method, seed=seed)
 
 
 def more_seeds(results: Mapping[str, Any]) -> Iterator[Run]:
     """What decides, with two more seeds."""
-    at, plain = best(results, FULLS), best(results, PLAINS)
+    at = best(results, FULLS)
     for seed in SEEDS[1:]:
         yield tested(at, seed=seed)
-        yield tested(AT, method=CE, seed=seed)
-        yield tested(plain, passes=WITH_CAPTURE, seed=seed)
+        yield tested(PLAIN, passes=WITH_CAPTURE, seed=seed)
     for seed in SEEDS[1:]:
+        yield tested(AT, method=CE, seed=seed)
         yield from other_methods(results, (seed,))
 
 
@@ -126,7 +137,7 @@ def kept_entries(results: Mapping[str, Any]) -> Iterator[Run]:
 
 def pruned_student(results: Mapping[str, Any]) -> Iterator[Run]:
     """Half of SmolLM2's layers, recovered by its parent, by Gemma, by both; on test."""
-    at = Run(CE, TWO, 12, 1, 5e-4, student="pruned 15", replay=12, part="test")
+    at = Run(CE, TWO, 6, 1, 5e-4, student="pruned 15", replay=6, part="test")
     yield replace(at, method="none", passes=0, rate=0.0)
     for method in (CE, "parent", FULL):
         yield replace(at, method=method)
