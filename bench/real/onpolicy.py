@@ -44,7 +44,7 @@ from persea.training.on_policy.candidates import MIN_CANDIDATE_PROB, candidates_
 from persea.training.on_policy.loss import build_on_policy_loss
 from persea.training.on_policy.teacher_scores import TeacherScorer
 
-REFRESH = 4  # steps on the student's own words per round of sampling
+REFRESH = 2  # steps on the student's own words per round of sampling
 LONGEST = 96  # tokens of a continuation
 TOGETHER = 64  # continuations sampled at once
 
@@ -71,6 +71,7 @@ class Begun:
     who: Speaker
     texts: Sequence[Text]
     lessons: Lessons
+    every: int = 1  # which of the held-out texts are continued
 
     @cached_property
     def scorer(self) -> TeacherScorer:
@@ -128,7 +129,7 @@ class Begun:
         """Return the measures of a student: of held-out text, and of its continuations."""
         languages = (*self.run.languages, "eng")
         measured = measure(model, self.who, languages, "test")
-        texts = [t for one in self.run.languages for t in held_out(one, "test")]
+        texts = [t for one in self.run.languages for t in held_out(one, "test")][:: self.every]
         found = self.said(model, texts, seed=7)
         pairs = [
             both_tokens(one.own, self.who, self.world.teacher.speaker)
@@ -164,12 +165,12 @@ class Begun:
         }
 
 
-def begin(world: World, run: Run) -> tuple[Begun, Any]:
+def begin(world: World, run: Run, every: int) -> tuple[Begun, Any]:
     """Return what all ways share, and the student of the run."""
     model, who = world.student_of(run)
     texts = world.texts(run)
     lessons, _ = world.lessons(run, who, texts)
-    return Begun(world, run, who, texts, lessons), model
+    return Begun(world, run, who, texts, lessons, every), model
 
 
 def own_batches(begun: Begun, trainee: Trainee, order: Sequence[Sequence[int]]) -> Iterator[Any]:
@@ -238,18 +239,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rate", type=float, default=5e-5)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--every", type=int, default=1, help="continue each N-th held-out text")
+    parser.add_argument("--results", type=Path, default=RESULTS / "real.jsonl")
     parser.add_argument("--out", type=Path, default=RESULTS / "real_onpolicy.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     world = World(options.models, options.cache)
-    run = tested(best(read(RESULTS / "real.jsonl"), FULLS), seed=options.seed)
+    run = tested(best(read(options.results), FULLS), seed=options.seed)
     found: dict[str, Any] = {"rate": options.rate, "begins_with": run.key, "made_by": made_by()}
-    begun, model = begin(world, run)
+    begun, model = begin(world, run, options.every)
     found["before"] = begun.judged(model)
     found["both"] = continued(begun, model, "both", options.steps, options.rate)
     cost, did = found["both"]["cpu_seconds"], found["both"]["steps"]
     equal = round(sum(cost.values()) / (cost["text"] / did["text"]))
-    begun, model = begin(world, run)
+    begun, model = begin(world, run, options.every)
     found["text"] = continued(begun, model, "text", equal, options.rate)
     options.out.write_text(json.dumps(found, indent=1) + "\n")
     for name in ("before", "both", "text"):

@@ -23,8 +23,8 @@ SEEDS = (1, 2, 3)
 OTHERS = (
     "strict everywhere",
     "gold",
-    "events + masks",
     "uld",
+    "events + masks",
     "events",
     "bpm",
     "chunk",
