@@ -35,6 +35,8 @@ from persea.training.learning_rate import describe_unusual_rate
 # `distributions: topk` at max_kl .01 (reasoning 53).
 SAMPLED_BYTES_PER_TOKEN = 40
 TOPK_BYTES_PER_TOKEN = 400
+# 156 bytes a token where sampled distributions of a 262k vocabulary take 40; see docs/cache.md
+EXAMPLE_BYTES_PER_CAPTURED_BYTE = 4
 
 UP_TO_DATE, TO_DO, WAITS = "up to date", "to do", "waits"
 
@@ -135,6 +137,8 @@ def plan_run(context: RunContext) -> RunPlan:
     size = context.models.student_size
     trained_bytes = cost.training_bytes(size, recipe.student, recipe.training)
     disk_bytes = captured_bytes + (trained_bytes or 0)
+    if recipe.training.store_examples:
+        disk_bytes += EXAMPLE_BYTES_PER_CAPTURED_BYTE * captured_bytes
     disk_free = shutil.disk_usage(cost.existing_ancestor(context.folder)).free
     if disk_bytes > disk_free:
         raise RefusedError(
