@@ -246,8 +246,8 @@ class TrainingSection(RecipeSection):
     )
     store_examples: bool = Field(
         default=True,
-        description="keep the training examples in `examples/` of the run folder, about 4 times the "
-        "captures, so that later starts and other processes read them",
+        description="keep the training examples in `examples/` of the run folder, about 4 times the"
+        " captures, so that later starts and other processes read them",
     )
     max_skipped_steps: int = Field(
         default=3,
