@@ -4,7 +4,7 @@
 # make docs         the documentation as a site, in site/ (installs mkdocs; about a minute)
 # make chaos        kills, cuts, flips bits, fills the disk, and compares the results: the cache (4 minutes), a training (15 minutes), a whole
 #                   run (10 minutes)
-# make real         two real small models teach one student six languages: downloads them (330 MB), needs PERSEA_DATA; about 25 minutes
+# make real         two real small models teach one student six languages: downloads them (330 MB), needs PERSEA_DATA; 45 minutes of CPU time, two threads
 # make bench-real   which method teaches best with real models: the next MINUTES=60 of runs (resumes; downloads as above; installs TRL)
 # make results      the quickstart with three seeds, and its comparisons (about 90 minutes; resumes)
 # make bench-cache  what the cache costs and what it is worth (about 15 minutes)
@@ -16,6 +16,7 @@
 # make bench-objectives   every method with trained models on real text, size xs (hours; resumes; installs TRL)
 # make bench-extension  tokens a byte of real tokenizers with more tokens, by language (below two minutes; needs PERSEA_DATA)
 # make templates    renders every chat template of PERSEA_DATA, TRL and transformers as transformers does (3 minutes)
+# make export       GGUF files of the saplings in a real llama.cpp: prompt ids, template and greedy tokens equal transformers'
 # make engines      real servers as teachers: vLLM, llama.cpp (PERSEA_GGUF names its model), transformers serve, persea serve
 #                   (about 20 minutes after downloads of 2 GB)
 # make soak         a bad minute for `persea serve` (about 2 minutes)
@@ -31,7 +32,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint docs chaos results bench bench-bias bench-cache bench-rollouts bench-train bench-onpolicy bench-objectives bench-extension bench-real real templates engines soak saplings clean
+.PHONY: quickstart test lint docs chaos results bench bench-bias bench-cache bench-rollouts bench-train bench-onpolicy bench-objectives bench-extension bench-real real templates engines export soak saplings clean
 .DELETE_ON_ERROR:
 
 .venv/persea: pyproject.toml
@@ -120,9 +121,13 @@ templates: .venv/persea
 	$(BIN)/pip install -q 'trl==1.16.*'
 	$(BIN)/python bench/templates.py
 
+export: .venv/persea
+	$(BIN)/python bench/export.py --out bench/results/export.json
+
 engines: .venv/persea
 	$(BIN)/pip install -q 'transformers[serving]'
 	$(BIN)/python bench/engines.py .engines
+	$(BIN)/python bench/serving.py .engines
 
 soak: .venv/persea
 	$(BIN)/python bench/soak.py
