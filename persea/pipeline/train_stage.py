@@ -222,7 +222,7 @@ def _store_examples(
     Raises:
         PerseaError: One of the processes could not make its part.
     """
-    world, t = context.world, context.recipe.training
+    world, t = context.world, context.training
     roots = (selected_answers(cache)[0] for cache, _ in caches)
     readers = [one for one in roots if isinstance(one, CacheReader)]
     maker = ExampleMaker.create(
