@@ -14,7 +14,7 @@
 # make bench-onpolicy   the student's own answers or its teachers', equal steps, three seeds (about 15 minutes a seed; resumes)
 # make bench-bias   how far each method moves a perfect student (10 to 20 minutes; installs TRL for its GOLD)
 # make bench-objectives   every method with trained models on real text, size xs (hours; resumes; installs TRL)
-# make bench-extension  tokens a byte of real tokenizers with more tokens, by language (below two minutes; needs PERSEA_DATA)
+# make bench-extension  tokens a byte of real tokenizers with more tokens, by language (minutes; needs PERSEA_DATA; downloads SmolLM2 and Gemma 3 270M, 330 MB)
 # make templates    renders every chat template of PERSEA_DATA, TRL and transformers as transformers does (3 minutes)
 # make engines      real servers as teachers: vLLM, llama.cpp (PERSEA_GGUF names its model), transformers serve, persea serve
 #                   (about 20 minutes after downloads of 2 GB)
@@ -114,7 +114,10 @@ bench-bias: .venv/persea
 	$(BIN)/python bench/bias.py
 
 bench-extension: .venv/persea
+	$(BIN)/pip install -q -e '.[gguf]'
+	$(BIN)/python -m bench.real_models $(REAL)
 	$(BIN)/python bench/extension.py
+	$(BIN)/python bench/extension.py $(REAL)/smollm2
 
 templates: .venv/persea
 	$(BIN)/pip install -q 'trl==1.16.*'

@@ -20,6 +20,7 @@ import time
 import unicodedata
 import zipfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,16 @@ def parallel_lines() -> dict[str, list[str]]:
     }
 
 
-def mistral_tokenizers(wheel: Path, folder: Path) -> dict[str, Any]:
+def mistral_tokenizers(
+    wheel: Path, folder: Path, only: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Unpack Mistral's tokenizers, each into a model folder, and load them as persea does."""
     found = {}
     with zipfile.ZipFile(wheel) as archive:
 
         def load(name: str, member: str, file: str, config: dict[str, Any]) -> None:
+            if only is not None and name not in only:
+                return
             home = folder / name.replace(" ", "-")
             home.mkdir()
             (home / file).write_bytes(archive.read(f"mistral_common/data/{member}"))
