@@ -6,8 +6,9 @@ distributions over it: the tokens that the teacher finds likely, with their prob
 vocabulary is not limited to the words of the text. A word may hold combining marks, which the
 pre-tokenizer of SmolLM2 (GPT-2's) cuts at; other text is cut as before.
 
-New rows: `means` of the rows of the old tokens; or `ridge`, the teacher's embedding mapped by a
-ridge regression fitted on the tokens that both vocabularies have.
+New rows: `means` of the rows of the old tokens; `ridge`, the teacher's embedding mapped by a ridge
+regression fitted on the tokens that both vocabularies have; `orthogonal`, mapped by the orthogonal
+matrix that fits best; or `both`, the mean of `means` and `ridge`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from persea.vocab_extension.learn_merges import (
     old_ids_of_new_tokens,
     refuse_changed_tokens,
 )
-from persea.vocab_extension.map_embeddings import TeacherRows, set_mapped_rows
+from persea.vocab_extension.map_embeddings import RowMethod, TeacherRows, set_mapped_rows
 from persea.vocab_extension.resize_model import initialize_new_embeddings
 from persea.vocab_extension.teacher_tokens import (
     add_counts,
@@ -65,8 +66,13 @@ def extended_spec(
     return json.dumps(extend_tokenizer_spec(spec, merges))
 
 
-def ridge_rows(
-    model: Any, teacher_model: Any, student: Vocabulary, teacher: Vocabulary, new: Sequence[int]
+def mapped_rows(
+    model: Any,
+    teacher_model: Any,
+    student: Vocabulary,
+    teacher: Vocabulary,
+    new: Sequence[int],
+    method: RowMethod,
 ) -> tuple[list[int], torch.Tensor]:
     """Return the new ids that the teacher can spell, and their rows mapped from the teacher's.
 
@@ -80,7 +86,7 @@ def ridge_rows(
         set_mapped_rows(
             ours,
             teacher_model.get_input_embeddings().weight,
-            TeacherRows(ModelSource("teacher"), "ridge", tuple(shared), ids),
+            TeacherRows(ModelSource("teacher"), method, tuple(shared), ids),
         )
     return list(ids), ours[list(ids)]
 
@@ -88,15 +94,20 @@ def ridge_rows(
 def extend(model: Any, old: Speaker, spec: str, rows: str, teacher: RealTeacher | None) -> Speaker:
     """Give the model the rows of the longer vocabulary; return the longer vocabulary.
 
-    rows: means (needs no teacher), ridge, or both (their mean).
+    rows: means (needs no teacher), ridge, orthogonal, or both (the mean of means and ridge).
     """
     longer = student_speaker(spec)
     refuse_changed_tokens(old.vocabulary, longer.vocabulary, "the extended student")
     pieces = old_ids_of_new_tokens(old.vocabulary.backend, longer.vocabulary.backend)
     initialize_new_embeddings(model, pieces)
     if teacher is not None:
-        at, found = ridge_rows(
-            model, teacher.model, longer.vocabulary, teacher.speaker.vocabulary, list(pieces)
+        at, found = mapped_rows(
+            model,
+            teacher.model,
+            longer.vocabulary,
+            teacher.speaker.vocabulary,
+            list(pieces),
+            "orthogonal" if rows == "orthogonal" else "ridge",
         )
         with torch.no_grad():
             weight = model.get_input_embeddings().weight
