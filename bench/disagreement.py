@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tarfile
 import tempfile
 import time
 from collections import Counter
@@ -26,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from masks import DATA
-from open_tokenizers import mistral_tokenizers, parallel_lines, renderer
+from open_tokenizers import mistral_tokenizer, packed_tokenizer, parallel_lines, renderer
 from tokenizers import Tokenizer
 
 from persea.alignment.event_map import EventMap, load_event_map
@@ -42,13 +41,9 @@ def opened(name: str, options: argparse.Namespace, scratch: Path) -> Vocabulary:
     if name == "smollm2":
         return load_vocabulary(load_tokenizer(ModelSource(options.smollm2), name), name)
     if name == "llama2":
-        with tarfile.open(options.llama2) as archive:
-            archive.extractall(scratch / name, filter="data")
-        folder = next((scratch / name).rglob("tokenizer.json")).parent
-        return load_vocabulary(load_tokenizer(ModelSource(str(folder)), name), name)
+        return load_vocabulary(packed_tokenizer(options.llama2, scratch), name)
     if name.startswith("mistral"):
-        found = mistral_tokenizers(options.mistral, scratch, [name])[name]
-        return load_vocabulary(found, name)
+        return load_vocabulary(mistral_tokenizer(options.mistral, scratch, name), name)
     file = DATA / "tokenizers" / name / "tokenizer.json"
     return load_vocabulary(Tokenizer.from_file(str(file)), name)
 

@@ -418,7 +418,7 @@ def test_a_teacher_fills_up_with_its_likely_tokens(run: Callable[..., Ended]):
     for option in ("--no-score", "--score"):
         ended = run("--tokens", 300, "--dry-run", "--teacher", teacher, option)
         assert ended.code == 0, ended.err
-        (found[option],) = map(int, re.findall(r"(\d+) new tokens", ended.out))
+        (found[option],) = map(int, re.findall(r"^(\d+) new tokens", ended.out, re.MULTILINE))
         assert ("score 100%" in ended.err) == (option == "--score")
     assert 300 >= found["--score"] > found["--no-score"]
 
