@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# transformers 5.24.0 with tiktoken 0.13.0: a folder whose tokenizer is a tiktoken.model file.
+# transformers 5.24.0 with tiktoken 0.14.0: a folder whose tokenizer is a tiktoken.model file.
 #
 # Guess: the file's tokens are used with the split pattern of the model's family, or the folder is refused, because a
 # tiktoken file holds no pattern.
@@ -9,7 +9,7 @@ set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 python3 -m venv "$dir/env"
-"$dir/env/bin/pip" install -q --disable-pip-version-check transformers==5.24.0 tiktoken
+"$dir/env/bin/pip" install -q --disable-pip-version-check transformers==5.24.0 tiktoken==0.14.0
 cd "$dir"
 "$dir/env/bin/python" - <<'PY'
 import base64
