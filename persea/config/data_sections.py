@@ -345,6 +345,12 @@ class CaptureSection(RecipeSection):
         description="stop, with a message, once a run has captured for so long",
     )
 
+    store: str = Field(
+        default="",
+        description="folder of captured units that several runs share, so that a run with another "
+        "learning rate asks no teacher again; default: `captures` in PERSEA_HOME",
+    )
+
     @model_validator(mode="after")
     def _check_distribution_kind(self) -> Self:
         kind, key, unused = (

@@ -9,8 +9,6 @@ trains on.
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -316,30 +314,9 @@ def _train_candidate(
     folder = context.folder / PILOT_FOLDER / candidate.name
     num_prompts = recipe.training.steps * recipe.training.batch_size
     run = PilotContext(recipe, folder, num_prompts=num_prompts)
-    _link_captures(folder)
     run_pipeline(run, report, "capture")
     run_pipeline(run, report, "train")
     return run
-
-
-def _link_captures(folder: Path) -> None:
-    """Take over the captured units of the other candidates: names are digests of their content."""
-    for source in sorted(folder.parent.glob("*/capture")):
-        if source.parent == folder:
-            continue
-        for part in ("units", "commits"):
-            for path in sorted((source / part).glob("*")):
-                target = folder / "capture" / part / path.name
-                if path.is_file() and not path.name.startswith(".") and not target.exists():
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    _link_or_copy(path, target)
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, target)
 
 
 def _num_bytes(conversation: Conversation) -> int:
