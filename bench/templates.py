@@ -258,12 +258,10 @@ def compare(renderer: ChatRenderer, tokenizer: Any, conversation: Conversation) 
     onward = replace(
         conversation, messages=(*conversation.messages, Message(Role.USER, (Text("And?"),)))
     )
-    for given, is_prompt in (
-        (question, True),
-        (conversation, False),
-        (trimmed, False),
-        (onward, False),
-    ):
+    renderings = [(question, True), (conversation, False), (trimmed, False)]
+    if not retained.calls:  # results must follow calls
+        renderings.append((onward, False))
+    for given, is_prompt in renderings:
         messages, kwargs = renderer.family.template_inputs(given)
         try:
             theirs.append(
@@ -282,7 +280,7 @@ def compare(renderer: ChatRenderer, tokenizer: Any, conversation: Conversation) 
     own = ids.ids_T.tolist()
     closed = [own, own[:-1]] if own[-1] in renderer.stop_ids else [own]
     # A template that leaves the last answer open ends it before the next question.
-    is_same = own == theirs[3][: len(own)] or any(
+    is_same = own == theirs[-1][: len(own)] or any(
         is_same_conversation(tokenizer, each, theirs[0], full)
         for full in theirs[1:3]
         for each in closed

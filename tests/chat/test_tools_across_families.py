@@ -132,8 +132,8 @@ def learn_turn_by_turn(teacher: ChatRenderer, student: ChatRenderer, is_parallel
         own = own_answer(student, learned)
         assert comparable(own.calls, student) == comparable(answer.calls, student)
         assert own.text == answer.text
-        if student.family.thought_ends:
-            assert own.thinking == answer.thinking
+        kept = student.family.normalise(learned).messages[-1].thinking
+        assert own.thinking == kept and kept in ("", answer.thinking)
         tokens = student.render(learned)
         written = text_of(student, tokens.ids_T.tolist())
         for message in learned.messages:
@@ -141,8 +141,9 @@ def learn_turn_by_turn(teacher: ChatRenderer, student: ChatRenderer, is_parallel
                 if isinstance(part, ToolResult):
                     escaped = json.dumps(part.text, ensure_ascii=False)[1:-1]
                     assert part.text in written or escaped in written
-        spans = aligned_spans(tokens, teacher.render(turn))
-        assert len(spans.student_C2) == len(spans.teacher_C2) > 0
+        if answer.text:  # a template that writes calls key by key gives them no byte offsets
+            spans = aligned_spans(tokens, teacher.render(replace(learned, effort=turn.effort)))
+            assert len(spans.student_C2) == len(spans.teacher_C2) > 0
 
 
 @pytest.mark.realdata

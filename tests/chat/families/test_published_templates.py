@@ -7,6 +7,7 @@ PERSEA_TEMPLATES names (models/templates of llama.cpp); a template that is not t
 from __future__ import annotations
 
 import os
+from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def test_a_published_template_is_rendered_as_transformers_does(
 ):
     folder = tmp_path / name
     make_tokenizer_folder(folder, find_template(data, name).read_text(encoding="utf-8"))
-    renderer = load_renderer(ModelSource(str(folder)), name)
+    renderer = load_renderer(ModelSource(str(folder)), name, date.today())
     family = renderer.family
     has_tools = family.is_tool_text_verbatim is not None
     efforts = " ".join(effort.value for effort in family.efforts)
