@@ -21,12 +21,25 @@ from persea.cli import extend  # isort: skip
 from persea.cli import cache  # isort: skip
 from persea.cli import status  # isort: skip
 from persea.cli import compare  # isort: skip
+from persea.cli import export  # isort: skip
 from persea.cli import chat  # isort: skip
 from persea.cli import serve  # isort: skip
 from persea.cli.options import app
 from persea.errors import PerseaError, RecipeError, RunInterrupted
 
-__all__ = ["app", "cache", "chat", "compare", "extend", "main", "pilot", "run", "serve", "status"]
+__all__ = [
+    "app",
+    "cache",
+    "chat",
+    "compare",
+    "export",
+    "extend",
+    "main",
+    "pilot",
+    "run",
+    "serve",
+    "status",
+]
 # click's UsageError, of the click that typer bundles: typer has no public name for it
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 

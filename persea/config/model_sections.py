@@ -11,6 +11,7 @@ from persea.chat.documents import TEXT_FAMILY_NAME
 from persea.chat.families import FAMILIES
 from persea.chat.messages import ThinkingEffort
 from persea.config.section import (
+    BY_SIZE,
     MAX_COUNT,
     NAME_PATTERN,
     SLUG_PATTERN,
@@ -166,6 +167,7 @@ class StudentSection(ModelRef):
     adapt: Literal["full", "lora"] = Field(
         default="full",
         description="full = train every weight; lora = train low-rank matrices added to them",
+        json_schema_extra=BY_SIZE,
     )
     lora: LoraSection | None = Field(
         default_factory=lambda seen: LoraSection() if seen["adapt"] == "lora" else None,
@@ -349,7 +351,8 @@ class TeacherSection(ModelRef):
     engine_options: dict[str, str | int | float | bool] = Field(
         default={},
         description="further arguments of that library, such as {dtype: float32, max_model_len: "
-        "4096, tensor_parallel_size: 2} for vllm.LLM",
+        "4096, tensor_parallel_size: 2} for vllm.LLM; its max_logprobs is the number of tokens "
+        "listed per position, -1 the whole vocabulary",
     )
     endpoint: EndpointSection | None = Field(
         default=None, description="a server that runs it; then no weights are loaded here"

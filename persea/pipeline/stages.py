@@ -9,7 +9,6 @@ inputs and its output files are unchanged (`stage_store`, `stage_keys`).
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 from persea import storage
 from persea.chat.messages import ThinkingEffort
 from persea.models.loading import set_threads
-from persea.pipeline import preflight, stage_keys, tasks_and_prompts
+from persea.pipeline import preflight, stage_keys
 from persea.pipeline.licence_gate import (
     copy_to_student,
     refuse_unlicensed,
     write_notice,
 )
-from persea.pipeline.model_refs import BASE, STUDENT, is_small_local_model, model_source
-from persea.pipeline.remote_teachers import is_remote
+from persea.pipeline.model_refs import BASE, STUDENT
+from persea.pipeline.progress import WARNING_PREFIX
 from persea.pipeline.run_context import RunContext
 from persea.pipeline.status import record_status
 from persea.storage import digest_json
@@ -35,13 +34,7 @@ from persea.tasks.task import Split
 from persea.training.distributed.heartbeat import join_process_group
 
 if TYPE_CHECKING:
-    from persea.cache.accounting import UnitProgress
-    from persea.config.schema import TeacherSection
-    from persea.evaluation.check_sampling import MeasuredSample
-    from persea.evaluation.compatibility import PairCompatibility, TemplateLikelihood
-    from persea.evaluation.unwritable import UnwritableTexts, UnwritableTokens
     from persea.teachers.teacher import Teacher
-    from persea.tokenization.tokens import RenderedTokens
     from persea.vocab_extension.resize_model import ProgressCallback
 
 # Stages that make or describe a student: a licence may forbid them. Measuring a teacher needs none.
@@ -68,123 +61,12 @@ class Stage:
 def run_check(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
     """Measure whether each teacher's tokenizer and template suit the student.
 
-    Compares the two tokenizations of every skill's reference answers and of the recipe's texts.
-
     Raises:
         RefusedError: A pair is outside the limits of the `check` section.
     """
-    from persea.evaluation.compatibility import refuse_incompatible
-    from persea.evaluation.unwritable import find_unwritable_tokens, refuse_unwritable_texts
+    from persea.pipeline.check_stage import check_teachers
 
-    settings = context.recipe.check
-    teachers = [t for t in context.recipe.teachers if not t.reference]
-    progress("check", 0.0, "opening the tokenizers")
-    student_tokens = [s.render(context.models.student_renderer) for s in context.check_samples]
-    pairs: list[PairCompatibility] = []
-    likelihoods: list[TemplateLikelihood] = []
-    measured: list[MeasuredSample] = []
-    for k, teacher in enumerate(teachers):
-
-        def teacher_progress(share: float, words: str, k: int = k) -> None:
-            progress("check", (k + share) / len(teachers), words)
-
-        # the weights live in this call only: one teacher in memory at a time
-        found = _check_teacher(context, teacher, student_tokens, teacher_progress)
-        pairs += found[0]
-        likelihoods += found[1]
-        measured += found[2]
-        info = context.models.family_info.get(teacher.name, {"family": "text only", "note": ""})
-        note = ", see its note in check.json" if info["note"] else ""
-        progress("check", (k + 1) / len(teachers), f"{teacher.name} ({info['family']}{note})")
-    student = context.models.student_renderer.vocabulary
-    unwritable_tokens = [
-        one
-        for t in teachers
-        for one in find_unwritable_tokens(
-            t.name,
-            context.models.renderers[t.name].vocabulary,
-            student,
-            context.models.event_maps[t.name],
-        )
-    ]
-    storage.write_json(
-        folder / "check.json",
-        {
-            "pairs": [p.to_json() for p in pairs],
-            "likelihoods": [likelihood.to_json() for likelihood in likelihoods],
-            "measured": [one.to_json() for one in measured],
-            "families": context.models.family_info,
-        }
-        | _nonempty("unwritable_texts", context.unwritable_texts)
-        | _nonempty("unwritable_tokens", unwritable_tokens),
-    )
-    refuse_unwritable_texts(context.unwritable_texts, settings.max_unwritable_share)
-    refuse_incompatible(
-        pairs,
-        likelihoods,
-        settings.min_common_share,
-        settings.max_disagreement,
-        settings.max_template_excess,
-    )
-
-
-def _nonempty(
-    key: str, found: Sequence[UnwritableTexts] | Sequence[UnwritableTokens]
-) -> dict[str, Any]:
-    """Return the records under a key of the file; no key for none, as most vocabularies have."""
-    return {key: [one.to_json() for one in found]} if found else {}
-
-
-def _check_teacher(
-    context: RunContext,
-    teacher: TeacherSection,
-    student_tokens: Sequence[list[RenderedTokens]],
-    progress: Callable[[float, str], None],
-) -> tuple[list[PairCompatibility], list[TemplateLikelihood], list[MeasuredSample]]:
-    """Compare one teacher with the student; loads its weights if they are small and local."""
-    from persea.evaluation.check_sampling import measure_weights
-    from persea.evaluation.compatibility import TEXT_FILES_SKILL, check_pair
-
-    settings, models, name = context.recipe.check, context.models, teacher.name
-    renderer = models.renderers[name]
-    progress(0.0, f"{name}: opening the event map")
-    event_map = models.event_maps[name]
-    load_weights = settings.measure_likelihood and not is_remote(teacher)
-    if settings.measure_likelihood is None and not is_remote(teacher):
-        load_weights = is_small_local_model(model_source(teacher), settings.max_likelihood_bytes)
-    samples = [
-        (sample, tokens)
-        for sample, tokens in zip(context.check_samples, student_tokens, strict=True)
-        if sample.is_supported_by(renderer)
-    ]
-    weights = None
-    if load_weights:
-        progress(0.0, f"{name}: loading the weights")
-        weights = measure_weights(
-            models.load_teacher(name, context.recipe.audition.batch_size),
-            event_map,
-            [sample for sample, _ in samples if sample.skill != TEXT_FILES_SKILL],
-            settings.max_measured_logits,
-            context.recipe.seed,
-            settings.min_counted_probability,
-            progress,
-            # plain text has no template to compare with none
-            with_template=not renderer.is_text,
-        )
-    pairs = [
-        check_pair(
-            name,
-            renderer,
-            models.student_renderer,
-            event_map,
-            sample,
-            tokens,
-            weights.retained_mass if weights and sample.skill != TEXT_FILES_SKILL else None,
-            weights.chosen_of(sample) if weights else None,
-        )
-        for sample, tokens in samples
-    ]
-    return (pairs, weights.likelihoods, [weights.measured]) if weights else (pairs, [], [])
+    check_teachers(context, folder, progress)
 
 
 def run_audition(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
@@ -206,70 +88,9 @@ def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -
         RefusedError: A budget is spent, no answer is complete, or verification rejected all.
         DataError: A prompt has no answer although `capture.answers` is `given`.
     """
-    from persea.cache.accounting import (
-        CaptureBudget,
-        account_for_prompts,
-        capture_summary,
-        count_left_out,
-        left_out_lines,
-        quarantine_records,
-    )
-    from persea.cache.answer_filter import verify_answers
-    from persea.cache.capture import capture_teacher, open_teacher_caches
-    from persea.pipeline.work import capture_work
+    from persea.pipeline.capture_stage import capture_corpus
 
-    settings, units, corpus = (
-        context.recipe.capture,
-        context.capture_units,
-        context.captured_corpus,
-    )
-    budget = CaptureBudget(
-        len(corpus.prompts),
-        settings.max_total_tokens or 0,
-        settings.max_hours or 0,
-        work_by_unit=capture_work(context),
-    )
-
-    def on_unit(unit: UnitProgress) -> None:
-        fraction, message = budget.record_unit(unit)
-        if not unit.is_new:
-            progress("capture", fraction, "")  # of an earlier run: no part of this one's pace
-        progress("capture", fraction, message)
-
-    for name in dict.fromkeys(u.teacher for u in units):
-        progress("capture", budget.fraction_done, f"loading {name}")
-        capture_teacher(
-            units,
-            context.models.load_teacher(name, settings.batch_size),
-            folder,
-            tau=settings.sampling_threshold,
-            max_kl=settings.max_kl,
-            max_new_tokens=settings.max_new_tokens,
-            seed=context.recipe.seed,
-            use_given_answers=context.are_answers_given,
-            refuse_if_changed=partial(context.models.refuse_changed_teacher, name),
-            on_unit=on_unit,
-            on_part=lambda unit, share: progress("capture", *budget.record_part(unit.name, share)),
-        )
-    storage.write_json_lines(folder / "removed.jsonl", (r.to_json() for r in corpus.removed))
-    summary = capture_summary(units, folder)
-    quarantine = quarantine_records(units, folder, corpus.malformed)
-    if quarantine:
-        storage.write_json_lines(folder / "quarantine.jsonl", quarantine)
-    summary["removed"] = dict(Counter(r.reason.value for r in corpus.removed))
-    if settings.drop_wrong_answers:
-        items = tasks_and_prompts.items_by_question(
-            context.recipe.corpus, context.tasks, corpus.prompts, context.recipe.seed
-        )
-        caches = [reader for reader, _ in open_teacher_caches(units, folder)]
-        summary["verified"] = verify_answers(caches, items, context.tasks, folder)
-    summary |= account_for_prompts(summary, corpus, quarantine)
-    if corpus.notes:
-        summary["notes"] = list(corpus.notes)
-    storage.write_json(folder / "summary.json", summary)
-    kept = f"{summary['kept']:,} of {summary['in']:,} kept"
-    left_out = left_out_lines(count_left_out(summary))
-    progress("capture", 1.0, ", ".join([kept, *left_out, *corpus.notes]))
+    capture_corpus(context, folder, progress)
 
 
 def run_train(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
@@ -365,11 +186,12 @@ def _write_thinking_modes(
 
 def run_lineage(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
     """Record which models, data and recipe made the student's weights."""
+    from persea.pipeline.check_stage import nonempty
     from persea.report.lineage import lineage_record
 
     models = context.models
     verdict = write_notice(context.recipe, context.folder, folder)
-    unwritable = _nonempty("unwritable_texts", context.unwritable_texts)
+    unwritable = nonempty("unwritable_texts", context.unwritable_texts)
     if unwritable:
         unwritable["max_unwritable_share"] = context.recipe.check.max_unwritable_share
     record = lineage_record(
@@ -442,11 +264,7 @@ def run_pipeline(context: RunContext, progress: ProgressCallback, only_stage: st
     """
     set_threads(context.recipe.threads)
     with _say_if_slow(progress, only_stage or STAGES[0].name):
-        preflight.refuse_unsupported_efforts(context)
-        if only_stage in ("", "check", "audition", "capture", "train"):
-            preflight.refuse_asking_text_models(context)
-        context.lm_eval_digests()
-        preflight.refuse_missing_logprobs(context)
+        warnings = preflight.check_run(context, only_stage)
     if only_stage in ("", *LICENSED_STAGES):
         refuse_unlicensed(context.recipe, context.folder)
     with join_process_group(context.world):
@@ -462,6 +280,10 @@ def run_pipeline(context: RunContext, progress: ProgressCallback, only_stage: st
             record_status(context.folder, context.recipe.name, progress) as recorded_progress,
         ):
             context.stages.recover()
+            for warning in warnings:
+                progress(only_stage or STAGES[0].name, 0.0, f"{WARNING_PREFIX}{warning}")
+            if not only_stage and not context.stages.has_record("evaluate"):
+                context.models.open_servers(context.recipe.audition.batch_size)
             for stage in STAGES:
                 if not only_stage or stage.name == only_stage:
                     if stage.name in LICENSED_STAGES:  # a server has named its model by now
