@@ -325,9 +325,12 @@ def resolve_values(value: Any, path: KeyPath, yaml_source: YamlSource) -> Any:
     return os.path.abspath(folder / os.path.expanduser(text))
 
 
+PATH_KEYS = ("check.texts", "evaluation.lm_eval_results", "evaluation.lm_eval_include")
+
+
 def _is_path(text: str, path: KeyPath, folder: Path) -> bool:
     """Return whether a value is a local path: always for files, by its form for models."""
-    if path[:2] in (("check", "texts"), ("evaluation", "lm_eval_results")):
+    if ".".join(map(str, path[:2])) in PATH_KEYS:
         return True
     if path[:2] == ("evaluation", "benchmarks") and path[-1] in ("file", "answers"):
         return text not in MODEL_KEYWORDS
@@ -335,7 +338,7 @@ def _is_path(text: str, path: KeyPath, folder: Path) -> bool:
         return True
     if path[:2] == ("evaluation", "texts") and path[-1] == "texts":
         return True
-    if path[0] not in ("student", "teachers", "corpus") or text in MODEL_KEYWORDS:
+    if path[0] not in ("student", "teachers", "corpus", "tasks") or text in MODEL_KEYWORDS:
         return False
     if path[-1] in ("file", "texts", "chat_template"):
         return True

@@ -30,7 +30,13 @@ STAGE_VERSIONS = {
 STAGE_NAMES = tuple(STAGE_VERSIONS)
 
 # keys of `evaluation` that are read after the evaluation, and change none of its numbers
-POST_EVALUATION_KEYS = {"allow_safety_regression", "lm_eval_results"}
+POST_EVALUATION_KEYS = {
+    "allow_safety_regression",
+    "lm_eval_results",
+    "lm_eval",
+    "lm_eval_include",
+    "lm_eval_limit",
+}
 # keys of `training` that set how often a training is saved, logged and shown, and change no weight
 OBSERVATION_KEYS = {"report_to", "log_every", "checkpoint_every", "eval_steps"}
 # keys of `training` that are in the number of steps
@@ -93,7 +99,11 @@ def capture_inputs(context: RunContext) -> object:
         *(u.name for u in context.capture_units),
         *([b.location, b.reason] for b in context.corpus.malformed),
         *(
-            ["verify", context.recipe.evaluation.grading.model_dump()]
+            [
+                "verify",
+                context.recipe.evaluation.grading.model_dump(),
+                *([t.skill, t.metric, t.rubric] for t in context.recipe.tasks),
+            ]
             if context.recipe.capture.drop_wrong_answers
             else []
         ),

@@ -320,6 +320,10 @@ def run_lineage(context: RunContext, folder: Path, progress: ProgressCallback) -
         verdict,
     )
     record["training"] = {"learning_rate": models.learning_rate}
+    if context.size_defaults:
+        record["size_defaults"] = context.size_defaults
+    if context.task_files:
+        record["task_files"] = {str(f): storage.digest_file(f) for f in context.task_files}
     storage.write_json(folder / "lineage.json", record)
 
 
