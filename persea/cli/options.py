@@ -94,16 +94,6 @@ def count_available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def bundled_folder(kind: str) -> Path:
-    """Return the folder of bundled recipes or saplings.
-
-    It lies inside an installed package, and next to the package in a checkout.
-    """
-    package = Path(__file__).resolve().parent.parent
-    inside = package / "bundled" / kind
-    return inside if inside.is_dir() else package.parent / kind
-
-
 def load_checked_recipe(
     path: Path, overrides: list[str], task_files: Sequence[Path] = ()
 ) -> Recipe:

@@ -26,11 +26,11 @@ from persea.cli.options import (
     Sharding,
     TaskFiles,
     app,
-    bundled_folder,
     count_available_cores,
     load_checked_recipe,
     make_run_context,
 )
+from persea.config.bundled import bundled_folder, portable_recipe
 from persea.errors import RecipeError, RefusedError, SafetyRegressionError
 from persea.training.distributed.world import LaunchOptions, ParallelStrategy, detect_world
 
@@ -258,7 +258,7 @@ def recipes_show(name: Annotated[str, typer.Argument(help="Name of a bundled rec
     path = bundled_folder("recipes") / f"{name}.yaml"
     if not path.is_file():
         raise RecipeError(f"no recipe {name!r}", remedy="persea recipes ls lists them")
-    typer.echo(path.read_text(), nl=False)
+    typer.echo(portable_recipe(path.read_text()), nl=False)
 
 
 def _show_report(folder: Path, as_json: bool) -> None:

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import yaml
 from yaml.constructor import SafeConstructor
 
+from persea.config.bundled import BUNDLED_PREFIX, bundled_path
 from persea.errors import RecipeError
 
 ALLOWED_ENV_VARS = ("PERSEA_DATA", "HF_HOME")
@@ -318,6 +319,8 @@ def resolve_values(value: Any, path: KeyPath, yaml_source: YamlSource) -> Any:
             path, "looks like a secret", "name an environment variable instead; a recipe is shared"
         )
     text = re.sub(r"\$\{([^}]*)\}?", lambda m: _env_value(m[1], path, yaml_source), value)
+    if text.startswith(BUNDLED_PREFIX) and path[-1] in ("model", "tokenizer"):
+        return bundled_path(text)
     folder = yaml_source.file.absolute().parent
     if not _is_path(text, path, folder):
         return text

@@ -153,7 +153,8 @@ def resolve_model_source(name_or_path: str, where: str) -> tuple[ModelSource, da
         DataError: The path is neither, the run has no student yet, or its recipe is broken.
     """
     folder = Path(name_or_path).expanduser()
-    if not folder.exists() and folder.parent != Path() and folder.parent.is_dir():
+    is_local = folder.parent.is_dir() or folder.parts[:1] == ("runs",)
+    if not folder.exists() and folder.parent != Path() and is_local:
         raise DataError(
             f"no model folder and no run {name_or_path!r}",
             where=where,
