@@ -33,10 +33,9 @@ STAGE_NAMES = tuple(STAGE_VERSIONS)
 POST_EVALUATION_KEYS = {
     "allow_safety_regression",
     "lm_eval_results",
-    "lm_eval",
-    "lm_eval_include",
-    "lm_eval_limit",
 }
+# keys of `evaluation` that matter only if lm-eval runs
+LM_EVAL_KEYS = {"lm_eval", "lm_eval_include", "lm_eval_limit"}
 # keys of `training` that set how often a training is saved, logged and shown, and change no weight
 OBSERVATION_KEYS = {"report_to", "log_every", "checkpoint_every", "eval_steps"}
 # keys of `training` that are in the number of steps
@@ -148,7 +147,10 @@ def evaluate_inputs(context: RunContext) -> object:
         context.stages.read_record("train")["outputs"],
         context.models.teacher_identities,
         context.items_digest(Split.TEST),
-        context.recipe.evaluation.model_dump(exclude=POST_EVALUATION_KEYS),
+        context.recipe.evaluation.model_dump(
+            exclude=POST_EVALUATION_KEYS
+            | (set() if context.recipe.evaluation.lm_eval else LM_EVAL_KEYS)
+        ),
         *([context.held_out_texts_digest] if context.recipe.evaluation.texts else []),
     ]
 
