@@ -73,6 +73,7 @@ def run_lm_eval(
         DataError: A task or its data set cannot be loaded, or lm-eval fails.
     """
     manager = _task_manager(include_folder)
+    import torch
     from lm_eval import simple_evaluate
 
     try:
@@ -82,6 +83,7 @@ def run_lm_eval(
             tasks=list(tasks),
             limit=limit,
             batch_size=batch_size,
+            device="cuda" if torch.cuda.is_available() else "cpu",  # lm-eval's default needs CUDA
             task_manager=manager,
             log_samples=False,
             random_seed=seed,
