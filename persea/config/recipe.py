@@ -41,12 +41,12 @@ from persea.config.schema import (
     TrainingSection,
     check_contradictions,
 )
+from persea.config.secrets import is_secret
 from persea.config.yaml_source import (
     KeyPath,
     Yaml12Dumper,
     YamlSource,
     apply_override,
-    is_secret,
     read_yaml,
     resolve_values,
     suggest_choice,
@@ -332,6 +332,9 @@ def _section_classes(annotation: Any) -> Iterator[type[RecipeSection]]:
 SECTION_CLASSES = _sections_by_key()
 
 
+MAX_LISTED_PROBLEMS = 20
+
+
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and validate a recipe.
 
@@ -354,16 +357,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe = _validate(resolve_values(source.data, (), source), source)
     written = _validate(source.data, source)
     if recipe is None or written is None or source.problems:
-        order = list(source.locations)
-        problems = [
-            p
-            for _, p in sorted(
-                source.problems.items(), key=lambda item: order.index(source.nearest_key(item[0]))
-            )
-        ]
-        raise (
-            problems[0] if len(problems) == 1 else RecipeError("\n".join(str(p) for p in problems))
-        )
+        order = {key: k for k, key in enumerate(source.locations)}
+        found = sorted(source.problems.items(), key=lambda item: order[source.nearest_key(item[0])])
+        problems = [problem for _, problem in found]
+        lines = [str(p) for p in problems[:MAX_LISTED_PROBLEMS]]
+        if more := len(problems) - len(lines):
+            lines.append(f"{path}: {more:,} more mistakes -> mend these first, then validate again")
+        raise problems[0] if len(problems) == 1 else RecipeError("\n".join(lines))
     recipe._source_path = path.absolute()
     recipe._as_written = written.model_dump(mode="json", exclude_none=True)
     recipe._notices = tuple(source.notices)

@@ -24,13 +24,11 @@ from persea.pipeline import preflight, stage_keys, tasks_and_prompts
 from persea.pipeline.licence_gate import (
     copy_to_student,
     refuse_unlicensed,
-    write_notice,
 )
 from persea.pipeline.model_refs import BASE, STUDENT, is_small_local_model, model_source
 from persea.pipeline.remote_teachers import is_remote
 from persea.pipeline.run_context import RunContext
 from persea.pipeline.status import record_status
-from persea.storage import digest_json
 from persea.tasks.task import Split
 from persea.training.distributed.heartbeat import join_process_group
 
@@ -365,24 +363,9 @@ def _write_thinking_modes(
 
 def run_lineage(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
     """Record which models, data and recipe made the student's weights."""
-    from persea.report.lineage import lineage_record
+    from persea.pipeline.lineage_stage import write_lineage
 
-    models = context.models
-    verdict = write_notice(context.recipe, context.folder, folder)
-    unwritable = _nonempty("unwritable_texts", context.unwritable_texts)
-    if unwritable:
-        unwritable["max_unwritable_share"] = context.recipe.check.max_unwritable_share
-    record = lineage_record(
-        context.folder / "train" / "student",
-        models.lineage_parent(BASE),
-        [models.lineage_parent(name) for name in models.teacher_names],
-        context.recipe.hash,
-        {"units": digest_json([u.name for u in context.capture_units])} | unwritable,
-        context.cast,
-        verdict,
-    )
-    record["training"] = {"learning_rate": models.learning_rate}
-    storage.write_json(folder / "lineage.json", record)
+    write_lineage(context, folder)
 
 
 def run_report(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
