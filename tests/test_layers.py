@@ -23,7 +23,7 @@ LAYERS = (
     ("teachers", "tasks", "losses"),
     ("serve", "evaluation"),
     ("cache", "report", "vocab_extension"),
-    ("training",),
+    ("training", "export"),
     ("pipeline",),
     ("cli",),
 )

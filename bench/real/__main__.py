@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench.real.plan import next_run
+from bench.real.plan import STAGES, next_run
 from bench.real.report import markdown, summary
 from bench.real.train import Run
 from bench.real.world import World
@@ -74,6 +74,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS / "real.jsonl")
     parser.add_argument("--budget-minutes", type=float, default=60.0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--stages", nargs="+", choices=tuple(STAGES), default=tuple(STAGES), help="in this order"
+    )
     parser.add_argument("--plan", action="store_true", help="print the next run only")
     parser.add_argument("--report", action="store_true", help="write the tables only")
     options = parser.parse_args()
@@ -86,7 +89,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     world, begun = World(options.models, options.cache), time.monotonic()
     ran = False
-    while (run := next_run(read(options.results))) is not None:
+    while (run := next_run(read(options.results), options.stages)) is not None:
         if options.plan or (ran and time.monotonic() - begun > 60 * options.budget_minutes):
             print("next:", run)
             return

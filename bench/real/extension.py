@@ -6,8 +6,9 @@ distributions over it: the tokens that the teacher finds likely, with their prob
 vocabulary is not limited to the words of the text. A word may hold combining marks, which the
 pre-tokenizer of SmolLM2 (GPT-2's) cuts at; other text is cut as before.
 
-New rows: `means` of the rows of the old tokens; or `ridge`, the teacher's embedding mapped by a
-ridge regression fitted on the tokens that both vocabularies have.
+New rows: `means` of the rows of the old tokens; `ridge`, the teacher's embedding mapped by a ridge
+regression fitted on the tokens that both vocabularies have; `orthogonal`, mapped by the orthogonal
+matrix that fits best; or `both`, the mean of `means` and `ridge`.
 """
 
 from __future__ import annotations
@@ -121,6 +122,7 @@ def ridge_rows(
     teacher: Vocabulary,
     new: Sequence[int],
     spelled: Sequence[Sequence[int]],
+    orthogonal: bool = False,
 ) -> torch.Tensor:
     """Return rows for new student tokens: their mapped teacher rows (the mean of several).
 
@@ -140,12 +142,16 @@ def ridge_rows(
         x = theirs[torch.tensor([i for _, i in pairs])]
         mean_x, mean_y = x.mean(0), y.mean(0)
         x, y = x - mean_x, y - mean_y
-        gram = x.T @ x
-        gram += PENALTY * gram.diagonal().mean() * torch.eye(len(gram))
-        mapping = torch.linalg.solve(gram, x.T @ y)
+        if orthogonal:
+            left, _, right = torch.linalg.svd(x.T @ y, full_matrices=False)
+            mapping = left @ right
+        else:
+            gram = x.T @ x
+            gram += PENALTY * gram.diagonal().mean() * torch.eye(len(gram))
+            mapping = torch.linalg.solve(gram, x.T @ y)
         rows = torch.stack([theirs[list(ids)].mean(0) for ids in spelled])
         mapped: torch.Tensor = (rows - mean_x) @ mapping
-        # a ridge shrinks: give the rows the spread that known tokens have
+        # a map shrinks or stretches: give the rows the spread that known tokens have
         mapped *= y.norm(dim=1).mean() / ((x @ mapping).norm(dim=1).mean())
         return mapped + mean_y
 
@@ -153,7 +159,7 @@ def ridge_rows(
 def extend(model: Any, old: Speaker, spec: str, rows: str, teacher: RealTeacher | None) -> Speaker:
     """Give the model the rows of the longer vocabulary; return the longer vocabulary.
 
-    rows: means (needs no teacher), ridge, or both (their mean).
+    rows: means (needs no teacher), ridge, orthogonal, or both (the mean of means and ridge).
     """
     longer = student_speaker(spec)
     refuse_changed_tokens(old.vocabulary, longer.vocabulary, "the extended student")
@@ -177,6 +183,7 @@ def extend(model: Any, old: Speaker, spec: str, rows: str, teacher: RealTeacher 
             teacher.speaker.vocabulary,
             list(pieces),
             spelled,
+            orthogonal=rows == "orthogonal",
         )
         with torch.no_grad():
             weight = model.get_input_embeddings().weight

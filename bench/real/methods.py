@@ -48,6 +48,7 @@ class Lessons:
     texts: Sequence[Text]
     scored: Sequence[Scored]
     folder: Path
+    tag: str = ""  # of distributions that are not kept as usual
     pair: Pair = field(init=False)
     lessons: list[Lesson] = field(init=False)
     kept: dict[tuple[int, str, str], EventTargets] = field(default_factory=dict)
@@ -78,7 +79,7 @@ class Lessons:
     def targets(self, k: int, method: str, end: str) -> EventTargets:
         """Return the targets of a text; masked ones are kept on disk by the vocabulary's digest."""
         if (k, method, end) not in self.kept:
-            name = f"{self.student.vocabulary.digest} {method} {end} {self.texts[k].text}"
+            name = f"{self.student.vocabulary.digest} {method} {end} {self.tag}{self.texts[k].text}"
             path = self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.pt"
             if path.is_file():
                 self.kept[k, method, end] = torch.load(path, weights_only=False)
@@ -146,19 +147,25 @@ class Lessons:
             drawn.kind,
         )
 
-    def firsts(self, chosen: Sequence[int]) -> list[int]:
-        """Return the first position of each text in the packed row."""
-        sizes = [len(self.lessons[k].student) + 1 for k in chosen]
-        return np.concatenate([[0], np.cumsum(sizes)])[:-1].astype(np.int64).tolist()  # type: ignore[no-any-return]
+    def placed(self, packed: Packed, chosen: Sequence[int]) -> list[tuple[int, int]]:
+        """Return (text, its first position in the packed row) of the texts that this teacher has.
+
+        Texts behind those of `lessons` have another teacher.
+        """
+        firsts = np.concatenate([[0], np.cumsum(np.bincount(packed.text_S.numpy()))]).tolist()
+        return [(k, at) for k, at in zip(chosen, firsts, strict=False) if k < len(self.lessons)]
 
     def events(self, run: Run) -> Loss:
         """Return persea's own loss on persea's own distributions."""
 
         def loss(logits_SV: torch.Tensor, packed: Packed, chosen: Sequence[int]) -> torch.Tensor:
-            parts = [self.targets(k, run.method, run.end) for k in chosen]
+            placed = self.placed(packed, chosen)
+            if not placed:
+                return cross_entropy(logits_SV, packed, chosen)
+            parts = [self.targets(k, run.method, run.end) for k, _ in placed]
             targets = build_batch_targets(
                 self.pair.event_map,
-                concat_event_targets(parts, self.firsts(chosen)),
+                concat_event_targets(parts, [first for _, first in placed]),
                 len(packed.labels_S),
             )
             return event_kl_loss(logits_SV, packed.labels_S, [targets], run.share).loss
@@ -169,7 +176,8 @@ class Lessons:
 
     def batch(self, packed: Packed, chosen: Sequence[int]) -> Batch:
         """Return the batch as the methods of bench.objectives read it."""
-        firsts, some = self.firsts(chosen), [self.lessons[k] for k in chosen]
+        placed = self.placed(packed, chosen)
+        firsts, some = [first for _, first in placed], [self.lessons[k] for k, _ in placed]
         sizes = [len(one.spoken) + 1 for one in some]
         begins = np.concatenate([[0], np.cumsum(sizes)])[:-1].astype(np.int64).tolist()
         shifts = [np.array([s, s, t, t]) for s, t in zip(firsts, begins, strict=True)]
@@ -231,7 +239,7 @@ class Lessons:
 
 def loss_of(run: Run, lessons: Lessons | None) -> Loss:
     """Return the loss of a run."""
-    if run.method in ("cross-entropy", "none"):
+    if run.method in ("cross-entropy", "none", "parent"):
         return cross_entropy
     if run.method in SMOOTHING:
         return label_smoothing(SMOOTHING[run.method])

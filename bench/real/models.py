@@ -46,6 +46,17 @@ def student_speaker(spec: str) -> Speaker:
     return speaker(spec, "smollm2-135m", STUDENT_FAMILY, STUDENT_START)
 
 
+def pruned(model: Any, layers: int) -> Any:
+    """Return the model with some of its layers, evenly spaced, the first and the last too."""
+    own = model.model.layers
+    at = torch.linspace(0, len(own) - 1, layers).round().int().tolist()
+    model.model.layers = torch.nn.ModuleList([own[k] for k in at])
+    for k, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = k
+    model.config.num_hidden_layers = layers
+    return model
+
+
 def load(folder: Path, dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
 
@@ -82,15 +93,24 @@ def states(model: Any, packed: Packed) -> torch.Tensor:
 
 
 class Trainee:
-    """A student in bfloat16 with float32 master weights and AdamW, or in float32 throughout."""
+    """A student in bfloat16 with float32 master weights and AdamW, or in float32 throughout.
 
-    def __init__(self, model: Any, half: bool) -> None:
-        self.model, self.half = model, half
+    The rows of the embedding from `first_new` on learn at `faster` times the learning rate.
+    """
+
+    def __init__(
+        self, model: Any, half: bool, first_new: int | None = None, faster: float = 1.0
+    ) -> None:
+        self.model, self.half, self.first_new, self.faster = model, half, first_new, faster
         self.own = [p for p in model.parameters() if p.requires_grad]
         self.masters = (
             [p.detach().float().clone().requires_grad_(True) for p in self.own]
             if half
             else self.own
+        )
+        embedding = model.get_input_embeddings().weight
+        self.embedding = next(
+            m for m, own in zip(self.masters, self.own, strict=True) if own is embedding
         )
         for p in self.masters:
             p.grad = torch.zeros_like(p)
@@ -121,7 +141,7 @@ class Trainee:
         norm = torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
         for group in self.adam.param_groups:
             group["lr"] = rate
-        self.adam.step()
+        self._update()
         if self.half:
             with torch.no_grad():
                 for master, own in zip(self.masters, self.own, strict=True):
@@ -129,6 +149,16 @@ class Trainee:
         else:
             self.adam.zero_grad()
         return float(norm)
+
+    def _update(self) -> None:
+        if self.first_new is None or self.faster == 1.0:
+            self.adam.step()
+            return
+        with torch.no_grad():
+            rows = self.embedding[self.first_new :]  # a view
+            before = rows.clone()
+            self.adam.step()
+            rows.copy_(before + self.faster * (rows - before))
 
 
 def rate_at(step: int, steps: int, top: float) -> float:

@@ -1,9 +1,9 @@
 """Which runs, in which order: what decides most first, so that the bench can stop anywhere.
 
 1. Searches on dev, one seed, two languages, 12 kB each.
-2. The same on test with three seeds: cross-entropy, events, the best recipe, at about equal CPU.
-3. Every other method on test, the same text and student.
-4. Six languages, 100 kB each.
+2. On test: the best recipe, cross-entropy on both students, every other method once.
+3. Two more seeds of what decides; single settings; ways to keep distributions; a pruned student.
+4. More passes, more text, six languages.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ FULL = "events + masks + partial tokens"
 LONGER, MEANS = "taught 3000 ridge", "taught 3000 means"
 LONGEST = "taught 6000 ridge"  # of six languages
 SEEDS = (1, 2, 3)
-OTHERS = ("events", "events + masks", "strict", "strict everywhere", "bpm", "chunk", "uld", "gold")
+OTHERS = ("gold", "uld", "strict everywhere", "strict", "bpm", "chunk", "events", "events + masks")
 ENGLISH_LOST = 0.02  # bits per byte
 NONE = {"mean": 0.0}
 SMOOTHED = "label smoothing .1"
+CE = "cross-entropy"
+FASTER = 10.0  # the rows of new tokens, of the learning rate of all other weights
 
 
-def rates(results: Mapping[str, Any], runs: Sequence[Run]) -> float:
-    """Return the learning rate of the run with the fewest bits, of those that have a line.
+def best(results: Mapping[str, Any], runs: Sequence[Run]) -> Run:
+    """Return the run with the fewest bits, of those that have a line.
 
     Runs that cost more than ENGLISH_LOST in English count only if all do.
     """
     base = results.get(ends(TWO, 12, "dev")[0].key, {}).get("english", 0.0)
     done = [run for run in runs if run.key in results]
     kept = [run for run in done if results[run.key]["english"] - base <= ENGLISH_LOST]
-    return min(kept or done or runs[:1], key=lambda run: results.get(run.key, NONE)["mean"]).rate
+    return min(kept or done or runs[:1], key=lambda run: results.get(run.key, NONE)["mean"])
 
 
 def ends(languages: tuple[str, ...], kilobytes: int, part: str) -> list[Run]:
@@ -42,81 +44,152 @@ def ends(languages: tuple[str, ...], kilobytes: int, part: str) -> list[Run]:
     return [Run(m, languages, kilobytes, 0, 0.0, part=part) for m in ("none", "teacher")]
 
 
-CE_LONGER = [Run("cross-entropy", TWO, 12, 2, rate, student=LONGER) for rate in (2e-4, 5e-4, 1e-3)]
-FULL_LONGER = [Run(FULL, TWO, 12, 2, rate, student=LONGER) for rate in (2e-4, 5e-4, 1e-3)]
-# 0.75 passes of the plain vocabulary take about the CPU time of two passes of the longer one
-# with the teacher's capture, which costs about as much again
+def tested(run: Run, **settings: Any) -> Run:
+    return replace(run, part="test", **settings)
+
+
+AT = Run(FULL, TWO, 12, 2, 2e-4, student=LONGER)
+PLAIN = Run(CE, TWO, 12, 0.75, 2e-4)
+# 0.75 passes of the plain vocabulary take about the CPU time of two passes of the longer one,
+# 1.4 passes that and the teacher's capture
 WITH_CAPTURE = 1.4
-CE_PLAIN = [Run("cross-entropy", TWO, 12, 0.75, rate) for rate in (2e-4, 5e-4)]
+FULLS = [
+    AT,
+    replace(AT, new_rows=FASTER),
+    replace(AT, new_rows=3 * FASTER),
+    replace(AT, rate=3e-4, new_rows=FASTER),
+    replace(AT, rate=5e-4),
+]
+CROSS = [
+    replace(AT, method=CE, new_rows=FASTER),
+    replace(AT, method=CE, new_rows=3 * FASTER),
+    replace(AT, method=CE),
+]
+PLAINS = [PLAIN, replace(PLAIN, rate=5e-4)]
 
 
 def searches(results: Mapping[str, Any]) -> Iterator[Run]:
     """Settings, on dev."""
     yield from ends(TWO, 12, "dev")
-    yield replace(CE_LONGER[0], student=MEANS)
-    yield replace(FULL_LONGER[0], student=MEANS)
-    yield CE_PLAIN[0]
-    yield replace(FULL_LONGER[1], student=MEANS)
-    yield FULL_LONGER[0]
-    yield CE_PLAIN[1]
-
-
-def later_searches(results: Mapping[str, Any]) -> Iterator[Run]:
-    """More settings, on dev, beside the best rate so far."""
-    rate = rates(results, FULL_LONGER)
-    at = replace(FULL_LONGER[0], rate=rate)
-    yield from (FULL_LONGER[1], CE_LONGER[0], CE_LONGER[1])
-    yield replace(at, share=0.9)
-    yield replace(at, share=0.5)
-    yield replace(at, passes=4)
-    yield replace(at, passes=1, more=12)
-    yield replace(at, method=SMOOTHED)
-    yield replace(at, end="teacher")
-    yield replace(at, passes=8)
-    yield replace(CE_LONGER[0], rate=rate, passes=8)
-    yield replace(at, student="taught 1000 means")
-    yield replace(at, student="taught 3000 both")
-    yield replace(at, arithmetic="single")
+    yield replace(AT, method=CE, student=MEANS)
+    yield replace(AT, student=MEANS)
+    yield PLAIN
+    yield replace(AT, student=MEANS, rate=5e-4)
+    yield AT
+    yield PLAINS[1]
+    yield from FULLS[1:4]
+    yield CROSS[0]
+    yield replace(best(results, FULLS), student="taught 3000 orthogonal")
 
 
 def main_rows(results: Mapping[str, Any]) -> Iterator[Run]:
-    """Cross-entropy, the longer vocabulary, and the best recipe: three seeds, on test."""
+    """Cross-entropy, the longer vocabulary, and the best recipe, on test."""
     yield from ends(TWO, 12, "test")
-    ce, full, plain = (rates(results, some) for some in (CE_LONGER, FULL_LONGER, CE_PLAIN))
-    for seed in SEEDS:
-        for run, rate in (
-            (CE_PLAIN[0], plain),
-            (FULL_LONGER[0], full),
-            (CE_LONGER[0], ce),
-            (replace(CE_PLAIN[0], passes=WITH_CAPTURE), plain),
-        ):
-            yield replace(run, rate=rate, seed=seed, part="test")
-    for seed in SEEDS:
-        yield replace(CE_PLAIN[0], method=FULL, rate=plain, seed=seed, part="test")
+    at, ce, plain = (best(results, some) for some in (FULLS, CROSS, PLAINS))
+    for seed in SEEDS[:1]:
+        yield tested(at, seed=seed)
+        yield tested(replace(ce, new_rows=at.new_rows, rate=at.rate), seed=seed)
+        yield tested(plain, seed=seed)
+        yield tested(plain, passes=WITH_CAPTURE, seed=seed)
 
 
-def other_methods(results: Mapping[str, Any]) -> Iterator[Run]:
-    """Every other method on the longer vocabulary."""
-    rate = rates(results, FULL_LONGER)
+def other_methods(results: Mapping[str, Any], seeds: Sequence[int]) -> Iterator[Run]:
+    """Every other method with the best recipe's settings."""
+    at = best(results, FULLS)
+    for seed in seeds:
+        for method in OTHERS if seed == 1 else OTHERS[:3]:
+            yield tested(at, method=method, seed=seed)
+
+
+def more_seeds(results: Mapping[str, Any]) -> Iterator[Run]:
+    """What decides, with two more seeds."""
+    at, ce, plain = (best(results, some) for some in (FULLS, CROSS, PLAINS))
+    for seed in SEEDS[1:]:
+        yield tested(at, seed=seed)
+        yield tested(plain, passes=WITH_CAPTURE, seed=seed)
+        yield tested(replace(ce, new_rows=at.new_rows, rate=at.rate), seed=seed)
+        yield from other_methods(results, (seed,))
+
+
+def single_settings(results: Mapping[str, Any]) -> Iterator[Run]:
+    """One setting changed, on dev, beside the best recipe."""
+    at = best(results, FULLS)
+    yield replace(at, end="teacher")
+    yield replace(at, method=SMOOTHED)
+    yield replace(at, share=0.9)
+    yield replace(at, temperature=1.5)
+    yield replace(at, passes=1, more=12)
+    yield replace(at, replay=6)
+    yield replace(at, share=0.5)
+
+
+def kept_entries(results: Mapping[str, Any]) -> Iterator[Run]:
+    """Distributions kept in about as many bytes as sampled .1, on dev."""
+    at = best(results, FULLS)
+    for entries in ("sampled .1", "top 4", "kl .3"):
+        yield replace(at, entries=entries)
+
+
+def pruned_student(results: Mapping[str, Any]) -> Iterator[Run]:
+    """Half of SmolLM2's layers, recovered by its parent, by Gemma, by both; on test."""
+    at = Run(CE, TWO, 12, 1, 5e-4, student="pruned 15", replay=12, part="test")
+    yield replace(at, method="none", passes=0, rate=0.0)
+    for method in (CE, "parent", FULL):
+        yield replace(at, method=method)
+
+
+def more_passes(results: Mapping[str, Any]) -> Iterator[Run]:
+    """Limited text, read more often; cross-entropy at equal CPU time with the capture counted."""
+    at, plain = best(results, FULLS), best(results, PLAINS)
     for seed in SEEDS:
-        for method in OTHERS:
-            yield replace(FULL_LONGER[0], method=method, rate=rate, seed=seed, part="test")
+        yield tested(at, passes=6, seed=seed)
+        yield tested(plain, passes=2.8, seed=seed)
+        yield tested(replace(at, method=CE), passes=6, seed=seed)
+
+
+def more_text(results: Mapping[str, Any]) -> Iterator[Run]:
+    """100 kB of each of the two languages."""
+    at, plain = best(results, FULLS), best(results, PLAINS)
+    yield from ends(TWO, 100, "test")
+    for seed in SEEDS:
+        yield tested(at, kilobytes=100, seed=seed)
+        yield tested(plain, kilobytes=100, passes=WITH_CAPTURE, seed=seed)
 
 
 def six_languages(results: Mapping[str, Any]) -> Iterator[Run]:
     """100 kB of each of six languages."""
     yield from ends(LANGUAGES, 100, "test")
-    rate = rates(results, FULL_LONGER)
+    at, plain = best(results, FULLS), best(results, PLAINS)
     for seed in SEEDS:
-        for method in (FULL, "cross-entropy", "strict everywhere", "gold", "uld"):
-            yield Run(method, LANGUAGES, 100, 2, rate, seed, student=LONGEST, part="test")
-        yield Run("cross-entropy", LANGUAGES, 100, 0.75, rate, seed, part="test")
+        for method in (FULL, CE, "strict everywhere", "gold", "uld"):
+            settings = {"languages": LANGUAGES, "kilobytes": 100, "student": LONGEST}
+            yield tested(at, method=method, seed=seed, **settings)
+        yield tested(plain, languages=LANGUAGES, kilobytes=100, seed=seed)
 
 
-def next_run(results: Mapping[str, Any]) -> Run | None:
+def once(results: Mapping[str, Any]) -> Iterator[Run]:
+    """Every other method, one seed."""
+    return other_methods(results, SEEDS[:1])
+
+
+STAGES = {
+    "searches": searches,
+    "main": main_rows,
+    "methods": once,
+    "passes": more_passes,
+    "seeds": more_seeds,
+    "pruned": pruned_student,
+    "settings": single_settings,
+    "entries": kept_entries,
+    "text": more_text,
+    "six": six_languages,
+}
+
+
+def next_run(results: Mapping[str, Any], stages: Sequence[str] = tuple(STAGES)) -> Run | None:
     """Return the first run of the plan without a line."""
-    for stage in (searches, main_rows, later_searches, other_methods, six_languages):
-        for run in stage(results):
+    for stage in stages:
+        for run in STAGES[stage](results):
             if run.key not in results:
                 return run
     return None

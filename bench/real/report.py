@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from bench.real.train import LATER
+
 Line = Mapping[str, Any]
 DRAWS = 2000
-# CPU time of a plain run relative to a row's training, without and with the teacher's capture,
-# which costs about as much as a training here
-EQUAL_CPU = {"equal_cpu": (0.7, 1.5), "with_capture": (1.5, 2.2)}
+CROSS = "cross-entropy"
+AS_DEAR = 1.15  # cross-entropy counts as equally dear up to this multiple of the CPU time
 SETTINGS = (
     "method",
     "languages",
@@ -26,50 +27,58 @@ SETTINGS = (
     "end",
     "arithmetic",
     "part",
+    *LATER,
 )
 
 
 def group(line: Line) -> tuple[Any, ...]:
     """Return the settings of a run without its seed."""
-    return tuple(tuple(v) if isinstance(v := line[name], list) else v for name in SETTINGS)
+    values = (line.get(name, LATER.get(name)) for name in SETTINGS)
+    return tuple(tuple(v) if isinstance(v, list) else v for v in values)
 
 
-def by_block(lines: Sequence[Line]) -> dict[str, dict[int, np.ndarray]]:
-    """Return language -> block -> (bits, bytes), the bits as means over the seeds."""
-    out: dict[str, dict[int, np.ndarray]] = {}
-    for language in lines[0]["languages"]:
-        blocks: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(2))
-        for line in lines:
+def table(lines: Sequence[Line], blocks: Sequence[int]) -> np.ndarray:
+    """Return (bits, bytes) by seed, language and block, [seeds, languages, blocks, 2]."""
+    at = {block: k for k, block in enumerate(blocks)}
+    lines = sorted(lines, key=lambda line: int(line["seed"]))
+    out = np.zeros((len(lines), len(lines[0]["languages"]), len(blocks), 2))
+    for s, line in enumerate(lines):
+        for k, language in enumerate(lines[0]["languages"]):
             for block, found, _, size in line["measured"][language]["texts"]:
-                blocks[block] += np.array([found, size]) / len(lines)
-        out[language] = dict(blocks)
+                out[s, k, at[block]] += (found, size)
     return out
 
 
 def difference(left: Sequence[Line], right: Sequence[Line]) -> tuple[float, float, float]:
     """Return left minus right in bits per byte, the mean of the languages, with a 95 % interval.
 
-    Paired bootstrap over blocks of text, the same blocks in every language.
+    Paired bootstrap over blocks of text, the same blocks in every language, and over the seeds,
+    which both sides share.
     """
-    a, b = by_block(left), by_block(right)
-    blocks = sorted(set.union(*(set(x) for x in a.values())))
-    zero = np.zeros(2)
-
-    def table(side: dict[str, dict[int, np.ndarray]]) -> np.ndarray:
-        return np.array([[own.get(k, zero) for k in blocks] for own in side.values()])
-
-    one, other = table(a), table(b)  # [languages, blocks, 2]
+    blocks = sorted(
+        {
+            text[0]
+            for line in (*left, *right)
+            for one in line["languages"]
+            for text in line["measured"][one]["texts"]
+        }
+    )
+    one, other = table(left, blocks), table(right, blocks)
     rng = np.random.default_rng(0)
-    drawn = rng.integers(0, len(blocks), (DRAWS, len(blocks)))
 
-    def bits(side: np.ndarray, at: np.ndarray) -> np.ndarray:
-        sums = side[:, at].sum(-2)  # [languages, (draws,) 2]
-        return (sums[..., 0] / np.maximum(sums[..., 1], 1)).mean(0)
+    def bits(side: np.ndarray, seeds: np.ndarray, at: np.ndarray) -> float:
+        sums = side[seeds][:, :, at].sum((0, 2))  # [languages, 2]
+        return float((sums[:, 0] / np.maximum(sums[:, 1], 1)).mean())
 
-    everything = np.arange(len(blocks))
-    found = float(bits(one, everything) - bits(other, everything))
-    spread = bits(one, drawn) - bits(other, drawn)
+    def minus(seeds: np.ndarray, at: np.ndarray) -> float:
+        return bits(one, seeds, at) - bits(other, seeds, at)
+
+    spread = [
+        minus(rng.integers(0, len(one), len(one)), rng.integers(0, len(blocks), len(blocks)))
+        for _ in range(DRAWS)
+    ]
     low, high = np.quantile(spread, [0.025, 0.975])
+    found = minus(np.arange(len(one)), np.arange(len(blocks)))
     return round(found, 4), round(float(low), 4), round(float(high), 4)
 
 
@@ -77,7 +86,10 @@ def rows(lines: Sequence[Line]) -> list[dict[str, Any]]:
     """Return one row for each setting: means over its seeds, and what it gained.
 
     `gap` is the share of the difference between the student before training and the teacher.
-    `beside` compares with the plain cross-entropy that reads the same text with the same seeds.
+    `beside_cross_entropy` compares with cross-entropy of the same student, text, passes and seeds;
+    `reached_at` is the share of the steps after which dev has that run's last value.
+    `equal_cpu` and `with_capture` compare with the best cross-entropy, of any student, that takes
+    no more CPU time than the row's training, without and with the teacher's capture and targets.
     """
     groups: dict[tuple[Any, ...], list[Line]] = defaultdict(list)
     for line in lines:
@@ -112,11 +124,44 @@ def rows(lines: Sequence[Line]) -> list[dict[str, Any]]:
                 float(np.mean([line["english"] for line in some])) - base["english"], 4
             )
         row["beside_cross_entropy"] = beside(value, some, groups)
-        for name, (low, high) in EQUAL_CPU.items():
-            found = beside_plain(value, some, groups, low, high)
+        if row["beside_cross_entropy"] is not None:
+            row["reached_at"] = reached(value, some, groups)
+        trained = float(np.mean([line.get("cpu_seconds", 0) for line in some]))
+        bills = {"equal_cpu": trained}
+        if all("capture_seconds" in line for line in some):
+            extra = some[-1]["capture_seconds"] + some[-1]["targets_seconds"]
+            row["capture_seconds"] = round(extra)
+            bills["with_capture"] = trained + extra
+        if "bytes_each" in some[0]:
+            row["bytes_each"] = round(some[0]["bytes_each"], 1)
+        for name, bill in bills.items():
+            found = beside_as_dear(value, some, groups, bill)
             row |= {name: found} if found else {}
         out.append(row)
     return sorted(out, key=lambda row: (row["part"], len(row["languages"]), row["mean"]))
+
+
+def same_cross_entropy(
+    value: Mapping[str, Any], groups: Mapping[tuple[Any, ...], Sequence[Line]]
+) -> Sequence[Line]:
+    """Return cross-entropy with the same student, text and passes; of several rates the best."""
+    free = ("method", "share", "end", "rate", "new_rows", "temperature", "entries")
+    found = [
+        lines
+        for settings, lines in groups.items()
+        if (other := dict(zip(SETTINGS, settings, strict=True)))["method"] == CROSS
+        and all(other[k] == value[k] for k in SETTINGS if k not in free)
+    ]
+    return min(found, key=lambda lines: float(np.mean([x["mean"] for x in lines])), default=())
+
+
+def shared_seeds(
+    left: Sequence[Line], right: Sequence[Line]
+) -> tuple[Sequence[Line], Sequence[Line]]:
+    """Return both sides' runs of the seeds that both have."""
+    seeds = {x["seed"] for x in left} & {x["seed"] for x in right}
+    mine, theirs = ([x for x in side if x["seed"] in seeds] for side in (left, right))
+    return mine, theirs
 
 
 def beside(
@@ -125,73 +170,75 @@ def beside(
     groups: Mapping[tuple[Any, ...], Sequence[Line]],
 ) -> list[float] | None:
     """Return the difference to cross-entropy with the same student, text, passes and seeds."""
-    if value["method"] == "cross-entropy":
-        return None
-    for settings, others in groups.items():
-        other = dict(zip(SETTINGS, settings, strict=True))
-        same = all(
-            other[k] == value[k] for k in SETTINGS if k not in ("method", "share", "end", "rate")
-        )
-        if other["method"] == "cross-entropy" and same:
-            seeds = {x["seed"] for x in some} & {x["seed"] for x in others}
-            if seeds:
-                mine, theirs = ([x for x in side if x["seed"] in seeds] for side in (some, others))
-                return list(difference(mine, theirs))
-    return None
+    mine, theirs = shared_seeds(some, same_cross_entropy(value, groups))
+    return None if value["method"] == CROSS or not mine else list(difference(mine, theirs))
 
 
-def beside_plain(
+def beside_as_dear(
     value: Mapping[str, Any],
     some: Sequence[Line],
     groups: Mapping[tuple[Any, ...], Sequence[Line]],
-    low: float,
-    high: float,
+    bill: float,
 ) -> dict[str, Any]:
-    """Compare with cross-entropy in the student's own vocabulary, at about equal CPU time.
-
-    Of runs on the same text whose CPU time is `low` to `high` of the row's training, the
-    best counts.
-    `reached_at`: the share of the row's CPU time after which it has that run's last value on dev.
-    """
-    mine = float(np.mean([x.get("cpu_seconds", 0) for x in some]))
+    """Compare with the best cross-entropy on the same text that takes no more CPU time."""
     others = []
     for settings, lines in groups.items():
         other = dict(zip(SETTINGS, settings, strict=True))
-        same = all(other[k] == value[k] for k in ("languages", "kilobytes", "part"))
+        same = all(other[k] == value[k] for k in ("languages", "kilobytes", "part", "replay"))
+        kind = (other["method"], other["student"].split()[0] == "pruned")
+        mine, _ = shared_seeds(some, lines)
         theirs = float(np.mean([x.get("cpu_seconds", 0) for x in lines]))
-        if (
-            same
-            and mine
-            and (other["method"], other["student"]) == ("cross-entropy", "plain")
-            and low <= theirs / mine < high
-            and settings != tuple(value[k] for k in SETTINGS)
-        ):
-            others.append(lines)
-    if not others or (value["method"], value["student"]) == ("cross-entropy", "plain"):
+        is_as_dear = 0 < theirs <= AS_DEAR * bill
+        if same and kind == (CROSS, value["student"].split()[0] == "pruned") and mine:
+            others += [lines] if is_as_dear else []
+    if not others or value["method"] == CROSS:
         return {}
-    best = min(others, key=lambda lines: float(np.mean([x["mean"] for x in lines])))
-    seeds = {x["seed"] for x in some} & {x["seed"] for x in best}
-    if not seeds:
-        return {}
-    own, other_lines = ([x for x in side if x["seed"] in seeds] for side in (some, best))
-    goal = float(np.mean([x["curve"][-1][-1] for x in other_lines]))
-    reached = [reached_at(x, goal) for x in own]
+    # the more seeds both share the better, then the fewer bits
+    best = min(
+        others,
+        key=lambda lines: (
+            -len(shared_seeds(some, lines)[0]),
+            float(np.mean([x["mean"] for x in lines])),
+        ),
+    )
+    mine, theirs = shared_seeds(some, best)
     return {
-        "minus_cross_entropy": [*difference(own, other_lines)],
-        "plain_cpu_seconds": round(float(np.mean([x["cpu_seconds"] for x in other_lines]))),
-        "reached_at": round(float(np.mean([x for x in reached if x])), 2) if all(reached) else None,
+        "minus_cross_entropy": list(difference(mine, theirs)),
+        "bill": round(bill),
+        "its_cpu_seconds": round(float(np.mean([x["cpu_seconds"] for x in theirs]))),
+        "its_student": theirs[0]["student"],
+        "its_passes": theirs[0]["passes"],
+        "seeds": len(mine),
     }
 
 
+def reached(
+    value: Mapping[str, Any],
+    some: Sequence[Line],
+    groups: Mapping[tuple[Any, ...], Sequence[Line]],
+) -> float | None:
+    """Return the mean share of the steps after which the runs are as good as cross-entropy."""
+    mine, theirs = shared_seeds(some, same_cross_entropy(value, groups))
+    goals = {x["seed"]: last_on_dev(x) for x in theirs}
+    found = [reached_at(x, goals[x["seed"]]) for x in mine]
+    return round(float(np.mean([x for x in found if x])), 2) if found and all(found) else None
+
+
+def last_on_dev(line: Line) -> float:
+    return float(line["mean"] if line["part"] == "dev" else line["curve"][-1][-1])
+
+
 def reached_at(line: Line, goal: float) -> float | None:
-    """Return the share of the CPU time at which dev falls to a goal, by linear interpolation."""
-    points = [(p[3], p[4]) for p in line["curve"]]
+    """Return the share of the steps at which dev falls to a goal, by linear interpolation."""
+    points = [(p[0], p[4]) for p in line["curve"]]
+    if line["part"] == "dev":
+        points.append((line["steps"], line["mean"]))
+    if points[0][1] <= goal:
+        return float(points[0][0] / line["steps"])
     for (a, high), (b, low) in pairwise(points):
-        if points[0][1] <= goal:
-            return float(points[0][0] / line["cpu_seconds"])
         if low <= goal <= high:
             part = (high - goal) / max(high - low, 1e-9)
-            return float((a + part * (b - a)) / line["cpu_seconds"])
+            return float((a + part * (b - a)) / line["steps"])
     return None
 
 
@@ -210,30 +257,37 @@ def summary(lines: Sequence[Line]) -> dict[str, Any]:
 def markdown(found: Mapping[str, Any], part: str) -> str:
     """Return a table for docs/results.md."""
     head = (
-        "| method | student | rate | kB a language x passes | seeds | bits per byte "
-        "| minus cross-entropy, same student (95 %) "
-        "| minus cross-entropy, own vocabulary, equal CPU (95 %) | the same with the capture's CPU "
-        "| reached at | gap closed "
-        "| English lost | training CPU s |\n|" + " --- |" * 13 + "\n"
+        "| method | student | settings | kB a language x passes | seeds | bits per byte "
+        "| minus cross-entropy, same student (95 %) | its value reached at "
+        "| minus the best cross-entropy, equal CPU (95 %) | the same with the capture's CPU "
+        "| gap closed | English lost | training CPU s |\n|" + " --- |" * 13 + "\n"
     )
     lines = []
     for row in found["rows"]:
         if row["part"] != part:
             continue
-        gain = row["beside_cross_entropy"]
-        plain, billed = (row.get(name, {}) for name in EQUAL_CPU)
-        reached = plain.get("reached_at")
+        plain, billed = (row.get(name, {}) for name in ("equal_cpu", "with_capture"))
+        at = row.get("reached_at")
         lines.append(
-            f"| {row['method']} | {row['student']} | {row['rate']:g} "
+            f"| {row['method']} | {row['student']} | {others(row)} "
             f"| {row['kilobytes']} x {row['passes']:g}"
             f"{f' + {row_more}' if (row_more := row['more']) else ''} | {len(row['seeds'])} | "
-            f"{row['mean']:.3f} | "
-            f"{shown(gain)} | {shown(plain.get('minus_cross_entropy'))} | "
+            f"{row['mean']:.3f} | {shown(row['beside_cross_entropy'])} | "
+            f"{'' if at is None else f'{at:.0%}'} | {shown(plain.get('minus_cross_entropy'))} | "
             f"{shown(billed.get('minus_cross_entropy'))} | "
-            f"{'' if reached is None else f'{reached:.0%}'} | "
             f"{row.get('gap', 0):.0%} | {row.get('english_lost', 0):+.3f} | {row['cpu_seconds']} |"
         )
     return head + "\n".join(lines) + "\n"
+
+
+def others(row: Mapping[str, Any]) -> str:
+    """Return the settings of a row that are not at rest."""
+    rest = {"share": 0.7, "end": "text", "arithmetic": "half", **LATER}
+    out = [f"rate {row['rate']:g}"]
+    for name, usual in rest.items():
+        if row[name] != usual:
+            out.append(f"{name.replace('_', ' ')} {row[name]}")
+    return ", ".join(out)
 
 
 def shown(gain: Sequence[float] | None) -> str:

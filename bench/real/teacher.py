@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,15 @@ import torch
 from bench.objectives.examples import Teacher, plain
 from bench.objectives.vocabularies import Speaker
 from bench.real.models import load, pack, states, teacher_speaker
-from persea.distributions import SparseDistributions, sample_distributions
+from persea.cache.codec import encode_unit
+from persea.cache.sparsifier import REST_SMOOTHING_COUNT
+from persea.distributions import (
+    DistributionKind,
+    SparseDistributions,
+    concat_distributions,
+    sample_distributions,
+    topk_within_kl,
+)
 
 TAU = 0.02  # persea's default
 AT_ONCE = 1024  # tokens of one pass
@@ -91,6 +99,81 @@ class RealTeacher:
         packed = pack(ids, self.speaker.start, self.speaker.renderer.stop_ids[0])
         hidden_SD = states(self.model, packed)
         return [hidden_SD[packed.text_S == b].clone() for b in range(len(ids))]
+
+    def redrawn(
+        self, scored: Sequence[Scored], texts: Sequence[str], entries: str, temperature: float
+    ) -> list[Scored]:
+        """Return the scores with distributions that are kept in another way.
+
+        Args:
+            scored: The scores of each text.
+            texts: The texts; their digests seed the samples.
+            entries: 'sampled TAU', 'top K', 'kl NATS' as persea's cache keeps them; '' = as usual.
+            temperature: The logits are divided by it.
+        """
+        kind, value = (entries or f"sampled {TAU}").split()
+        counts_W = np.bincount(
+            np.concatenate([one.ids for one in scored]), minlength=len(self.speaker.vocabulary)
+        )
+        smoothed_W = counts_W + REST_SMOOTHING_COUNT
+        out = []
+        for one, text in zip(scored, texts, strict=True):
+            targets = np.array([*one.ids, self.speaker.renderer.stop_ids[0]])
+            parts = []
+            for a in range(0, len(targets), ROWS):
+                with torch.no_grad():
+                    logs_NW = self.head.logprobs(one.states_TD[a : a + ROWS])
+                    logs_NW = torch.log_softmax(logs_NW / temperature, -1)
+                wanted = targets[a : a + ROWS]
+                if kind == "sampled":
+                    seed = f"{entries} {temperature} {text}"
+                    parts.append(sample_distributions(logs_NW, wanted, float(value), seed, a))
+                elif kind == "kl":
+                    parts.append(
+                        topk_within_kl(
+                            logs_NW, wanted, float(value), smoothed_W / smoothed_W.sum(), text
+                        )
+                    )
+                else:
+                    parts.append(top(logs_NW, wanted, int(value)))
+            out.append(replace(one, drawn=concat_distributions(parts)))
+        return out
+
+
+def top(logprobs_NW: torch.Tensor, targets_N: np.ndarray, k: int) -> SparseDistributions:
+    """Return the k most likely tokens of each position, and the rest as mass."""
+    ids_NK = logprobs_NW.topk(k, -1).indices.sort(-1).values
+    rows_N = torch.arange(len(targets_N))
+    return SparseDistributions(
+        np.arange(len(targets_N) + 1, dtype=np.int64) * k,
+        ids_NK.reshape(-1).numpy().astype(np.int32),
+        logprobs_NW.gather(-1, ids_NK).exp().reshape(-1).numpy(),
+        logprobs_NW[rows_N, torch.from_numpy(targets_N)].numpy(),
+        DistributionKind.TOPK,
+    )
+
+
+def bytes_per_position(scored: Sequence[Scored], speaker: Speaker, entries: str) -> float:
+    """Return what persea's cache takes for the distributions and tokens of texts."""
+    kind, value = (entries or f"sampled {TAU}").split()
+    tau = float(value) if kind == "sampled" else TAU
+    block = []
+    for one in scored:
+        end = int(one.drawn.offsets_N1[-2])
+        block.append(
+            (
+                plain(one.ids, speaker),
+                SparseDistributions(
+                    one.drawn.offsets_N1[:-1],
+                    one.drawn.ids_M[:end],
+                    one.drawn.probs_M[:end],
+                    one.drawn.target_logprob_N[:-1],
+                    one.drawn.kind,
+                ),
+            )
+        )
+    _, streams = encode_unit([block], scored[0].drawn.kind, tau, "bench")
+    return sum(s.nbytes for s in streams) / sum(len(one.ids) for one in scored)
 
 
 @torch.no_grad()

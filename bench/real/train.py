@@ -7,7 +7,7 @@ import json
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,10 @@ class Run:
         end: text = the end is learned from the text alone, teacher = also from the teacher.
         arithmetic: half = bfloat16 with float32 master weights, single = float32.
         part: dev while settings are searched, test for tables.
+        new_rows: Learning rate of the rows of new tokens, as a multiple of `rate`.
+        temperature: Of the teacher's distributions; they are sampled anew.
+        entries: How the distributions are kept: '' = persea's default, 'sampled .1', 'top 8'.
+        replay: Kilobytes of English text beside the languages, taught by the untrained student.
     """
 
     method: str
@@ -50,11 +54,23 @@ class Run:
     end: str = "text"
     arithmetic: str = "half"
     part: str = "dev"
+    new_rows: float = 1.0
+    temperature: float = 1.0
+    entries: str = ""
+    replay: int = 0
 
     @property
     def key(self) -> str:
-        """Digest of the settings."""
-        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:12]
+        """Digest of the settings. A setting that came later counts only if it is not at rest."""
+        settings = {k: v for k, v in asdict(self).items() if k not in LATER or v != LATER[k]}
+        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+
+
+LATER = {
+    one.name: one.default
+    for one in fields(Run)
+    if one.name in ("new_rows", "temperature", "entries", "replay")
+}
 
 
 def batches(sizes: Sequence[int], passes: float, seed: int) -> list[list[int]]:
@@ -109,13 +125,17 @@ def train(
     ids: Sequence[Sequence[int]],
     sizes: Sequence[int],
     loss_of: Loss,
+    first_new: int | None = None,
     points: int = 3,
 ) -> tuple[Any, dict[str, Any]]:
-    """Train a student; return it in float32, and what the run cost."""
+    """Train a student; return it in float32, and what the run cost.
+
+    first_new: the first of the rows that learn `new_rows` times as fast; None = no row is new.
+    """
     steps = batches(sizes, run.passes, run.seed)
-    trainee = Trainee(model, run.arithmetic == "half")
+    trainee = Trainee(model, run.arithmetic == "half", first_new, run.new_rows)
     end, curve, cpu, tokens, read = who.renderer.stop_ids[0], [], 0.0, 0, 0
-    losses = list[float]()
+    losses, every = list[float](), max(1, len(steps) // points)
     torch.manual_seed(run.seed)
     for step, chosen in enumerate(steps):
         begun = time.process_time()
@@ -129,7 +149,9 @@ def train(
         losses.append(float(loss.detach()))
         if not np.isfinite(losses[-1]):
             raise SystemExit(f"{run}: the loss is {losses[-1]} at step {step}")
-        if (step + 1) % max(1, len(steps) // points) == 0 and step + 1 < len(steps):
+        # the last value on dev is the result itself where dev is what is measured
+        is_last = step + 1 == len(steps)
+        if (not is_last and (step + 1) % every == 0) or (is_last and run.part != "dev"):
             dev = measure(trainee.model, who, run.languages, "dev")
             curve.append([step + 1, tokens, read, round(cpu, 1), mean(dev, run.languages)])
     if trainee.half:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,14 +17,17 @@ from bench.objectives.vocabularies import Speaker
 from bench.objectives.words import continued
 from bench.real.extension import extend, extended_spec
 from bench.real.methods import EVENTS, WHOLE, Lessons, loss_of
-from bench.real.models import load, student_speaker, tokenizer_text
-from bench.real.teacher import RealTeacher, bits_per_byte
+from bench.real.models import load, pruned, student_speaker, tokenizer_text
+from bench.real.parent import Parent, taught_beside
+from bench.real.teacher import RealTeacher, bits_per_byte, bytes_per_position
 from bench.real.texts import ENGLISH, LANGUAGES, Text, held_out, train_texts
-from bench.real.train import Run, finish, mean, train
+from bench.real.train import Loss, Run, finish, mean, train
 from persea.models.gguf_header import find_gguf
 from persea.models.gguf_model import model_folder
 
 AT_ONCE = 48  # texts that the teacher continues at a time
+POINTS = 7  # measures on dev along a run on test whose course is compared
+CURVES = ("cross-entropy", EVENTS[-1])
 
 
 def hf_folder(folder: Path) -> Path:
@@ -77,6 +81,10 @@ class World:
             turn += 1
         return out
 
+    @cached_property
+    def parent(self) -> Parent:
+        return Parent(self.student_folder, self.cache / "parent", self.student)
+
     def texts(self, run: Run) -> list[Text]:
         out = [t for one in run.languages for t in train_texts(one, run.kilobytes)]
         if run.more:
@@ -101,6 +109,8 @@ class World:
         model = load(self.student_folder, torch.float32)
         if run.student == "plain":
             return model, self.student
+        if run.student.startswith("pruned"):
+            return pruned(model, int(run.student.split()[1])), self.student
         _, count, rows = run.student.split()
         spec = self.spec(int(count), run.languages, run.kilobytes)
         teacher = None if rows == "means" else self.teacher
@@ -110,18 +120,106 @@ class World:
         """Return the line of a run."""
         if run.method == "teacher":
             return self.teacher_line(run)
+        return finish(run, *self.trained(run))
+
+    def student_of(self, run: Run) -> tuple[Any, Speaker]:
+        """Return the trained student of a run in float32; its weights are kept."""
+        path = self.cache / "students" / f"{run.key}.pt"
+        if path.is_file():
+            model, who = self.begun(run)
+            model.load_state_dict(torch.load(path, weights_only=True))
+            return model, who
+        model, who, _ = self.trained(run)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), path)
+        return model, who
+
+    def trained(self, run: Run) -> tuple[Any, Speaker, dict[str, Any]]:
+        """Train; return the student, its tokenizer and what that cost."""
         model, who = self.begun(run)
         texts = self.texts(run) if run.passes else []
+        taught, cost = len(texts), dict[str, Any]()
+        texts += train_texts(ENGLISH, run.replay) if run.replay else []
         lessons = None
         if run.method in (*EVENTS, *WHOLE) and texts:
-            scored = self.teacher.scored([t.text for t in texts])
-            lessons = Lessons(self.teacher, who, texts, scored, self.cache / "targets")
-            if run.method in EVENTS:
-                for k in range(len(texts)):
-                    lessons.targets(k, run.method, run.end)
+            lessons, cost = self.lessons(run, who, texts[:taught])
+        loss = loss_of(run, lessons)
+        if run.method == "parent" or (run.replay and lessons is not None):
+            first = 0 if run.method == "parent" else taught
+            loss = self.with_parent(run, loss, who, texts, first)
         ids = who.vocabulary.encode_batch([t.text for t in texts]) if texts else []
-        model, cost = train(run, model, who, ids, [t.size for t in texts], loss_of(run, lessons))
-        return finish(run, model, who, cost)
+        old = len(self.student.vocabulary)
+        model, trained = train(
+            run,
+            model,
+            who,
+            ids,
+            [t.size for t in texts],
+            loss,
+            first_new=old if len(who.vocabulary) > old else None,
+            points=POINTS if run.part == "test" and run.method in CURVES else 3,
+        )
+        return model, who, trained | cost
+
+    def lessons(
+        self, run: Run, who: Speaker, texts: Sequence[Text]
+    ) -> tuple[Lessons, dict[str, Any]]:
+        """Return the taught texts, and what their capture and their targets cost.
+
+        The cost is kept: a later run finds both on disk.
+        """
+        strings = [t.text for t in texts]
+        begun = time.process_time()
+        scored = self.teacher.scored(strings)
+        captured = time.process_time() - begun
+        tag, bytes_each = "", None
+        if run.entries or run.temperature != 1:
+            scored = self.teacher.redrawn(scored, strings, run.entries, run.temperature)
+            tag = f"{run.entries} {run.temperature:g} "
+            if run.temperature == 1:
+                bytes_each = bytes_per_position(scored, self.teacher.speaker, run.entries)
+        begun = time.process_time()
+        lessons = Lessons(self.teacher, who, texts, scored, self.cache / "targets", tag)
+        if run.method in EVENTS:
+            for k in range(len(texts)):
+                lessons.targets(k, run.method, run.end)
+        targets = time.process_time() - begun
+        cost: dict[str, Any] = {}
+        for name, seconds, of in (
+            ("capture_seconds", captured, ""),
+            ("targets_seconds", targets, f"{who.vocabulary.digest} {run.method} {run.end} {tag}"),
+        ):
+            cost[name] = self.dearest(f"{name} {of} {' '.join(strings)}", seconds)
+        return lessons, cost | ({} if bytes_each is None else {"bytes_each": bytes_each})
+
+    def dearest(self, what: str, seconds: float) -> float:
+        """Keep the CPU seconds of something; return those of the dearest time, the first."""
+        path = self.cache / "costs" / hashlib.sha256(what.encode()).hexdigest()[:24]
+        if path.is_file():
+            seconds = max(seconds, float(path.read_text()))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{seconds}")
+        return round(seconds, 1)
+
+    def with_parent(
+        self, run: Run, loss: Loss, who: Speaker, texts: Sequence[Text], first: int
+    ) -> Loss:
+        """Let the untrained student teach the texts from `first` on that both cut alike."""
+        strings = [t.text for t in texts[first:]]
+        alike = [
+            k
+            for k, (own, old) in enumerate(
+                zip(
+                    who.vocabulary.encode_batch(strings),
+                    self.student.vocabulary.encode_batch(strings),
+                    strict=True,
+                )
+            )
+            if own == old
+        ]
+        states = self.parent.states([strings[k] for k in alike])
+        states_of = {first + k: found for k, found in zip(alike, states, strict=True)}
+        return taught_beside(loss, self.parent.head_VD, states_of, run.share)
 
     def teacher_line(self, run: Run) -> dict[str, Any]:
         """Return the teacher's own bits per byte."""

@@ -212,6 +212,22 @@ def capture_teacher(
         )
 
 
+def report_committed_units(
+    units: Sequence[CaptureUnit],
+    folder: Path,
+    on_unit: Callable[[UnitProgress], None],
+) -> None:
+    """Report units of one teacher that are all committed, without the teacher.
+
+    Raises:
+        RefusedError: The folder holds units of another model with this teacher's name.
+    """
+    _refuse_changed_identity(units, folder)
+    for unit in units:
+        tokens = read_record(folder, unit.name)["tokens"]
+        on_unit(UnitProgress(len(unit.prompts), tokens, False, unit.name))
+
+
 WRITING_SHARE = 0.5  # of a unit's time, if the teacher writes its answers; the rest scores them
 
 

@@ -22,6 +22,7 @@ from persea.cli import extend  # isort: skip
 from persea.cli import cache  # isort: skip
 from persea.cli import status  # isort: skip
 from persea.cli import compare  # isort: skip
+from persea.cli import export  # isort: skip
 from persea.cli import chat  # isort: skip
 from persea.cli import serve  # isort: skip
 from persea.cli.options import app
@@ -32,6 +33,7 @@ __all__ = [
     "cache",
     "chat",
     "compare",
+    "export",
     "extend",
     "lineage",
     "main",

@@ -109,3 +109,32 @@ def cache_merge(
 
     num_new = merge_caches(into, [find_cache_folder(folder) for folder in folders])
     typer.echo(f"{into}: {num_new:,} new units")
+
+
+@cache_app.command("shared")
+def cache_shared(
+    store: Annotated[
+        Path,
+        typer.Option(
+            "--store",
+            help="The recipe's `capture.store`. Default: captures in PERSEA_HOME.",
+            show_default=False,
+        ),
+    ] = Path(),
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Delete the units that no run folder shares any more.")
+    ] = False,
+) -> None:
+    """Show the captured units that all runs share, and how many bytes only the store holds."""
+    from persea.cache.shared_store import SharedStore, default_store_folder
+
+    shared = SharedStore(store if store != Path() else default_store_folder())
+    if prune:
+        num_units, num_bytes = shared.prune()
+        typer.echo(f"{shared.folder}: deleted {num_units:,} units, {num_bytes:,} bytes")
+        return
+    num_units, num_bytes, alone = shared.size()
+    typer.echo(
+        f"{shared.folder}: {num_units:,} units, {num_bytes:,} bytes, {alone:,} of them in no run "
+        "folder on this disk"
+    )

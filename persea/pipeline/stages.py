@@ -9,7 +9,6 @@ inputs and its output files are unchanged (`stage_store`, `stage_keys`).
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 from persea import storage
 from persea.chat.messages import ThinkingEffort
 from persea.models.loading import set_threads
-from persea.pipeline import preflight, stage_keys, tasks_and_prompts
+from persea.pipeline import preflight, stage_keys
 from persea.pipeline.licence_gate import (
     copy_to_student,
     refuse_unlicensed,
 )
 from persea.pipeline.model_refs import BASE, STUDENT, is_small_local_model, model_source
+from persea.pipeline.progress import WARNING_PREFIX
 from persea.pipeline.remote_teachers import is_remote
 from persea.pipeline.run_context import RunContext
 from persea.pipeline.status import record_status
@@ -33,7 +33,6 @@ from persea.tasks.task import Split
 from persea.training.distributed.heartbeat import join_process_group
 
 if TYPE_CHECKING:
-    from persea.cache.accounting import UnitProgress
     from persea.config.schema import TeacherSection
     from persea.evaluation.check_sampling import MeasuredSample
     from persea.evaluation.compatibility import PairCompatibility, TemplateLikelihood
@@ -204,70 +203,9 @@ def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -
         RefusedError: A budget is spent, no answer is complete, or verification rejected all.
         DataError: A prompt has no answer although `capture.answers` is `given`.
     """
-    from persea.cache.accounting import (
-        CaptureBudget,
-        account_for_prompts,
-        capture_summary,
-        count_left_out,
-        left_out_lines,
-        quarantine_records,
-    )
-    from persea.cache.answer_filter import verify_answers
-    from persea.cache.capture import capture_teacher, open_teacher_caches
-    from persea.pipeline.work import capture_work
+    from persea.pipeline.capture_stage import capture_corpus
 
-    settings, units, corpus = (
-        context.recipe.capture,
-        context.capture_units,
-        context.captured_corpus,
-    )
-    budget = CaptureBudget(
-        len(corpus.prompts),
-        settings.max_total_tokens or 0,
-        settings.max_hours or 0,
-        work_by_unit=capture_work(context),
-    )
-
-    def on_unit(unit: UnitProgress) -> None:
-        fraction, message = budget.record_unit(unit)
-        if not unit.is_new:
-            progress("capture", fraction, "")  # of an earlier run: no part of this one's pace
-        progress("capture", fraction, message)
-
-    for name in dict.fromkeys(u.teacher for u in units):
-        progress("capture", budget.fraction_done, f"loading {name}")
-        capture_teacher(
-            units,
-            context.models.load_teacher(name, settings.batch_size),
-            folder,
-            tau=settings.sampling_threshold,
-            max_kl=settings.max_kl,
-            max_new_tokens=settings.max_new_tokens,
-            seed=context.recipe.seed,
-            use_given_answers=context.are_answers_given,
-            refuse_if_changed=partial(context.models.refuse_changed_teacher, name),
-            on_unit=on_unit,
-            on_part=lambda unit, share: progress("capture", *budget.record_part(unit.name, share)),
-        )
-    storage.write_json_lines(folder / "removed.jsonl", (r.to_json() for r in corpus.removed))
-    summary = capture_summary(units, folder)
-    quarantine = quarantine_records(units, folder, corpus.malformed)
-    if quarantine:
-        storage.write_json_lines(folder / "quarantine.jsonl", quarantine)
-    summary["removed"] = dict(Counter(r.reason.value for r in corpus.removed))
-    if settings.drop_wrong_answers:
-        items = tasks_and_prompts.items_by_question(
-            context.recipe.corpus, context.tasks, corpus.prompts, context.recipe.seed
-        )
-        caches = [reader for reader, _ in open_teacher_caches(units, folder)]
-        summary["verified"] = verify_answers(caches, items, context.tasks, folder)
-    summary |= account_for_prompts(summary, corpus, quarantine)
-    if corpus.notes:
-        summary["notes"] = list(corpus.notes)
-    storage.write_json(folder / "summary.json", summary)
-    kept = f"{summary['kept']:,} of {summary['in']:,} kept"
-    left_out = left_out_lines(count_left_out(summary))
-    progress("capture", 1.0, ", ".join([kept, *left_out, *corpus.notes]))
+    capture_corpus(context, folder, progress)
 
 
 def run_train(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
@@ -425,11 +363,7 @@ def run_pipeline(context: RunContext, progress: ProgressCallback, only_stage: st
     """
     set_threads(context.recipe.threads)
     with _say_if_slow(progress, only_stage or STAGES[0].name):
-        preflight.refuse_unsupported_efforts(context)
-        if only_stage in ("", "check", "audition", "capture", "train"):
-            preflight.refuse_asking_text_models(context)
-        context.lm_eval_digests()
-        preflight.refuse_missing_logprobs(context)
+        warnings = preflight.check_run(context, only_stage)
     if only_stage in ("", *LICENSED_STAGES):
         refuse_unlicensed(context.recipe, context.folder)
     with join_process_group(context.world):
@@ -445,6 +379,10 @@ def run_pipeline(context: RunContext, progress: ProgressCallback, only_stage: st
             record_status(context.folder, context.recipe.name, progress) as recorded_progress,
         ):
             context.stages.recover()
+            for warning in warnings:
+                progress(only_stage or STAGES[0].name, 0.0, f"{WARNING_PREFIX}{warning}")
+            if not only_stage and not context.stages.has_record("evaluate"):
+                context.models.open_servers(context.recipe.audition.batch_size)
             for stage in STAGES:
                 if not only_stage or stage.name == only_stage:
                     if stage.name in LICENSED_STAGES:  # a server has named its model by now

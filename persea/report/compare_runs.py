@@ -159,7 +159,7 @@ def compare_runs(run_a: Path, run_b: Path) -> RunComparison:
         str(run_a),
         str(run_b),
         tuple(d for skill in skills for d in _skill_differences(skill, answers_a, answers_b)),
-        _recipe_differences(_flat_recipe(run_a), _flat_recipe(run_b)),
+        _recipe_differences(flat_recipe(run_a), flat_recipe(run_b)),
         {
             skill: (bits[0].get(skill), bits[1].get(skill))
             for skill in dict.fromkeys((*bits[0], *bits[1]))
@@ -246,8 +246,12 @@ def _skill_difference(
     )
 
 
-def _flat_recipe(run_folder: Path) -> dict[str, Any]:
-    """Return the run's recipe with flat keys such as teachers.0.model."""
+def flat_recipe(run_folder: Path) -> dict[str, Any]:
+    """Return the run's recipe with flat keys such as teachers.0.model.
+
+    Raises:
+        DataError: If the folder holds no recipe.
+    """
     path = run_folder / "recipe.yaml"
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -125,7 +125,7 @@ def lineage_record(
 
     Returns:
         The record: format, student, base, teachers, shared_bases, licences, recipe_hash, data,
-        cast, software, code, and the entries of `run`.
+        cast, software, persea_source, and the entries of `run`.
 
     Raises:
         DataError: If the folder holds no weights.
@@ -157,7 +157,7 @@ def lineage_record(
         },
         "software": {name: metadata.version(name) for name in RECORDED_PACKAGES}
         | {"python": platform.python_version(), "machine": platform.machine()},
-        "code": code_digest(),
+        "persea_source": code_digest(),
         **(run or {}),
     }
 

@@ -24,7 +24,7 @@ from persea.evaluation.racing import StopReason
 from persea.evaluation.text_report import TextReport
 from persea.report import svg, text
 from persea.report.claims import NOTHING_MEASURED, claims, headline
-from persea.report.model_card import model_card_front_matter
+from persea.report.model_card import card_title, model_card_front_matter
 from persea.report.result_charts import (
     mean_group_shares,
     overview_charts,
@@ -298,6 +298,7 @@ def _template_context(
         },
         "lineage_text": json.dumps(files.lineage_json, indent=1, ensure_ascii=False),
         "front_matter": model_card_front_matter(files, texts),
+        "run_name": card_title(files),
         "difference_order": difference_order,
         "swatch": lambda name: Markup(svg.swatch(evaluation.mark(name))),
         "check_columns": check_columns(files.pairs or ()),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+import json
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,16 +17,19 @@ from bench.objectives.examples import Teacher
 from bench.objectives.vocabularies import Speaker
 from bench.real.extension import extended_spec, ridge_rows
 from bench.real.methods import EVENTS, Lessons, loss_of
-from bench.real.models import Trainee, bits, pack, speaker, states
+from bench.real.models import Trainee, bits, pack, pruned, speaker, states
+from bench.real.onpolicy import Begun
+from bench.real.parent import taught_beside
 from bench.real.plan import next_run
 from bench.real.report import reached_at, rows
-from bench.real.teacher import Scored, sampled
+from bench.real.teacher import RealTeacher, Scored, bytes_per_position, sampled
 from bench.real.texts import Text, part_of
-from bench.real.train import Run, batches
+from bench.real.train import Run, batches, cross_entropy
 from persea.chat.families.gemma import GEMMA
 from persea.chat.families.llama import LLAMA
 
-SAPLINGS = Path(__file__).resolve().parents[2] / "saplings"
+ROOT = Path(__file__).resolve().parents[2]
+SAPLINGS = ROOT / "saplings"
 TEXTS = ("Selamat pagi, dunia yang besar!", "Kota itu indah.", "สวัสดีครับ ชาวโลก", "a b")
 
 
@@ -121,9 +125,22 @@ def test_every_setting_is_part_of_the_key() -> None:
             ("end", "teacher"),
             ("arithmetic", "single"),
             ("part", "test"),
+            ("new_rows", 10.0),
+            ("temperature", 2.0),
+            ("entries", "top 8"),
+            ("replay", 6),
         )
     ]
     assert len({one.key for one in (run, *others)}) == len(others) + 1
+
+
+def test_kept_results_are_found_by_their_settings() -> None:
+    lines = (ROOT / "bench" / "results" / "real.jsonl").read_text().splitlines()
+    names = [one.name for one in fields(Run)]
+    for line in map(json.loads, lines):
+        settings = {k: line[k] for k in names if k in line}
+        run = Run(**settings | {"languages": tuple(line["languages"])})
+        assert run.key == line["key"]
 
 
 @pytest.mark.parametrize("method", EVENTS)
@@ -204,6 +221,118 @@ def test_ridge_finds_a_linear_map(student: Speaker, teacher: Speaker) -> None:
     assert torch.nn.functional.cosine_similarity(rows, expected).min() > 0.98
 
 
+def test_an_orthogonal_map_keeps_angles(student: Speaker, teacher: Speaker) -> None:
+    ours, theirs = tiny(len(student.vocabulary)), tiny(len(teacher.vocabulary))
+    torch.manual_seed(1)
+    turned, _ = torch.linalg.qr(torch.randn(16, 16))
+    of_teacher = {raw: i for i, raw in enumerate(teacher.vocabulary.bytes_W) if raw}
+    both = [
+        (i, of_teacher[raw])
+        for i, raw in enumerate(student.vocabulary.bytes_W)
+        if raw and raw in of_teacher and len(raw) > 1
+    ]
+    with torch.no_grad():
+        own, other = (m.get_input_embeddings().weight for m in (ours, theirs))
+        for i, j in both:
+            own[i] = other[j] @ turned
+    rows = ridge_rows(
+        ours,
+        theirs,
+        student.vocabulary,
+        teacher.vocabulary,
+        [i for i, _ in both[:5]],
+        [[j] for _, j in both[:5]],
+        orthogonal=True,
+    )
+    expected = torch.stack([own[i] for i, _ in both[:5]]).detach()
+    assert torch.nn.functional.cosine_similarity(rows, expected).min() > 0.98
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_new_rows_learn_faster_and_nothing_else_changes(student: Speaker, half: bool) -> None:
+    first = len(student.vocabulary) - 3
+    packed = pack([student.vocabulary.encode(TEXTS[0])], student.start, first + 1)
+    moved = []
+    for faster in (1.0, 10.0):
+        model = tiny(len(student.vocabulary))
+        before = model.get_input_embeddings().weight.detach().float().clone()
+        trainee = Trainee(model, half, first, faster)
+        loss = torch.nn.functional.cross_entropy(
+            trainee.logits(states(model, packed)), packed.labels_S
+        )
+        trainee.step(loss, 1e-3)
+        moved.append(trainee.embedding.detach() - before)
+    slow, fast = moved
+    assert torch.equal(slow[:first], fast[:first])
+    assert torch.allclose(10 * slow[first:], fast[first:], atol=1e-5)
+    assert fast[first + 1].abs().max() > 5e-3
+
+
+def test_a_pruned_student_keeps_its_first_and_last_layer(student: Speaker) -> None:
+    torch.manual_seed(0)
+    config = tiny(8).config
+    config.num_hidden_layers = 5
+    whole = LlamaForCausalLM(config).eval()
+    first, middle, last = (whole.model.layers[k] for k in (0, 2, 4))
+    small = pruned(whole, 3)
+    assert list(small.model.layers) == [first, middle, last]
+    packed = pack([[1, 2, 3]], 0, 4)
+    assert states(small, packed).shape == (4, config.hidden_size)
+
+
+def test_a_parent_teaches_the_texts_it_has(student: Speaker) -> None:
+    torch.manual_seed(3)
+    ids = student.vocabulary.encode_batch(list(TEXTS[:2]))
+    packed = pack(ids, student.start, student.renderer.stop_ids[0])
+    head = torch.randn(len(student.vocabulary), 16)
+    hidden = torch.randn(len(packed.labels_S), 16)
+    of = {7: hidden[packed.text_S == 1]}
+    longer = torch.cat([hidden @ head.T, torch.full((len(hidden), 2), -1e4)], 1)
+    found = taught_beside(cross_entropy, head, of, 1.0)(longer, packed, [3, 7])
+    own = torch.nn.functional.cross_entropy(longer, packed.labels_S, reduction="none")
+    # the student is the parent, so that its second text has no loss
+    expected = own[packed.text_S == 0].sum() / len(own)
+    assert float(found) == pytest.approx(float(expected), rel=1e-4)
+    assert float(taught_beside(cross_entropy, head, {}, 1.0)(longer, packed, [3, 7])) == (
+        pytest.approx(float(own.mean()))
+    )
+
+
+@pytest.mark.parametrize("entries", ["", "sampled .2", "top 4", "kl .3"])
+def test_distributions_are_kept_in_other_ways(teacher: Speaker, entries: str) -> None:
+    head = Teacher(teacher, tiny(len(teacher.vocabulary)).eval())
+    real = RealTeacher(Path(), Path())
+    vars(real).update(speaker=teacher, model=head.model, head=head)
+    scored = [scores(head, t) for t in TEXTS]
+    found = real.redrawn(scored, TEXTS, entries, 1.0)
+    for one, before in zip(found, scored, strict=True):
+        assert len(one.drawn) == len(one.ids) + 1
+        assert np.allclose(one.drawn.target_logprob_N, before.drawn.target_logprob_N, atol=2e-3)
+    if entries == "top 4":
+        assert np.array_equal(np.diff(found[0].drawn.offsets_N1), [4] * len(found[0].drawn))
+    assert bytes_per_position(found, teacher, entries) > 0
+    hot = real.redrawn(scored, TEXTS, entries, 3.0)
+    assert hot[0].drawn.target_logprob_N.std() < found[0].drawn.target_logprob_N.std()
+
+
+def test_the_students_own_words_are_scored_by_the_teacher(lessons: Lessons) -> None:
+    model = tiny(len(lessons.student.vocabulary))
+    world = SimpleNamespace(teacher=lessons.teacher)
+    run = Run(EVENTS[-1], ("ind",), 1, 1, 1e-4)
+    begun = Begun(world, run, lessons.student, lessons.texts, lessons)  # type: ignore[arg-type]
+    said = begun.said(model, lessons.texts, seed=1)
+    assert [one.tokens > 0 for one in said] == [True] * len(said)
+    again = begun.said(model, lessons.texts, seed=1)
+    assert [one.own for one in said] == [one.own for one in again]
+    own = [one.own for one in said if one.own is not None]
+    assert own
+    loss = begun.on_policy_loss(model, own)
+    assert loss is not None and torch.isfinite(loss)
+    loss.backward()  # type: ignore[no-untyped-call]
+    grad = model.get_input_embeddings().weight.grad
+    assert grad is not None and grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("half", [False, True])
 def test_a_step_lowers_the_loss(student: Speaker, half: bool) -> None:
     trainee = Trainee(tiny(len(student.vocabulary)), half)
@@ -243,7 +372,8 @@ def line(method: str, student: str, seed: int, shift: float, cpu: float) -> dict
         "mean": mean,
         "english": 1.0,
         "cpu_seconds": cpu,
-        "curve": [[1, 0, 0, cpu / 2, mean + 1], [2, 0, 0, cpu, mean]],
+        "steps": 2,
+        "curve": [[1, 0, 0, cpu / 2, mean + 1]],
         "measured": {"ind": found},
     }
 
@@ -256,7 +386,8 @@ def test_rows_are_paired_with_cross_entropy() -> None:
         line("cross-entropy", "plain", 2, 1.2, 100),
         line("events", "plain", 1, 0.0, 100),
         line("events", "plain", 2, 0.2, 100),
-        line("events", "taught 10 means", 1, -0.5, 90),
+        line("events", "taught 10 means", 1, -0.5, 90)
+        | {"capture_seconds": 70, "targets_seconds": 30},
     ]
     found = {(r["method"], r["student"]): r for r in rows(lines)}
     events = found["events", "plain"]
@@ -264,16 +395,19 @@ def test_rows_are_paired_with_cross_entropy() -> None:
     assert gain == pytest.approx(-50 * 30 / sum(50 + b for b in range(30)), abs=1e-3)
     assert low <= gain <= high < 0
     assert events["seeds"] == [1, 2]
+    assert events["reached_at"] == pytest.approx((2 + gain) / 2, abs=0.01)
     assert events["gap"] > found["cross-entropy", "plain"]["gap"] > 0
     longer = found["events", "taught 10 means"]
     assert longer["beside_cross_entropy"] is None
     assert longer["equal_cpu"]["minus_cross_entropy"][0] < gain
-    assert 0.5 <= longer["equal_cpu"]["reached_at"] < 1
+    assert longer["equal_cpu"]["its_student"] == "plain"
+    assert longer["with_capture"]["bill"] == 190
     assert "equal_cpu" not in found["cross-entropy", "plain"]
 
 
 def test_a_goal_is_reached_between_two_points() -> None:
-    points = {"curve": [[1, 0, 0, 10.0, 3.0], [2, 0, 0, 20.0, 2.0]], "cpu_seconds": 40.0}
+    points = {"curve": [[10, 0, 0, 0, 3.0], [20, 0, 0, 0, 2.0]], "steps": 40, "part": "test"}
     assert reached_at(points, 2.5) == pytest.approx(15 / 40)
     assert reached_at(points, 3.5) == pytest.approx(10 / 40)
+    assert reached_at(points | {"part": "dev", "mean": 1.5}, 1.75) == pytest.approx(30 / 40)
     assert reached_at(points, 1.0) is None

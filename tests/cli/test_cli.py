@@ -62,7 +62,8 @@ TINY: dict[str, Any] = {
             "reasoning": "gpt-oss-sapling",
         },
     },
-    "capture": {"max_new_tokens": 48, "prompts_per_unit": 8},
+    # a store of its own beside each recipe: tests of a capture must not find another test's units
+    "capture": {"max_new_tokens": 48, "prompts_per_unit": 8, "store": "shared-captures"},
     "training": {
         "steps": 8,
         "batch_size": 4,
@@ -232,6 +233,8 @@ def test_help_names_every_verb() -> None:
         *STAGES,
         "status",
         "compare",
+        "runs",
+        "export",
         "chat",
         "serve",
         "cache",

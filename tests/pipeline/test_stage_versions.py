@@ -40,7 +40,7 @@ CHANGING |= {
     "tokens_per_second",
     "files",
     "stages",
-    "code",
+    "persea_source",
     "seal",
 }
 

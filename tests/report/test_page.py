@@ -849,13 +849,21 @@ def test_card_has_front_matter(whole: Path) -> None:
     card = (whole / "report" / "README.md").read_text(encoding="utf-8")
     _, front, body = card.split("---\n", 2)
     assert f"Recipe `{'5d' * 32}`, persea 0.1.0." in body
-    assert yaml.safe_load(front) == {
+    read = yaml.safe_load(front)
+    (index,) = read.pop("model-index")
+    assert read == {
         "license": "other",
         "license_name": "see-lineage",
         "base_model": ["meta-llama/Llama-3.1-8B"],
         "tags": ["persea", "distillation"],
         "language": ["en", "id", "ja", "ko", "vi", "zh"],
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
     }
+    written = json.loads((whole / "evaluate" / "evaluation.json").read_text())["scores"]
+    student = [s for s in written if s["model_name"] == "avocado" and not s["language"]]
+    assert index["name"] == "avocado"
+    assert [r["metrics"][0]["value"] for r in index["results"]] == [s["value"] for s in student]
     assert (
         "64 % (its lowest) on reasoning" in body
         and "| teacher: gemma | google/gemma-3-12b-it | main | apache-2.0 |" in body

@@ -1,0 +1,163 @@
+"""The stage `capture`: take shared units, ask teachers for the others, account for prompts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from persea import storage
+from persea.cache.accounting import (
+    CaptureBudget,
+    UnitProgress,
+    account_for_prompts,
+    capture_summary,
+    count_left_out,
+    left_out_lines,
+    quarantine_records,
+)
+from persea.cache.answer_filter import verify_answers
+from persea.cache.capture import (
+    CaptureUnit,
+    capture_teacher,
+    open_teacher_caches,
+    report_committed_units,
+)
+from persea.cache.shared_store import SharedStore, default_store_folder
+from persea.cache.unit import is_committed
+from persea.errors import StorageError
+from persea.pipeline import tasks_and_prompts
+from persea.pipeline.progress import WARNING_PREFIX
+from persea.pipeline.work import capture_work
+from persea.storage import digest_json
+
+if TYPE_CHECKING:
+    from persea.pipeline.run_context import RunContext
+    from persea.vocab_extension.resize_model import ProgressCallback
+
+
+@dataclass
+class _CaptureRun:
+    """One capture: its budget, its store and what it reports."""
+
+    context: RunContext
+    folder: Path
+    progress: ProgressCallback
+    budget: CaptureBudget
+    store: SharedStore
+    served_models: dict[str, str] = field(default_factory=dict)
+    taken: Counter[str] = field(default_factory=Counter)
+    store_failed: bool = False
+
+    def capture(self, name: str, units: Sequence[CaptureUnit]) -> None:
+        """Take the units of a teacher from the store; load it only if one is missing."""
+        models, settings = self.context.models, self.context.recipe.capture
+        own = [u for u in units if u.teacher == name]
+        teacher = None
+        if models.teacher_ref(name).endpoint:  # the handshake says which model the server runs
+            teacher = self._load(name)
+            fingerprint = models.remote_engines[name].fingerprints[0].to_json()
+            self.served_models[name] = digest_json(fingerprint)
+        self._take_shared(name, own)
+        if all(is_committed(self.folder, u.name) for u in own):
+            report_committed_units(own, self.folder, self._on_unit)
+            return
+        capture_teacher(
+            units,
+            teacher or self._load(name),
+            self.folder,
+            tau=settings.sampling_threshold,
+            max_kl=settings.max_kl,
+            max_new_tokens=settings.max_new_tokens,
+            seed=self.context.recipe.seed,
+            use_given_answers=self.context.are_answers_given,
+            refuse_if_changed=partial(models.refuse_changed_teacher, name),
+            on_unit=self._on_unit,
+            on_part=lambda unit, share: self.progress(
+                "capture", *self.budget.record_part(unit.name, share)
+            ),
+        )
+
+    def _load(self, name: str) -> Any:
+        self.progress("capture", self.budget.fraction_done, f"loading {name}")
+        return self.context.models.load_teacher(name, self.context.recipe.capture.batch_size)
+
+    def _take_shared(self, name: str, units: Sequence[CaptureUnit]) -> None:
+        served = self.served_models.get(name, "")
+        for unit in units:
+            if not is_committed(self.folder, unit.name):
+                self.taken[name] += self.store.fetch(unit.name, self.folder, served)
+        if self.taken[name]:
+            message = f"{name}: {self.taken[name]:,} of {len(units):,} units of earlier runs"
+            self.progress("capture", self.budget.fraction_done, message)
+
+    def _on_unit(self, unit: UnitProgress) -> None:
+        fraction, message = self.budget.record_unit(unit)
+        if not unit.is_new:
+            self.progress("capture", fraction, "")  # of an earlier run: no part of this one's pace
+        elif not self.store_failed:
+            self._share(unit.name)
+        self.progress("capture", fraction, message)
+
+    def _share(self, unit_name: str) -> None:
+        """Add a unit to the store. A full or missing store costs nothing but later reuse."""
+        teacher = next(u.teacher for u in self.context.capture_units if u.name == unit_name)
+        try:
+            self.store.publish(unit_name, self.folder, self.served_models.get(teacher, ""))
+        except StorageError as error:
+            self.store_failed = True
+            message = f"{WARNING_PREFIX}later runs cannot reuse this capture: {error}"
+            self.progress("capture", self.budget.fraction_done, message)
+
+
+def shared_store(context: RunContext) -> SharedStore:
+    """Return the store that a recipe's captures are shared in."""
+    given = context.recipe.capture.store
+    return SharedStore(Path(given) if given else default_store_folder())
+
+
+def capture_corpus(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
+    """Let the cast teachers answer the corpus; store answers and token distributions.
+
+    Units that an earlier run captured are taken from the shared store.
+
+    Raises:
+        RefusedError: A budget is spent, no answer is complete, or verification rejected all.
+        DataError: A prompt has no answer although `capture.answers` is `given`.
+    """
+    settings, units, corpus = (
+        context.recipe.capture,
+        context.capture_units,
+        context.captured_corpus,
+    )
+    budget = CaptureBudget(
+        len(corpus.prompts),
+        settings.max_total_tokens or 0,
+        settings.max_hours or 0,
+        work_by_unit=capture_work(context),
+    )
+    run = _CaptureRun(context, folder, progress, budget, shared_store(context))
+    for name in dict.fromkeys(u.teacher for u in units):
+        run.capture(name, units)
+    storage.write_json_lines(folder / "removed.jsonl", (r.to_json() for r in corpus.removed))
+    summary = capture_summary(units, folder)
+    quarantine = quarantine_records(units, folder, corpus.malformed)
+    if quarantine:
+        storage.write_json_lines(folder / "quarantine.jsonl", quarantine)
+    summary["removed"] = dict(Counter(r.reason.value for r in corpus.removed))
+    if settings.drop_wrong_answers:
+        items = tasks_and_prompts.items_by_question(
+            context.recipe.corpus, context.tasks, corpus.prompts, context.recipe.seed
+        )
+        caches = [reader for reader, _ in open_teacher_caches(units, folder)]
+        summary["verified"] = verify_answers(caches, items, context.tasks, folder)
+    summary |= account_for_prompts(summary, corpus, quarantine)
+    if corpus.notes:
+        summary["notes"] = list(corpus.notes)
+    storage.write_json(folder / "summary.json", summary)
+    kept = f"{summary['kept']:,} of {summary['in']:,} kept"
+    left_out = left_out_lines(count_left_out(summary))
+    progress("capture", 1.0, ", ".join([kept, *left_out, *corpus.notes]))
