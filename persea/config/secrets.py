@@ -98,8 +98,7 @@ def _is_random(run: str) -> bool:
 def _detectors() -> tuple[Any, ...]:
     """Return the detectors of detect-secrets for the keys of known vendors.
 
-    An installation without that package, of an older persea, finds keys by their shape alone;
-    `persea doctor` names what is missing.
+    An installation without that package, of an older persea, finds keys by their shape alone.
     """
     try:
         from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class

@@ -1,9 +1,9 @@
 """Run untrusted programs in Linux namespaces with limits, or refuse to run them.
 
 There is no weaker mode: where this machine cannot build the whole isolation, `open_sandbox` refuses
-with the reason and the remedy (exit 7). A self-test tries to escape in fifteen ways before the first
-program runs. isolate.py builds the isolation; docs/sandbox.md lists its limits and how programs are
-tested.
+with the reason and the remedy (exit 7). A self-test tries to escape in fifteen ways before the
+first program runs. isolate.py builds the isolation; docs/sandbox.md lists its limits and how
+programs are tested.
 """
 
 from __future__ import annotations
