@@ -110,7 +110,9 @@ def quickstart(
     )
 
 
-def _add_stage_command(name: str, help_text: str) -> Callable[..., None]:
+def make_stage_command(name: str, help_text: str) -> Callable[..., None]:
+    """Return the command of a stage, with the options that all stages have."""
+
     def stage(
         recipe: RecipePath,
         set_: Sets = NO_OVERRIDES,
@@ -134,7 +136,11 @@ def _add_stage_command(name: str, help_text: str) -> Callable[..., None]:
         typer.echo(json.dumps(result, indent=1))
 
     stage.__doc__ = help_text
-    return app.command(name, rich_help_panel=STAGE_PANEL)(stage)
+    return stage
+
+
+def _add_stage_command(name: str, help_text: str) -> None:
+    app.command(name, rich_help_panel=STAGE_PANEL)(make_stage_command(name, help_text))
 
 
 def train(
@@ -169,7 +175,6 @@ app.command(rich_help_panel=STAGE_PANEL)(train)  # has options of its own
 _add_stage_command(
     "evaluate", "Compare the student with its base and every teacher on held-out items."
 )
-_add_stage_command("lineage", "Record which models, data and recipe made the student's weights.")
 _add_stage_command("report", "Write the report page, the model card and report.json.")
 
 

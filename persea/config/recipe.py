@@ -327,6 +327,9 @@ class Recipe(RecipeSection):
 SECTION_CLASSES = sections_by_key(Recipe)
 
 
+MAX_LISTED_PROBLEMS = 20
+
+
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and validate a recipe.
 
@@ -349,16 +352,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe = _validate(resolve_values(source.data, (), source), source)
     written = _validate(source.data, source)
     if recipe is None or written is None or source.problems:
-        order = list(source.locations)
-        problems = [
-            p
-            for _, p in sorted(
-                source.problems.items(), key=lambda item: order.index(source.nearest_key(item[0]))
-            )
-        ]
-        raise (
-            problems[0] if len(problems) == 1 else RecipeError("\n".join(str(p) for p in problems))
-        )
+        order = {key: k for k, key in enumerate(source.locations)}
+        found = sorted(source.problems.items(), key=lambda item: order[source.nearest_key(item[0])])
+        problems = [problem for _, problem in found]
+        lines = [str(p) for p in problems[:MAX_LISTED_PROBLEMS]]
+        if more := len(problems) - len(lines):
+            lines.append(f"{path}: {more:,} more mistakes -> mend these first, then validate again")
+        raise problems[0] if len(problems) == 1 else RecipeError("\n".join(lines))
     recipe._source_path = path.absolute()
     recipe._as_written = _dump_as_written(written)
     recipe._notices = tuple(source.notices)

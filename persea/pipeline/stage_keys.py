@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from persea.pipeline.licence_gate import licence_verdict
+from persea.pipeline.lineage_stage import earlier_stage_keys
 from persea.storage import digest_json
 from persea.tasks.task import Split
 
@@ -24,7 +25,7 @@ STAGE_VERSIONS = {
     "capture": 1,
     "train": 2,
     "evaluate": 1,
-    "lineage": 3,
+    "lineage": 4,
     "report": 2,
 }
 STAGE_NAMES = tuple(STAGE_VERSIONS)
@@ -163,6 +164,7 @@ def lineage_inputs(context: RunContext) -> object:
         context.cast.parts,
         context.cast.pinned,
         licence_verdict(context.recipe, context.folder).to_json(),
+        earlier_stage_keys(context),
     ]
 
 
