@@ -17,11 +17,8 @@ from typing import Any, TypeAlias
 import yaml
 from yaml.constructor import SafeConstructor
 
-<<<<<<< HEAD
 from persea.config.bundled import BUNDLED_PREFIX, bundled_path
-=======
 from persea.config.secrets import is_secret
->>>>>>> main
 from persea.errors import RecipeError
 from persea.storage import read_input_bytes
 

@@ -189,30 +189,7 @@ def run_lineage(context: RunContext, folder: Path, progress: ProgressCallback) -
     """Record which models, data and recipe made the student's weights."""
     from persea.pipeline.lineage_stage import write_lineage
 
-<<<<<<< HEAD
-    models = context.models
-    verdict = write_notice(context.recipe, context.folder, folder)
-    unwritable = nonempty("unwritable_texts", context.unwritable_texts)
-    if unwritable:
-        unwritable["max_unwritable_share"] = context.recipe.check.max_unwritable_share
-    record = lineage_record(
-        context.folder / "train" / "student",
-        models.lineage_parent(BASE),
-        [models.lineage_parent(name) for name in models.teacher_names],
-        context.recipe.hash,
-        {"units": digest_json([u.name for u in context.capture_units])} | unwritable,
-        context.cast,
-        verdict,
-    )
-    record["training"] = {"learning_rate": models.learning_rate}
-    if context.size_defaults:
-        record["size_defaults"] = context.size_defaults
-    if context.task_files:
-        record["task_files"] = {str(f): storage.digest_file(f) for f in context.task_files}
-    storage.write_json(folder / "lineage.json", record)
-=======
     write_lineage(context, folder)
->>>>>>> main
 
 
 def run_report(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
