@@ -69,6 +69,7 @@ def model_source(ref: ModelRef) -> ModelSource:
         sizes,
         isinstance(ref, StudentSection) and ref.thinking,
         chat_template=ref.chat_template,
+        attn_implementation=ref.attn_implementation,
     )
     if isinstance(ref, TeacherSection):
         return replace(source, quantize=ref.quantize, offload=ref.offload)
@@ -214,6 +215,7 @@ class ModelRefs:
                     self.renderers[t.name].digest,
                     t.effort,
                     *generation_identity(t),
+                    *([t.attn_implementation] if t.attn_implementation else []),
                 ]
             )
             for t in self.recipe.teachers
@@ -253,6 +255,7 @@ class ModelRefs:
                 fingerprint(model_source(self.recipe.student), STUDENT),
                 self.student_renderer.digest,
                 self.recipe.student.model_dump(include={"adapt", "lora"}),
+                *([attention] if (attention := self.recipe.student.attn_implementation) else []),
             ]
         )
 
@@ -392,14 +395,20 @@ class ModelRefs:
         from persea.training.student import ComputeOptions, LoraSettings, load_student
 
         ref, training = self.recipe.student, self.recipe.training
-        lora = LoraSettings(ref.lora.rank, ref.lora.alpha, ref.lora.targets) if ref.lora else None
+        source, lora = model_source(ref), None
+        if ref.lora:
+            source = replace(source, quantize=ref.lora.quantize)
+            lora = LoraSettings(**ref.lora.model_dump(exclude={"quantize"}))
         return load_student(
-            model_source(ref),
+            source,
             self.student_renderer,
             lora,
             self.recipe.seed,
             ComputeOptions(
-                training.precision == "bfloat16", training.gradient_checkpointing, training.packing
+                training.precision == "bfloat16",
+                training.gradient_checkpointing,
+                training.packing,
+                training.torch_compile,
             ),
         )
 
