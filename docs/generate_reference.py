@@ -17,8 +17,10 @@ import typer.main
 
 from persea import errors
 from persea.cli import app
+from persea.config.foreign_keys import FOREIGN_KEYS
 from persea.config.recipe import recipe_json_schema
 from persea.config.renamed_keys import RENAMED_KEYS
+from persea.config.size_defaults import defaults_markdown
 from persea.licences.notice import licences_markdown
 from persea.licences.table import licence_table
 
@@ -78,6 +80,8 @@ def _describe_type(node: dict[str, Any], defs: dict[str, Any]) -> str:
 def _describe_default(node: dict[str, Any], required: bool) -> str:
     if required:
         return "**required**"
+    if node.get("x-default"):
+        return "[by size](defaults.md)"
     if "default" not in node:
         return "see meaning"
     default = node["default"]
@@ -131,14 +135,17 @@ def recipe_page() -> str:
             lines.append(f"| {' | '.join(cells)} |")
             below += _subsections(node, defs, f"{path}.{name}".lstrip("."))
         queue = below + queue
-    lines += ["", "## Renamed keys", "", "The old names are still read, each with a notice.", ""]
-    lines += ["| old key | today |", "|---|---|"]
-    for path, names in RENAMED_KEYS.items():
-        section = ".".join(path).replace(".*", "[]")
-        for old, new in names.items():
-            lines.append(
-                "| " + " | ".join(f"`{f'{section}.{k}'.lstrip('.')}`" for k in (old, new)) + " |"
-            )
+    for title, text, head, table in (
+        ("Renamed keys", "The old names are still read", "old key", RENAMED_KEYS),
+        ("Names of other trainers", "Names with the same meaning are read", "name", FOREIGN_KEYS),
+    ):
+        lines += ["", f"## {title}", "", f"{text}, each with a notice.", ""]
+        lines += [f"| {head} | today |", "|---|---|"]
+        for path, names in table.items():
+            section = ".".join(path).replace(".*", "[]")
+            for pair in names.items():
+                cells = (f"`{f'{section}.{key}'.lstrip('.')}`" for key in pair)
+                lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -268,7 +275,21 @@ def licences_page() -> str:
     )
 
 
+def defaults_page() -> str:
+    """Return docs/reference/defaults.md: the defaults that follow the student's size."""
+    return (
+        "# Defaults by size\n\n"
+        "Keys of a recipe whose default follows the number of the student's weights and the\n"
+        "skills: persea/config/size_defaults.py. `persea plan` prints the values of a run, and a\n"
+        "key that the recipe sets always wins. `python docs/generate_reference.py` writes this\n"
+        "page; [train](../train.md#defaults-by-size) gives the reasons and sources.\n\n"
+        + defaults_markdown()
+        + "\n"
+    )
+
+
 PAGES = {
+    "defaults.md": defaults_page,
     "recipe.md": recipe_page,
     "cli.md": cli_page,
     "errors.md": errors_page,

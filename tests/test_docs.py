@@ -17,6 +17,7 @@ import yaml
 
 import persea
 from persea.cli import app
+from persea.config.foreign_keys import FOREIGN_KEYS
 from persea.config.recipe import recipe_json_schema
 from persea.config.renamed_keys import RENAMED_KEYS
 from tests.test_layers import LAYERS
@@ -148,7 +149,7 @@ def keys(node: dict[str, Any], defs: dict[str, Any], before: str = "") -> set[st
 
 RENAMED = {
     f"{'.'.join(part for part in path if part != '*')}.{old}".lstrip(".")
-    for path, names in RENAMED_KEYS.items()
+    for path, names in (*RENAMED_KEYS.items(), *FOREIGN_KEYS.items())
     for old in names
 }
 

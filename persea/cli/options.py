@@ -102,6 +102,7 @@ def load_checked_recipe(path: Path, overrides: list[str]) -> Recipe:
     """
     from persea.config.recipe import load_recipe
     from persea.tasks.benchmarks import refuse_unknown_names
+    from persea.tasks.generated import refuse_too_many_questions
     from persea.teachers.engines import refuse_unknown_engines
 
     recipe = load_recipe(path, overrides)
@@ -111,6 +112,7 @@ def load_checked_recipe(path: Path, overrides: list[str]) -> Recipe:
     refuse_unknown_names(
         recipe.evaluation.benchmarks, recipe.corpus, str(path), bool(recipe.evaluation.texts)
     )
+    refuse_too_many_questions(recipe.corpus, str(path))
     refuse_unknown_engines(recipe.teachers, str(path))
     return recipe
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from persea.chat.messages import ThinkingEffort
 from persea.config.section import (
+    BY_SIZE,
     MAX_COUNT,
     SLUG_PATTERN,
     RecipeSection,
@@ -315,7 +316,11 @@ class CaptureSection(RecipeSection):
         "texts; elsewhere the end is learned from the text alone",
     )
     max_new_tokens: int = Field(
-        default=64, ge=1, le=MAX_COUNT, description="longest answer, in the teacher's tokens"
+        default=64,
+        ge=1,
+        le=MAX_COUNT,
+        description="longest answer, in the teacher's tokens",
+        json_schema_extra=BY_SIZE,
     )
     batch_size: int = Field(
         default=64, ge=1, le=MAX_COUNT, description="prompts that a teacher answers at once"

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from persea.chat.messages import ThinkingEffort
 from persea.config.section import (
+    BY_SIZE,
     MAX_COUNT,
     SLUG_PATTERN,
     RecipeSection,
@@ -156,7 +157,11 @@ class EvaluationSection(RecipeSection):
         default=64, ge=1, le=MAX_COUNT, description="questions that a model answers at once"
     )
     max_new_tokens: int = Field(
-        default=64, ge=1, le=MAX_COUNT, description="longest answer, in the model's own tokens"
+        default=64,
+        ge=1,
+        le=MAX_COUNT,
+        description="longest answer, in the model's own tokens",
+        json_schema_extra=BY_SIZE,
     )
     efforts: tuple[ThinkingEffort, ...] = Field(
         default=(),

@@ -11,6 +11,7 @@ from persea.chat.documents import TEXT_FAMILY_NAME
 from persea.chat.families import FAMILIES
 from persea.chat.messages import ThinkingEffort
 from persea.config.section import (
+    BY_SIZE,
     MAX_COUNT,
     NAME_PATTERN,
     SLUG_PATTERN,
@@ -187,6 +188,7 @@ class StudentSection(ModelRef):
     adapt: Literal["full", "lora"] = Field(
         default="full",
         description="full = train every weight; lora = train low-rank matrices added to them",
+        json_schema_extra=BY_SIZE,
     )
     lora: LoraSection | None = Field(
         default_factory=lambda seen: LoraSection() if seen["adapt"] == "lora" else None,

@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-import typing
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 import yaml
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 
 from persea.chat.messages import PINNED_DATE
+from persea.config.recipe_problems import explain_error, sections_by_key
 from persea.config.release_section import LicenceDecisions, decision_contradictions
-from persea.config.renamed_keys import RENAMED_KEYS, rename_old_keys, rename_override
+from persea.config.renamed_keys import rename_old_keys, rename_override
 from persea.config.schema import (
     MAX_COUNT,
     SLUG_PATTERN,
@@ -41,12 +39,12 @@ from persea.config.schema import (
     TrainingSection,
     check_contradictions,
 )
+from persea.config.size_defaults import unset_size_keys
 from persea.config.yaml_source import (
     KeyPath,
     Yaml12Dumper,
     YamlSource,
     apply_override,
-    is_secret,
     read_yaml,
     resolve_values,
     suggest_choice,
@@ -290,11 +288,14 @@ class Recipe(RecipeSection):
     @property
     def as_written(self) -> dict[str, Any]:
         """All fields with defaults, but paths and variables unresolved: equal on every machine."""
-        return self._as_written or self.model_dump(mode="json", exclude_none=True)
+        return self._as_written or _dump_as_written(self)
 
     @property
     def hash(self) -> str:
-        """SHA-256 of `as_written`, which key order, comments and written defaults do not change."""
+        """SHA-256 of `as_written`, which key order, comments and written defaults do not change.
+
+        A written default of a key that follows the student's size does: the size may give another.
+        """
         return hashlib.sha256(
             json.dumps(self.as_written, sort_keys=True, separators=(",", ":")).encode()
         ).hexdigest()
@@ -309,27 +310,7 @@ class Recipe(RecipeSection):
         )
 
 
-def _sections_by_key() -> dict[str, type[RecipeSection]]:
-    """Map each key that holds a section, or a list of sections, to the section's class."""
-    found: dict[str, type[RecipeSection]] = {}
-    queue: list[type[RecipeSection]] = [Recipe]
-    for section in queue:
-        for key, field in section.model_fields.items():
-            for kind in _section_classes(field.annotation):
-                if key not in found:
-                    found[key] = kind
-                    queue.append(kind)
-    return found
-
-
-def _section_classes(annotation: Any) -> Iterator[type[RecipeSection]]:
-    if isinstance(annotation, type) and issubclass(annotation, RecipeSection):
-        yield annotation
-    for inner in typing.get_args(annotation):
-        yield from _section_classes(inner)
-
-
-SECTION_CLASSES = _sections_by_key()
+SECTION_CLASSES = sections_by_key(Recipe)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -365,9 +346,25 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             problems[0] if len(problems) == 1 else RecipeError("\n".join(str(p) for p in problems))
         )
     recipe._source_path = path.absolute()
-    recipe._as_written = written.model_dump(mode="json", exclude_none=True)
+    recipe._as_written = _dump_as_written(written)
     recipe._notices = tuple(source.notices)
     return recipe
+
+
+def _dump_as_written(recipe: Recipe) -> dict[str, Any]:
+    """Return all fields, without those that are left to the student's size."""
+    training: dict[str, Any] = dict.fromkeys(unset_size_keys(recipe.training), True)
+    if "steps" in training and "log_every" not in recipe.training.model_fields_set:
+        training["log_every"] = True  # its default follows `steps`
+    if recipe.training.on_policy:
+        training["on_policy"] = unset_size_keys(recipe.training.on_policy)
+    unset: dict[str, Any] = {
+        "student": unset_size_keys(recipe.student),
+        "capture": unset_size_keys(recipe.capture),
+        "training": training,
+        "evaluation": unset_size_keys(recipe.evaluation),
+    }
+    return recipe.model_dump(mode="json", exclude_none=True, exclude=unset)
 
 
 def recipe_json_schema() -> dict[str, Any]:
@@ -378,9 +375,6 @@ def recipe_json_schema() -> dict[str, Any]:
     return Recipe.model_json_schema() | {"required": ["student", "teachers", "corpus"]}
 
 
-# --- pydantic's findings as error messages ---
-
-
 def _validate(data: Any, source: YamlSource) -> Recipe | None:
     try:
         # through JSON, where pydantic's strict types still accept a list for a tuple and text for
@@ -388,111 +382,6 @@ def _validate(data: Any, source: YamlSource) -> Recipe | None:
         return Recipe.model_validate_json(json.dumps(data))
     except ValidationError as error:
         for problem in error.errors(include_url=False):
-            for path, message, remedy in _explain_error(problem):
+            for path, message, remedy in explain_error(problem, Recipe):
                 source.add_problem(path, message, remedy)
     return None
-
-
-EXPECTED_VALUE_TEXTS = (  # start of pydantic's error type, and the expected value in words
-    ("int_", "a whole number"),
-    ("bool_", "true or false"),
-    ("float_", "a number"),
-    ("finite", "a finite number"),
-    ("string_type", "text"),
-    ("string_too", "some text"),
-    ("string_pattern", "a plain name"),
-    ("date_", "a date such as 2025-01-01"),
-    ("tuple_", "a list, each entry after `- `"),
-    *((kind, "a section, its keys indented below it") for kind in ("model_", "dict_")),
-)
-BOUND_TEXTS = {
-    "greater_than": ("gt", "more than"),
-    "greater_than_equal": ("ge", "at least"),
-    "less_than_equal": ("le", "at most"),
-}
-
-
-def _explain_error(error: ErrorDetails) -> Iterator[tuple[KeyPath, str, str]]:
-    """Translate one of pydantic's findings to (key, problem, remedy) triples."""
-    path = tuple(k for k in error["loc"] if k != "[key]")
-    kind, context = error["type"], error.get("ctx", {})
-    if kind == "default_factory_not_called" or (kind == "too_short" and error["input"]):
-        return  # pydantic also reports the wrong value that this default or list depends on
-    given = f"(got {_abbreviate_value(error['input'])})"
-    if kind == "contradiction":
-        yield from (((*path, *key), message, remedy) for key, message, remedy in context["found"])
-    elif kind == "extra_forbidden":
-        yield path, "unknown key", _did_you_mean(path)
-    elif kind == "missing":
-        yield path, "missing", f"add `{path[-1]}:`, {_key_description(path)}"
-    elif kind in ("enum", "literal_error"):
-        choices = [c for c in re.findall(r"'([^']*)'", context["expected"]) if c]
-        yield (
-            path,
-            f"should be {', '.join(choices[:-1])} or {choices[-1]} {given}",
-            suggest_choice(str(error["input"]), choices),
-        )
-    else:
-        yield path, *_explain_value_error(error, path, given)
-
-
-def _explain_value_error(error: ErrorDetails, path: KeyPath, given: str) -> tuple[str, str]:
-    kind, context = error["type"], error.get("ctx", {})
-    if kind in BOUND_TEXTS:
-        bound, comparison = BOUND_TEXTS[kind]
-        limit = str(context[bound]).removesuffix(".0")
-        return f"should be {comparison} {limit} {given}", _key_description(path)
-    if kind == "string_type" and not isinstance(error["input"], dict | list):
-        return f"should be text {given}", "put it in quotes"
-    if kind == "too_short":
-        return "needs at least one entry", _key_description(path)
-    expected = next(
-        (w for start, w in EXPECTED_VALUE_TEXTS if kind.startswith(start)), error["msg"]
-    )
-    return f"should be {expected} {given}", _key_description(path)
-
-
-def _owning_section(path: KeyPath) -> type[RecipeSection] | None:
-    """Return the section that a key is a field of."""
-    keys = [k for k in path[:-1] if isinstance(k, str)]
-    return SECTION_CLASSES.get(keys[-1]) if keys else Recipe
-
-
-def _key_description(path: KeyPath) -> str:
-    """Return the description of a field, or of the field whose list or mapping has the key."""
-    owner = _owning_section(path)
-    found = owner.model_fields.get(str(path[-1])) if owner else None
-    return str(found.description) if found else _key_description(path[:-1])
-
-
-def _did_you_mean(path: KeyPath) -> str:
-    """Return a remedy for an unknown key: where it belongs, or the most similar key."""
-    key, owner = str(path[-1]), _owning_section(path)
-    homes = [
-        f"under `{name}:`"
-        for name, section in SECTION_CLASSES.items()
-        if key in section.model_fields
-    ]
-    homes += ["at the top of the file"] if key in Recipe.model_fields else []
-    for section_path, renamed in RENAMED_KEYS.items():
-        if key in renamed:
-            names = [str(k) for k in section_path if k != "*"]
-            where = f"under `{names[-1]}:`" if names else "at the top of the file"
-            homes.append(f"{where} as `{renamed[key]}`")
-    if homes:
-        return f"it belongs {' or '.join(homes)}"
-    return suggest_choice(key, list(owner.model_fields) if owner else [])
-
-
-def _abbreviate_value(value: Any) -> str:
-    """Return a value in at most 60 characters, secrets hidden."""
-    if isinstance(value, dict | list):
-        return "a section" if isinstance(value, dict) else "a list"
-    text = (
-        "a secret"
-        if is_secret(value)
-        else repr(value)
-        if isinstance(value, str)
-        else json.dumps(value)
-    )
-    return text if len(text) <= 60 else f"{text[:57]}..."

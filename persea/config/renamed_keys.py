@@ -1,10 +1,14 @@
-"""Recipe keys and values that have a new name. The old names are still read, each with a notice."""
+"""Recipe keys and values that have another name: persea's old names, and those of other trainers.
+
+All are read, each with a notice.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from persea.config.foreign_keys import FOREIGN_KEYS, FOREIGN_VALUES
 from persea.config.yaml_source import KeyPath, YamlSource
 
 # (path of the section, "*" = every entry of a list), old key -> new key. A section's own path is
@@ -45,7 +49,10 @@ RENAMED_KEYS: dict[KeyPath, dict[str, str]] = {
         "recompute": "gradient_checkpointing",
         "clip": "max_grad_norm",
         "max_tokens": "max_length",
-        "accumulate": "micro_batches",
+        "accumulate": "gradient_accumulation_steps",
+        "micro_batches": "gradient_accumulation_steps",
+        "evaluate_every": "eval_steps",
+        "schedule": "lr_scheduler_type",
         "held_out": "validation_share",
         "skips": "max_skipped_steps",
         "balance": "loss_balancing",
@@ -54,7 +61,7 @@ RENAMED_KEYS: dict[KeyPath, dict[str, str]] = {
     ("evaluation",): {
         "batch": "batch_size",
         "sets": "benchmarks",
-        "lm_eval": "lm_eval_results",
+        "lm_eval": "lm_eval_results",  # as a mapping; a list names tasks to run
         "allow_regression": "allow_safety_regression",
     },
     ("evaluation", "benchmarks", "*"): {"set": "benchmark"},
@@ -101,8 +108,9 @@ def rename_override(source: YamlSource, keys: list[str], origin: str) -> list[st
     for key in keys:
         new = _renamed(path, key)
         if new != key:
-            old = ".".join(map(str, (*path, key)))
-            _add_notice(source, origin, old, ".".join(map(str, (*path, new))))
+            old, renamed = (".".join(map(str, (*path, name))) for name in (key, new))
+            is_old = key in RENAMED_KEYS.get(_pattern(path), {})
+            (_add_notice if is_old else _add_foreign_notice)(source, origin, old, renamed)
         path = (*path, new)
     return [str(k) for k in path]
 
@@ -115,20 +123,17 @@ def _rename_in_section(source: YamlSource, value: Any, path: KeyPath) -> None:
         return
     for key in list(value):
         new = _renamed(path, key)
-        if new != key:
+        if new != key and not (key == "lm_eval" and isinstance(value[key], list)):
             _rename_key(source, value, path, key, new)
     for key, item in value.items():
         here = (*path, key)
         _rename_in_section(source, item, here)
         if (new_value := _renamed_value(here, item)) is not None:
             value[key] = new_value
-            dotted = ".".join(map(str, here))
-            _add_notice(
-                source,
-                source.locations.get(here, ""),
-                f"{dotted}: {item}",
-                f"{dotted}: {new_value}",
-            )
+            if item in RENAMED_VALUES.get(_pattern(here), {}):
+                dotted = ".".join(map(str, here))
+                old, new = f"{dotted}: {item}", f"{dotted}: {new_value}"
+                _add_notice(source, source.locations.get(here, ""), old, new)
 
 
 def _rename_key(
@@ -137,10 +142,15 @@ def _rename_key(
     old_path, new_path = (*path, old), (*path, new)
     old_name, new_name = (".".join(map(str, p)) for p in (old_path, new_path))
     if new in section:
-        source.add_problem(old_path, f"is the old name of `{new}`, which is given too", "keep one")
+        kind = "the old" if old in RENAMED_KEYS.get(_pattern(path), {}) else "another"
+        source.add_problem(old_path, f"is {kind} name of `{new}`, which is given too", "keep one")
         del section[old]
         return
-    _add_notice(source, source.locations.get(old_path, ""), old_name, new_name)
+    location = source.locations.get(old_path, "")
+    if old in RENAMED_KEYS.get(_pattern(path), {}):
+        _add_notice(source, location, old_name, new_name)
+    else:
+        _add_foreign_notice(source, location, old_name, new_name)
     renamed = {new if k == old else k: v for k, v in section.items()}
     section.clear()
     section.update(renamed)
@@ -153,13 +163,25 @@ def _add_notice(source: YamlSource, location: str, old: str, new: str) -> None:
         source.notices.append(notice)
 
 
+def _add_foreign_notice(source: YamlSource, location: str, foreign: str, name: str) -> None:
+    notice = f"{location}: {foreign} is read as {name}, its name here"
+    if notice not in source.notices:
+        source.notices.append(notice)
+
+
 def _pattern(path: KeyPath) -> KeyPath:
     return tuple("*" if isinstance(k, int) or k.isdecimal() else k for k in path)
 
 
 def _renamed(path: KeyPath, key: str) -> str:
-    return RENAMED_KEYS.get(_pattern(path), {}).get(key, key)
+    pattern = _pattern(path)
+    old = RENAMED_KEYS.get(pattern, {}).get(key)
+    return old or FOREIGN_KEYS.get(pattern, {}).get(key, key)
 
 
 def _renamed_value(path: KeyPath, value: Any) -> str | None:
-    return RENAMED_VALUES.get(_pattern(path), {}).get(value) if isinstance(value, str) else None
+    if not isinstance(value, str | bool):
+        return None
+    pattern = _pattern(path)
+    old = RENAMED_VALUES.get(pattern, {}).get(value) if isinstance(value, str) else None
+    return old or FOREIGN_VALUES.get(pattern, {}).get(value)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, JsonValue
 from pydantic_core import PydanticCustomError
 
 from persea.config.yaml_source import KeyPath
 
 SLUG_PATTERN, NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]*$", r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 MAX_COUNT = 1 << 30  # upper bound of every count in a recipe
+# marks a key whose default depends on the student's size (persea.config.size_defaults); its static
+# default is that of students of less than ten million weights
+BY_SIZE: dict[str, JsonValue] = {"x-default": "by size"}
 SectionT = TypeVar("SectionT", bound="RecipeSection")
 
 

@@ -9,18 +9,22 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from persea.config.optimization import OptimizerName, SavedDtype, WeightDecayOn
-from persea.config.section import MAX_COUNT, RecipeSection, check_contradictions
+from persea.config.section import BY_SIZE, MAX_COUNT, RecipeSection, check_contradictions
 
 
 class LRSchedule(StrEnum):
     """Shape of the learning rate after the warm-up.
 
     COSINE: half a cosine from the peak to the minimum.
+    LINEAR: a straight line from the peak to the minimum.
+    CONSTANT: the peak.
     WSD: warm-up, stable, linear decay (Hu et al. 2024, MiniCPM, arXiv 2404.06395). Only the last
     stretch depends on the number of steps, so a run can be made longer without a new start.
     """
 
     COSINE = "cosine"
+    LINEAR = "linear"
+    CONSTANT = "constant"
     WSD = "wsd"
 
 
@@ -59,7 +63,11 @@ class OnPolicySection(RecipeSection):
         description="oldest answer that may be trained on, in steps since it was sampled",
     )
     max_new_tokens: int = Field(
-        default=64, ge=1, le=MAX_COUNT, description="longest answer, in the student's tokens"
+        default=64,
+        ge=1,
+        le=MAX_COUNT,
+        description="longest answer, in the student's tokens",
+        json_schema_extra=BY_SIZE,
     )
     temperature: float = Field(
         default=1.0, gt=0, le=2, description="sampling temperature; 1 is the student's distribution"
@@ -138,9 +146,25 @@ class LossTerm(RecipeSection):
 class TrainingSection(RecipeSection):
     """Loss, optimiser and batches. docs/results.md, points 5 and 7, decided the loss defaults."""
 
-    steps: int = Field(default=1500, ge=1, le=MAX_COUNT, description="optimiser steps")
+    steps: int = Field(
+        default=1500,
+        ge=1,
+        le=MAX_COUNT,
+        description="optimiser steps; not given = `num_train_epochs`, or by the student's size",
+        json_schema_extra=BY_SIZE,
+    )
+    num_train_epochs: float | None = Field(
+        default=None,
+        gt=0,
+        le=MAX_COUNT,
+        description="passes over the corpus, instead of `steps`",
+    )
     batch_size: int = Field(
-        default=16, ge=1, le=MAX_COUNT, description="conversations a step, over all devices"
+        default=16,
+        ge=1,
+        le=MAX_COUNT,
+        description="conversations a step, over all devices and all `gradient_accumulation_steps`",
+        json_schema_extra=BY_SIZE,
     )
     learning_rate: float | None = Field(
         default=None,
@@ -150,7 +174,18 @@ class TrainingSection(RecipeSection):
         "docs/train.md",
     )
     warmup_steps: int = Field(
-        default=50, ge=0, le=MAX_COUNT, description="steps until the peak learning rate"
+        default=50,
+        ge=0,
+        le=MAX_COUNT,
+        description="steps until the peak learning rate; not given = `warmup_ratio`, or by the "
+        "student's size",
+        json_schema_extra=BY_SIZE,
+    )
+    warmup_ratio: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="share of the steps until the peak learning rate, instead of `warmup_steps`",
     )
     event_weight: float = Field(
         default=0.7,
@@ -176,11 +211,13 @@ class TrainingSection(RecipeSection):
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32",
         description="of matrix products; weights and optimiser moments are float32 in both",
+        json_schema_extra=BY_SIZE,
     )
     gradient_checkpointing: bool = Field(
         default=False,
         description="recompute activations in the backward pass: less memory, about a third more "
         "time",
+        json_schema_extra=BY_SIZE,
     )
     packing: bool = Field(
         default=False,
@@ -214,6 +251,7 @@ class TrainingSection(RecipeSection):
         ge=8,
         le=MAX_COUNT,
         description="longest conversation, in student tokens; longer ones are left out",
+        json_schema_extra=BY_SIZE,
     )
     checkpoint_every: int = Field(
         default=200, ge=1, le=MAX_COUNT, description="steps between checkpoints"
@@ -225,37 +263,39 @@ class TrainingSection(RecipeSection):
         description="steps between lines of the log (default: a hundredth of the steps, at most "
         "10)",
     )
-    schedule: LRSchedule = Field(
+    lr_scheduler_type: LRSchedule = Field(
         default=LRSchedule.COSINE,
-        description="learning rate schedule: cosine, or wsd (warm-up, stable, linear decay)",
+        description="learning rate after the warm-up: cosine, linear, constant, or wsd (stable, "
+        "then linear decay)",
     )
     cooldown: float | None = Field(
-        default_factory=lambda seen: 0.2 if seen["schedule"] == "wsd" else None,
+        default_factory=lambda seen: 0.2 if seen["lr_scheduler_type"] == "wsd" else None,
         gt=0,
         le=1,
         validate_default=True,
-        description="share of the steps in which it decays; only with `schedule: wsd`",
+        description="share of the steps in which it decays; only with `lr_scheduler_type: wsd`",
     )
-    micro_batches: int = Field(
+    gradient_accumulation_steps: int = Field(
         default=1,
         ge=1,
         le=MAX_COUNT,
         description="parts that a batch is split into, one after another, to need less memory; "
-        "`batch_size` stays the same",
+        "`batch_size` is the sum of all parts",
+        json_schema_extra=BY_SIZE,
     )
-    evaluate_every: int = Field(
+    eval_steps: int = Field(
         default=0,
         ge=0,
         le=MAX_COUNT,
         description="steps between validation losses; 0 = no validation",
     )
     validation_share: float | None = Field(
-        default_factory=lambda seen: 0.05 if seen["evaluate_every"] else None,
+        default_factory=lambda seen: 0.05 if seen["eval_steps"] else None,
         gt=0,
         le=0.5,
         validate_default=True,
         description="share of the examples for validation, in whole batches; only with "
-        "`evaluate_every`",
+        "`eval_steps`",
     )
     shuffle_window_blocks: int = Field(
         default=64,
@@ -321,22 +361,35 @@ class TrainingSection(RecipeSection):
         return check_contradictions(
             self,
             (
-                self.schedule is LRSchedule.COSINE and self.cooldown is not None,
+                self.lr_scheduler_type is not LRSchedule.WSD and self.cooldown is not None,
                 ("cooldown",),
-                "given, but `schedule` is cosine",
-                "write `schedule: wsd`, or delete `cooldown:`",
+                f"given, but `lr_scheduler_type` is {self.lr_scheduler_type}",
+                "write `lr_scheduler_type: wsd`, or delete `cooldown:`",
             ),
             (
-                not self.evaluate_every and self.validation_share is not None,
+                not self.eval_steps and self.validation_share is not None,
                 ("validation_share",),
-                "given, but `evaluate_every` is 0",
-                "write `evaluate_every: 100`, or delete `validation_share:`",
+                "given, but `eval_steps` is 0",
+                "write `eval_steps: 100`, or delete `validation_share:`",
             ),
             (
-                self.micro_batches > self.batch_size,
-                ("micro_batches",),
-                f"{self.micro_batches} parts of a batch of {self.batch_size}",
+                self.gradient_accumulation_steps > self.batch_size,
+                ("gradient_accumulation_steps",),
+                f"{self.gradient_accumulation_steps} parts of a batch of {self.batch_size}",
                 "at most one a conversation",
+            ),
+            *(
+                (
+                    {exact, relative} <= self.model_fields_set
+                    and getattr(self, relative) is not None,
+                    (relative,),
+                    f"given together with `{exact}`",
+                    f"delete `{relative}:` or `{exact}:`",
+                )
+                for exact, relative in (
+                    ("steps", "num_train_epochs"),
+                    ("warmup_steps", "warmup_ratio"),
+                )
             ),
         )
 
@@ -349,7 +402,7 @@ class TrainingSection(RecipeSection):
         return check_contradictions(
             self,
             (
-                on.start_step >= self.steps,
+                on.start_step >= self.steps and self.num_train_epochs is None,
                 ("on_policy", "start_step"),
                 f"{on.start_step}, but there are {self.steps} steps",
                 "fewer, or more `steps`",

@@ -21,6 +21,7 @@ from persea.data.dedup import (
     NearDuplicateIndex,
     normalize_text,
 )
+from persea.errors import RefusedError
 
 # Multiples of the golden ratio modulo 1 fill [0, 1) evenly in every stretch; so do those of the
 # silver ratio, and the pairs of both the unit square. Teacher and effort of a prompt are therefore
@@ -270,6 +271,27 @@ def build_corpus(
                 ids_by_text[key] = prompt.id
                 prompts.append(prompt)
     return Corpus(tuple(prompts), tuple(removed))
+
+
+def refuse_lost_parts(corpus: Corpus, parts: Sequence[Sequence[Prompt]]) -> None:
+    """Check that something is left of every part of a corpus.
+
+    Raises:
+        RefusedError: A part was left out whole. The message counts the reasons.
+    """
+    kept = {id(prompt) for prompt in corpus.prompts}
+    for k, part in enumerate(parts):
+        if any(id(prompt) in kept for prompt in part):
+            continue
+        lost = {id(prompt) for prompt in part}
+        why = Counter(r.reason.value for r in corpus.removed if id(r.prompt) in lost)
+        counts = ", ".join(f"{n:,} {reason}" for reason, n in why.items())
+        raise RefusedError(
+            f"nothing is left to teach: {counts}",
+            where=f"corpus.{k}",
+            remedy="give prompts or texts that do not repeat others or hold the held-out ones, or "
+            "delete the part",
+        )
 
 
 def _find_overlap(indexes: Sequence[HeldOutIndex], texts: Sequence[str]) -> str:

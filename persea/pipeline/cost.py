@@ -184,7 +184,7 @@ def capture_cost(context: RunContext, speed: float) -> StageCost:
 def training_cost(context: RunContext, speed: float) -> StageCost:
     """Estimate the cost of the training."""
     recipe, size = context.recipe, context.models.student_size
-    training, given = recipe.training, has_given_texts(context)
+    training, given = context.training, has_given_texts(context)
     whole, _ = mean_tokens(
         context.corpus.prompts,
         context.models.student_renderer,
@@ -196,7 +196,13 @@ def training_cost(context: RunContext, speed: float) -> StageCost:
     if size is None:
         return StageCost(None, None, tokens, not given)
     num_trained = checkpoint_bytes(size, recipe.student) // (BYTES_PER_PARAMETER * ADAM_COPIES)
-    activations = a_step / training.micro_batches * size.layers * size.hidden * ACTIVATION_FLOATS
+    activations = (
+        a_step
+        / training.gradient_accumulation_steps
+        * size.layers
+        * size.hidden
+        * ACTIVATION_FLOATS
+    )
     if training.gradient_checkpointing:
         activations /= ACTIVATION_FLOATS / 2
     memory = PROCESS_BYTES + BYTES_PER_PARAMETER * (

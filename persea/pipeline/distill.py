@@ -105,6 +105,7 @@ def distill(
     from persea.pipeline.run_context import RunContext
     from persea.pipeline.stages import run_pipeline
     from persea.tasks.benchmarks import refuse_unknown_names
+    from persea.tasks.generated import refuse_too_many_questions
     from persea.teachers.engines import refuse_unknown_engines
 
     if isinstance(recipe, Recipe):
@@ -120,6 +121,7 @@ def distill(
     refuse_unknown_names(
         loaded.evaluation.benchmarks, loaded.corpus, where, bool(loaded.evaluation.texts)
     )
+    refuse_too_many_questions(loaded.corpus, where)
     refuse_unknown_engines(loaded.teachers, where)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     silence_transformers()

@@ -264,17 +264,13 @@ class ModelRefs:
     @cached_property
     def student_size(self) -> ModelSize | None:
         """Size of the student; None if it cannot be told without its weights."""
-        return read_model_size(
-            model_source(self.recipe.student), len(self.student_renderer.vocabulary)
-        )
+        return read_model_size(model_source(self.recipe.student))
 
     @cached_property
     def teacher_sizes(self) -> dict[str, ModelSize | None]:
         """Teacher name -> size; None behind a server, or if it cannot be told."""
         return {
-            ref.name: None
-            if is_remote(ref)
-            else read_model_size(model_source(ref), len(self.renderers[ref.name].vocabulary))
+            ref.name: None if is_remote(ref) else read_model_size(model_source(ref))
             for ref in self.recipe.teachers
         }
 
@@ -350,6 +346,17 @@ class ModelRefs:
             ref.effort,
             max_answer_tokens=ref.generation.max_new_tokens or 0,
         )
+
+    def open_servers(self, batch: int) -> None:
+        """Connect to the server of every teacher that has one, before any of them is asked.
+
+        Raises:
+            TeacherError: A server cannot be reached, or does not offer the recipe's settings.
+            MissingRequirementError: The API key is missing.
+        """
+        for teacher in self.recipe.teachers:
+            if teacher.endpoint:
+                self.load_teacher(teacher.name, batch)
 
     def load_participant(self, name: str, batch: int) -> Teacher:
         """Load a model that is evaluated: the trained student, its base, or a teacher."""

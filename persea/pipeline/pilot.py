@@ -216,7 +216,7 @@ def pilot_recipe(recipe: Recipe, candidate: Candidate, share: float) -> Recipe:
         "warmup_steps": min(training.warmup_steps, ceil(steps / 10)),
         "checkpoint_every": max(1, ceil(steps / 2)),
         "log_every": max(1, steps // 20),
-        "evaluate_every": 0,
+        "eval_steps": 0,
         "validation_share": None,
         "report_to": None,
         "on_policy": None,
@@ -273,7 +273,7 @@ def run_pilot(
         bits[candidate.name] = _measure(run, STUDENT, texts)
     progress("pilot", len(candidates) / parts, "measuring the untrained student")
     base_N = _measure(runs[candidates[0].name], BASE, texts)
-    result = _rank(candidates, runs, bits, base_N, num_bytes_N, context.recipe.training.steps)
+    result = _rank(candidates, runs, bits, base_N, num_bytes_N, context.training.steps)
     storage.write_json(folder / PILOT_FILE, result.to_json())
     progress("pilot", 1.0, result.sentence)
     return result
@@ -310,7 +310,7 @@ def _train_candidate(
     context: RunContext, candidate: Candidate, share: float, report: ProgressCallback
 ) -> RunContext:
     """Capture and train one candidate, in a folder of its own."""
-    recipe = pilot_recipe(context.recipe, candidate, share)
+    recipe = pilot_recipe(context.resolved_recipe, candidate, share)
     folder = context.folder / PILOT_FOLDER / candidate.name
     num_prompts = recipe.training.steps * recipe.training.batch_size
     run = PilotContext(recipe, folder, num_prompts=num_prompts)

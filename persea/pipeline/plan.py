@@ -11,30 +11,19 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from persea.cache.accounting import left_out_lines
-from persea.errors import RefusedError
+from persea.config.size_defaults import describe_size_defaults, unusual_settings
 from persea.licences.verdict import LicenceVerdict
 from persea.models.loading import set_threads
-from persea.pipeline import cost
+from persea.pipeline import cost, preflight, preflight_data
 from persea.pipeline.audition_stage import contestants, is_contested_on_texts
 from persea.pipeline.base_contest import asks_base, measures_base
 from persea.pipeline.licence_gate import licence_verdict
 from persea.pipeline.model_refs import BASE, STUDENT
-from persea.pipeline.preflight import (
-    refuse_asking_text_models,
-    refuse_missing_logprobs,
-    refuse_unsupported_efforts,
-)
 from persea.pipeline.run_context import RunContext
 from persea.pipeline.stage_keys import stage_key
 from persea.pipeline.stages import STAGES, Stage
 from persea.tasks.task import Split
 from persea.training.learning_rate import describe_unusual_rate
-
-# Upper bounds a captured token, measured in docs/cache.md: broad text of a 152k vocabulary costs
-# 34 bytes at a sampling threshold of .02 without its text (reasoning 9), and 316 with
-# `distributions: topk` at max_kl .01 (reasoning 53).
-SAMPLED_BYTES_PER_TOKEN = 40
-TOPK_BYTES_PER_TOKEN = 400
 
 UP_TO_DATE, TO_DO, WAITS = "up to date", "to do", "waits"
 
@@ -105,43 +94,35 @@ def plan_run(context: RunContext) -> RunPlan:
         RecipeError: The corpus asks for a thinking effort that no model supports.
         DataError: A file of the recipe is missing or broken.
     """
-    context.lm_eval_digests()
-    refuse_unsupported_efforts(context)
-    refuse_asking_text_models(context)
-    refuse_missing_logprobs(context)
+    warnings = preflight.check_run(context)
     recipe, num_prompts = context.recipe, len(context.corpus.prompts)
     num_audition, num_test = _count_audition_answers(context), _count_test_answers(context)
     num_scored = sum(
         context.are_answers_given or p.conversation.is_document for p in context.corpus.prompts
     )
     set_threads(recipe.threads)
-    captured_bytes = _captured_bytes(context)
+    most_captured = preflight_data.captured_bytes(context)
     speed, device = cost.measure_matmul_speed()
     capture, training = cost.capture_cost(context, speed), cost.training_cost(context, speed)
     num_teachers = len(context.models.teacher_names)
     captured = [f"{num_prompts - num_scored:,} answers"] if num_scored < num_prompts else []
     captured += [f"{num_scored:,} given texts"] if num_scored else []
+    steps = context.training.steps
     work = {
         "check": f"{num_teachers} tokenizer pairs",
         "audition": _audition_work(context, num_audition),
-        "capture": f"{' and '.join(captured) or 'nothing'}, at most {captured_bytes / 1e9:.2f} GB, "
+        "capture": f"{' and '.join(captured) or 'nothing'}, at most {most_captured / 1e9:.2f} GB, "
         f"{capture.describe()}",
-        "train": f"{recipe.training.steps:,} steps of {recipe.training.batch_size} conversations, "
+        "train": f"{steps:,} steps of {context.training.batch_size} conversations, "
         f"learning rate {context.models.learning_rate:g}, {training.describe()}",
         "evaluate": _evaluation_work(context, num_test),
         "lineage": "one record",
         "report": "one page",
     }
     size = context.models.student_size
-    trained_bytes = cost.training_bytes(size, recipe.student, recipe.training)
-    disk_bytes = captured_bytes + (trained_bytes or 0)
+    trained_bytes = cost.training_bytes(size, recipe.student, context.training)
+    disk_bytes = most_captured + (trained_bytes or 0)
     disk_free = shutil.disk_usage(cost.existing_ancestor(context.folder)).free
-    if disk_bytes > disk_free:
-        raise RefusedError(
-            f"the run needs up to {disk_bytes / 1e9:.1f} GB, {disk_free / 1e9:.1f} GB are free",
-            where=str(context.folder),
-            remedy="free space or give another --out",
-        )
     states: dict[str, str] = {}
     for stage in STAGES:
         states[stage.name] = _stage_state(context, stage, states)
@@ -151,7 +132,11 @@ def plan_run(context: RunContext) -> RunPlan:
         disk_bytes,
         disk_free,
         {"capture": capture, "train": training},
-        (*_notes(context, speed, device, trained_bytes), *_pilot_note(context, capture, training)),
+        (
+            *map("warning: {}".format, warnings),
+            *_notes(context, speed, device, trained_bytes),
+            *_pilot_note(context, capture, training),
+        ),
         context.corpus.count_removed(),
         licence_verdict(recipe, context.folder),
     )
@@ -171,21 +156,6 @@ def _audition_work(context: RunContext, num_answers: int) -> str:
     if not work:
         return "no question: each skill has one possible teacher"
     return f"{' and '.join(work)} by {names}"
-
-
-def _captured_bytes(context: RunContext) -> int:
-    """Return the bytes of the captured distributions: of given answers, or at most."""
-    capture, prompts = context.recipe.capture, context.corpus.prompts
-    tokens = cost.mean_tokens(
-        prompts,
-        context.models.student_renderer,
-        capture.max_new_tokens,
-        given=context.are_answers_given,
-    )[1]
-    is_sampled = capture.distributions == "sampled"
-    return round(
-        len(prompts) * tokens * (SAMPLED_BYTES_PER_TOKEN if is_sampled else TOPK_BYTES_PER_TOKEN)
-    )
 
 
 def _notes(
@@ -208,6 +178,11 @@ def _notes(
         is_lora = recipe.student.lora is not None
         warning = describe_unusual_rate(given, size.num_parameters, is_lora)
         notes += [f"warning: {warning}"] if warning else []
+    if size is not None:
+        found = unusual_settings(recipe, size.num_parameters)
+        notes += [f"warning: {warning}" for warning in found]
+    if line := describe_size_defaults(context.size_defaults, size.num_parameters if size else 0):
+        notes.append(f"{line} (docs/reference/defaults.md)")
     return tuple(notes)
 
 
@@ -217,7 +192,7 @@ def _pilot_note(
     """Return the cost of a pilot; nothing for a single teacher."""
     from persea.pipeline.pilot import DEFAULT_SHARE, pilot_steps
 
-    recipe, n = context.recipe, len(context.models.teacher_names)
+    recipe, n = context.resolved_recipe, len(context.models.teacher_names)
     if n < 2:
         return ()
     steps = pilot_steps(recipe, DEFAULT_SHARE)

@@ -4,10 +4,71 @@ from __future__ import annotations
 
 from persea.errors import DataError, RecipeError
 from persea.evaluation.answering import refuse_choice_items
+from persea.pipeline import preflight_data
 from persea.pipeline.run_context import RunContext
+from persea.pipeline.stage_keys import audition_inputs, stage_key, train_inputs
 from persea.tasks.task import Split
 from persea.training.distributed.world import refuse_on_policy_processes, refuse_too_many_processes
 from persea.training.trackers import refuse_missing_tracker
+
+ASKING_STAGES = ("", "check", "audition", "capture", "train")
+
+
+def check_run(context: RunContext, only_stage: str = "") -> list[str]:
+    """Check everything that can be checked before a teacher is asked.
+
+    Args:
+        context: The recipe and its run folder.
+        only_stage: The only stage that runs; "" = all.
+
+    Returns:
+        Warnings, for people.
+
+    Raises:
+        RecipeError: The corpus asks for an effort that no model supports, or LoRA for matrices that
+            the student does not have.
+        DataError: A file is missing, broken or empty, or a prompt lacks the answer to score.
+        MissingRequirementError: A key, a package or a sandbox is missing.
+        RefusedError: A part of the corpus is lost, the disk is too small, or the run folder holds
+            another recipe's student.
+        TeacherError: A server would have to rank choices.
+    """
+    refuse_unsupported_efforts(context)
+    if only_stage in ASKING_STAGES:
+        refuse_asking_text_models(context)
+    context.lm_eval_digests()
+    refuse_missing_logprobs(context)
+    if only_stage not in ASKING_STAGES:
+        return []
+    preflight_data.refuse_missing_keys(context)
+    preflight_data.refuse_unknown_lora_targets(context)
+    warnings = preflight_data.describe_equal_models(context)
+    warnings += preflight_data.refuse_long_prompts(context)
+    if only_stage == "":
+        preflight_data.refuse_full_disk(context)
+    if only_stage in ("", "train"):
+        refuse_other_student(context)
+    return warnings
+
+
+def refuse_other_student(context: RunContext) -> None:
+    """Raise if the run would end at a finished student of another recipe, before anything is asked.
+
+    Not if the teachers are still to be measured: the cast decides what is captured.
+
+    Raises:
+        RefusedError: The run folder holds another recipe's student.
+    """
+    stages = context.stages
+    if context.launch_options.resume == "never" or not stages.has_record("train"):
+        return
+    is_cast_known = stages.is_up_to_date(
+        "audition", stage_key("audition", audition_inputs(context))
+    ) or not (context.needs_audition or context.recipe.audition.compare_with_base)
+    needs_verdicts = context.recipe.capture.drop_wrong_answers and not stages.has_record("capture")
+    if is_cast_known and not needs_verdicts:
+        inputs = train_inputs(context)
+        stages.refuse_other_student(stage_key("train", inputs), inputs)
 
 
 def refuse_unsupported_efforts(context: RunContext) -> None:
@@ -102,9 +163,11 @@ def refuse_impossible_training(context: RunContext) -> None:
         MissingRequirementError: The package of `training.report_to` is not installed.
         DataError: The checkpoint of --resume does not exist.
     """
-    training = context.recipe.training
+    training = context.training
     num_processes = max(context.launch_options.num_processes, context.world.size)
-    refuse_too_many_processes(num_processes, training.batch_size, training.micro_batches)
+    refuse_too_many_processes(
+        num_processes, training.batch_size, training.gradient_accumulation_steps
+    )
     if training.on_policy:
         refuse_on_policy_processes(
             num_processes,

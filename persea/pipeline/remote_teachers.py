@@ -142,7 +142,12 @@ def open_remote_engine(ref: TeacherSection, renderer: ChatRenderer, handshake_fi
     return engine
 
 
-def _open_client(name: str, endpoint: EndpointSection) -> HttpClient:
+def endpoint_key(name: str, endpoint: EndpointSection) -> str:
+    """Return the key of a server; "" if the recipe names no variable.
+
+    Raises:
+        MissingRequirementError: The variable is not set, or no header can carry its value.
+    """
     key = os.environ.get(endpoint.key_env, "").strip() if endpoint.key_env else ""
     if endpoint.key_env and not key:
         raise MissingRequirementError(
@@ -157,6 +162,10 @@ def _open_client(name: str, endpoint: EndpointSection) -> HttpClient:
             remedy=f"export {endpoint.key_env}=... with the key alone: ASCII, no spaces, "
             "no line breaks",
         )
+    return key
+
+
+def _open_client(name: str, endpoint: EndpointSection) -> HttpClient:
     policy = RetryPolicy(
         endpoint.concurrency,
         endpoint.max_attempts,
@@ -167,4 +176,4 @@ def _open_client(name: str, endpoint: EndpointSection) -> HttpClient:
         endpoint.max_answer_s,
     )
     url = endpoint.url.rstrip("/").removesuffix("/v1")  # OpenAI's clients are given it with /v1
-    return HttpClient(url, name, policy, key)
+    return HttpClient(url, name, policy, endpoint_key(name, endpoint))

@@ -10,16 +10,26 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 from persea import storage
 from persea.cache.capture import CaptureUnit, plan_units
 from persea.cache.given_answers import refuse_missing_answers
 from persea.chat.messages import ThinkingEffort
 from persea.config.recipe import Recipe
+from persea.config.schema import TrainingSection
+from persea.config.size_defaults import apply_size_defaults, has_size_defaults, resolve_steps
 from persea.data.dedup import DedupOptions
 from persea.data.held_out_texts import HeldOutText, read_held_out_texts
-from persea.data.prompts import Corpus, MalformedLine, Prompt, RemovalReason, build_corpus
-from persea.errors import DataError, RecipeError, RefusedError
+from persea.data.prompts import (
+    Corpus,
+    MalformedLine,
+    Prompt,
+    RemovalReason,
+    build_corpus,
+    refuse_lost_parts,
+)
+from persea.errors import DataError, RecipeError
 from persea.evaluation.audition import Cast
 from persea.evaluation.compatibility import ConversationSample
 from persea.evaluation.text_contest import GivenTexts
@@ -45,6 +55,7 @@ class RunContext:
         world: The processes that train together, and which of them this one is.
         models: The recipe's models.
         stages: The records and outputs of the stages in the run folder.
+        size_defaults: Dotted key -> value of each key that follows the student's size.
     """
 
     recipe: Recipe
@@ -53,10 +64,41 @@ class RunContext:
     world: World = field(default_factory=World)
     models: ModelRefs = field(init=False, repr=False)
     stages: StageStore = field(init=False, repr=False)
+    size_defaults: dict[str, Any] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.models = ModelRefs(self.recipe, self.folder)
         self.stages = StageStore(self.folder)
+        if has_size_defaults(self.recipe) and not self.recipe.student.sizes:
+            size = self.models.student_size
+            self.recipe, self.size_defaults = apply_size_defaults(
+                self.recipe,
+                size.num_parameters if size else 0,
+                self.models.max_positions(BASE) if size else 0,
+            )
+            self.models.recipe = self.recipe
+
+    @cached_property
+    def training(self) -> TrainingSection:
+        """The section `training`, its epochs and ratios in steps of this corpus."""
+        training = self.recipe.training
+        if training.num_train_epochs is None and training.warmup_ratio is None:
+            return training
+        epochs = training.num_train_epochs
+        resolved = resolve_steps(training, len(self.corpus.prompts) if epochs else 0)
+        on_policy = resolved.on_policy
+        if on_policy and on_policy.start_step >= resolved.steps:
+            raise RecipeError(
+                f"{on_policy.start_step}, but {epochs:g} epochs are {resolved.steps:,} steps",
+                where="training.on_policy.start_step",
+                remedy="fewer, or a larger `num_train_epochs:`",
+            )
+        return resolved
+
+    @property
+    def resolved_recipe(self) -> Recipe:
+        """The recipe with `training` in steps."""
+        return self.recipe.model_copy(update={"training": self.training})
 
     # --- tasks, held-out items and held-out texts ---
 
@@ -237,7 +279,7 @@ class RunContext:
         Without held-out items and near-duplicates; long texts are split into windows.
 
         Raises:
-            RefusedError: Everything is left out.
+            RefusedError: Everything of a part is left out.
         """
         held_out = [
             i.prompt
@@ -271,13 +313,7 @@ class RunContext:
             [(text.id, text.text) for text in self.held_out_texts],
             self.are_answers_given,
         )
-        if not corpus.prompts and corpus.removed:
-            counts = ", ".join(f"{n:,} {why}" for why, n in corpus.count_removed().items())
-            raise RefusedError(
-                f"nothing is left to teach: {counts}",
-                where="corpus",
-                remedy="give prompts or texts that do not hold the held-out ones",
-            )
+        refuse_lost_parts(corpus, parts)
         return replace(
             corpus,
             prompts=tuple(self.split_documents(corpus.prompts)),

@@ -32,7 +32,14 @@ STAGE_NAMES = tuple(STAGE_VERSIONS)
 # keys of `evaluation` that are read after the evaluation, and change none of its numbers
 POST_EVALUATION_KEYS = {"allow_safety_regression", "lm_eval_results"}
 # keys of `training` that set how often a training is saved, logged and shown, and change no weight
-OBSERVATION_KEYS = {"report_to", "log_every", "checkpoint_every", "evaluate_every"}
+OBSERVATION_KEYS = {"report_to", "log_every", "checkpoint_every", "eval_steps"}
+# keys of `training` that are in the number of steps
+RESOLVED_KEYS = {"num_train_epochs", "warmup_ratio"}
+# key -> its name in records and checkpoints, where it was renamed since
+RECORDED_NAMES = {
+    "lr_scheduler_type": "schedule",
+    "gradient_accumulation_steps": "micro_batches",
+}
 # keys of `training.on_policy` that end a training, and change no weight of one that goes on
 TRIPWIRE_KEYS = {
     "tripwire_steps",
@@ -101,11 +108,7 @@ def train_inputs(context: RunContext) -> dict[str, Any]:
     """
     teach_end = context.recipe.capture.teach_end
     return {
-        "training": context.recipe.training.model_dump(
-            mode="json",
-            exclude={**dict.fromkeys(OBSERVATION_KEYS, True), "on_policy": TRIPWIRE_KEYS},
-        )
-        | {"learning_rate": context.models.learning_rate},
+        "training": _training_inputs(context) | {"learning_rate": context.models.learning_rate},
         "seed": context.recipe.seed,
         "threads": context.recipe.threads,
         "max_mask_search_tokens": context.recipe.check.max_mask_search_tokens,
@@ -118,6 +121,15 @@ def train_inputs(context: RunContext) -> dict[str, Any]:
         if context.recipe.capture.drop_wrong_answers
         else {}
     )
+
+
+def _training_inputs(context: RunContext) -> dict[str, Any]:
+    """Return the section `training` without keys that change no weight, in the record's names."""
+    left_out = dict.fromkeys(OBSERVATION_KEYS | RESOLVED_KEYS, True)
+    section = context.training.model_dump(
+        mode="json", exclude={**left_out, "on_policy": TRIPWIRE_KEYS}
+    )
+    return {RECORDED_NAMES.get(key, key): value for key, value in section.items()}
 
 
 def evaluate_inputs(context: RunContext) -> object:

@@ -126,7 +126,7 @@ class StageStore:
             progress(stage, 1.0, "up to date")
             return
         if stage == "train" and not force:
-            self._refuse_other_student(key, inputs)
+            self.refuse_other_student(key, inputs)
         storage.write_atomic(self.folder / "recipe.yaml", recipe_yaml.encode())
         start = time.monotonic()
         progress(stage, 0.0, "")
@@ -220,7 +220,12 @@ class StageStore:
         }
         storage.write_json_with_checksum(folder / RECORD_FILE, record)
 
-    def _refuse_other_student(self, key: str, inputs: object) -> None:
+    def refuse_other_student(self, key: str, inputs: object) -> None:
+        """Raise if a finished student of another key would be overwritten.
+
+        Raises:
+            RefusedError: It would. The message names what differs.
+        """
         if not self.has_record("train"):
             return
         record = self._read_any_version("train")

@@ -26,6 +26,7 @@ from persea.pipeline.licence_gate import (
     write_notice,
 )
 from persea.pipeline.model_refs import BASE, STUDENT, is_small_local_model, model_source
+from persea.pipeline.progress import WARNING_PREFIX
 from persea.pipeline.remote_teachers import is_remote
 from persea.pipeline.run_context import RunContext
 from persea.pipeline.status import record_status
@@ -379,11 +380,7 @@ def run_pipeline(context: RunContext, progress: ProgressCallback, only_stage: st
     """
     set_threads(context.recipe.threads)
     with _say_if_slow(progress, only_stage or STAGES[0].name):
-        preflight.refuse_unsupported_efforts(context)
-        if only_stage in ("", "check", "audition", "capture", "train"):
-            preflight.refuse_asking_text_models(context)
-        context.lm_eval_digests()
-        preflight.refuse_missing_logprobs(context)
+        warnings = preflight.check_run(context, only_stage)
     if only_stage in ("", *LICENSED_STAGES):
         refuse_unlicensed(context.recipe, context.folder)
     with join_process_group(context.world):
@@ -399,6 +396,10 @@ def run_pipeline(context: RunContext, progress: ProgressCallback, only_stage: st
             record_status(context.folder, context.recipe.name, progress) as recorded_progress,
         ):
             context.stages.recover()
+            for warning in warnings:
+                progress(only_stage or STAGES[0].name, 0.0, f"{WARNING_PREFIX}{warning}")
+            if not only_stage and not context.stages.has_record("evaluate"):
+                context.models.open_servers(context.recipe.audition.batch_size)
             for stage in STAGES:
                 if not only_stage or stage.name == only_stage:
                     if stage.name in LICENSED_STAGES:  # a server has named its model by now

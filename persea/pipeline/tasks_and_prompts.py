@@ -169,10 +169,12 @@ def load_part_prompts(
         documents = read_documents(
             Path(part.texts), part.column or "", quarantine, part.max_line_bytes
         )
-        return [
+        texts = [
             Prompt(location, Conversation.from_document(text), part.skill, part.language)
             for location, text in documents
         ]
+        _refuse_empty(texts, part.texts, "text", num_malformed)
+        return texts
     if part.file is not None or part.hub is not None:
         source: Path | Iterable[TableRow] = Path(part.file or "")
         name = part.file or ""
@@ -198,6 +200,7 @@ def load_part_prompts(
         for note in found.notes():
             on_note(f"{name}: {note}")
         _refuse_too_many_malformed(name, num_malformed, found.num_rows, part)
+        _refuse_empty(prompts, name, "prompt", num_malformed, found.notes())
         for prompt in prompts:
             if prompt.skill not in skill_names:
                 raise DataError(
@@ -219,6 +222,24 @@ def load_part_prompts(
     return assign_efforts(
         (replace(i.prompt, answer=i.reference) for i in items), part.effort_shares
     )
+
+
+def _refuse_empty(
+    found: Sequence[Prompt], name: str, kind: str, num_malformed: int, notes: Sequence[str] = ()
+) -> None:
+    """Check that a source of the corpus is not empty.
+
+    Raises:
+        DataError: It holds nothing to teach.
+    """
+    if not found:
+        reasons = [f"{num_malformed:,} rows cannot be read"] * (num_malformed > 0)
+        why = "; ".join([*reasons, *notes]) or "the file is empty"
+        raise DataError(
+            f"no {kind} to teach: {why}",
+            where=name,
+            remedy="give another file, or delete this part of `corpus:`",
+        )
 
 
 def _refuse_too_many_malformed(

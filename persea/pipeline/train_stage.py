@@ -81,7 +81,7 @@ def train_in_processes(
 def _saved_dtype(context: RunContext, student: StudentModel) -> torch.dtype | None:
     import torch
 
-    wanted = context.recipe.training.save_dtype
+    wanted = context.training.save_dtype
     if wanted is SavedDtype.AUTO:
         return student.stored_dtype
     dtype: torch.dtype = getattr(torch, wanted.value)
@@ -138,7 +138,7 @@ def train_rank(
         progress: called before everything that may take seconds, after every step, and inside a
             step that takes longer than a second.
     """
-    t, world = context.recipe.training, context.world
+    t, world = context.training, context.world
     done = _steps_of_checkpoint(context, folder) / t.steps
     progress(done, "")
     progress(done, "loading the student")
@@ -205,7 +205,7 @@ def _teacher_caches(context: RunContext) -> Sequence[tuple[AnswerSource, float]]
     caches: Sequence[tuple[AnswerSource, float]] = open_teacher_caches(
         context.capture_units,
         context.folder / "capture",
-        context.recipe.training.shuffle_window_blocks,
+        context.training.shuffle_window_blocks,
     )
     return (
         without_rejected(caches, storage.read_json(context.folder / "capture" / "rejected.json"))
@@ -218,7 +218,7 @@ def _load_rollouts(
     context: RunContext, student: StudentModel, held_out_dataset: DistillDataset | None
 ) -> Rollouts | None:
     """Build the on-policy steps of a recipe that has them; held-out prompts are never used."""
-    t = context.recipe.training
+    t = context.training
     if t.on_policy is None:
         return None
     held_out = frozenset(held_out_dataset.prompt_ids()) if held_out_dataset else frozenset()
@@ -320,7 +320,7 @@ def _steps_of_checkpoint(context: RunContext, folder: Path) -> int:
 
 def _with_tracker(context: RunContext, folder: Path, on_step: StepCallback) -> StepCallback:
     """Return a callback that also sends logged lines to the recipe's tracker."""
-    t = context.recipe.training
+    t = context.training
     if t.report_to is None or context.world.rank:
         return on_step
     tracker = open_tracker(

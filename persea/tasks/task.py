@@ -120,12 +120,14 @@ class Task:
         items: (split, n, seed) -> at most n different items of the split, in a fixed order.
         grade: (item, answer) -> a verdict, worth 1 if RIGHT and else 0; or a Grade if an answer can
             be partly right.
+        num_train_items: Different items of split TRAIN; None = unknown.
     """
 
     name: str
     languages: tuple[str, ...]
     items: Callable[[Split, int, int], tuple[TaskItem, ...]]
     grade: Callable[[TaskItem, Message], Verdict | Grade]
+    num_train_items: int | None = None
 
 
 @dataclass(frozen=True)

@@ -264,8 +264,7 @@ class DistillDataset(torch.utils.data.Dataset[Example]):
                 f"{len(self)} examples are too few to hold out {n} "
                 f"and train on batches of {self.batch_size}",
                 where="training.validation_share",
-                remedy="a larger corpus, a smaller training.batch_size, "
-                "or training.evaluate_every: 0",
+                remedy="a larger corpus, a smaller training.batch_size, or training.eval_steps: 0",
             )
         held_out_L = np.zeros(len(self), np.bool_)
         held_out_L[np.random.default_rng([mixture.seed, n]).permutation(len(self))[:n]] = True

@@ -41,7 +41,11 @@ def learning_rate_at_step(
         begin = max(warmup_steps, round(total_steps * (1 - cooldown_share)))
         done = min(1.0, max(0.0, (step - begin) / max(1, total_steps - begin)))
         return peak_learning_rate * warm * (1 - (1 - min_ratio) * done)
+    if schedule is LRSchedule.CONSTANT:
+        return peak_learning_rate * warm
     done = min(1.0, max(0.0, (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+    if schedule is LRSchedule.LINEAR:
+        return peak_learning_rate * warm * (1 - (1 - min_ratio) * done)
     return (
         peak_learning_rate
         * warm

@@ -304,9 +304,7 @@ def _merge_into_stored(source: ModelSource, renderer: ChatRenderer, adapter: Pat
 def _save_adapter(model: Any, folder: Path, source: ModelSource) -> None:
     """Save adapters as PEFT does, with the hub name of their base and no folder of this machine."""
     model.save_pretrained(folder)
-    _write_key(
-        folder / "adapter_config.json", "base_model_name_or_path", model_name(source.model)
-    )
+    _write_key(folder / "adapter_config.json", "base_model_name_or_path", model_name(source.model))
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
     _allow_by_umask(folder)
 

@@ -293,8 +293,8 @@ def test_order_comments_and_spelt_out_defaults_do_not_change_the_hash(write: Any
     plain = load_recipe(write(GOOD)).hash
     head, tail = GOOD.split("teachers:")
     other = (
-        f"# a comment\nseed: 0\nteachers:{tail}  batch_size: 16\n"
-        f"check: {{min_common_share: 3.0e-1}}\n{head}  adapt: full\n"
+        f"# a comment\nseed: 0\nteachers:{tail}  weight_decay: 0.01\n"
+        f"check: {{min_common_share: 3.0e-1}}\n{head}  thinking: false\n"
     )
     assert load_recipe(write(other)).hash == plain
 
@@ -601,10 +601,31 @@ BAD: list[tuple[str, str, str, str]] = [
         "check.Min_Common_Share: unknown key -> did you mean 'min_common_share'?",
     ),
     (
-        "American",
-        S + "teachers: [{model: a/c, license: MIT}]\n" + REST,
-        "2:25",
-        "teachers.0.license: unknown key -> did you mean 'licence'?",
+        "per device",
+        TWO + REST + "training: {per_device_train_batch_size: 3}\n",
+        "4:12",
+        "training.per_device_train_batch_size: unknown key -> write `batch_size:`, the "
+        "conversations of a whole step (per device x devices x accumulation), and "
+        "`gradient_accumulation_steps:` to split it",
+    ),
+    (
+        "a number in quotes",
+        TWO + REST + 'training: {steps: "60"}\n',
+        "4:12",
+        "training.steps: should be a whole number (got '60') -> write `steps: 60`",
+    ),
+    (
+        "a number with separators in quotes",
+        TWO + REST + 'training: {learning_rate: "1e-4"}\n',
+        "4:12",
+        "training.learning_rate: should be a number (got '1e-4') -> write `learning_rate: 1e-4`",
+    ),
+    (
+        "steps and epochs",
+        TWO + REST + "training: {max_steps: 9, num_train_epochs: 2}\n",
+        "4:26",
+        "training.num_train_epochs: given together with `steps` -> delete `num_train_epochs:` or "
+        "`steps:`",
     ),
     (
         "of another section",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from persea.config.foreign_keys import FOREIGN_KEYS, FOREIGN_REMEDIES
 from persea.config.recipe import SECTION_CLASSES, Recipe, load_recipe
 from persea.config.renamed_keys import (
     RENAMED_KEYS,
@@ -47,6 +48,45 @@ def write(tmp_path: Path) -> Any:
         return path
 
     return to
+
+
+def test_names_of_other_trainers_are_read(write: Any) -> None:
+    text = """\
+student: {model: a/b, adapt: lora, license: MIT, lora: {r: 4, lora_alpha: 8, target_modules: [x]}}
+teachers: [{model: a/c}]
+corpus: [{skill: code, generate: 10}]
+training:
+  max_steps: 7
+  lr: 1.0e-4
+  bf16: true
+  lr_scheduler_type: warmup_stable_decay
+  logging_steps: 2
+  save_steps: 3
+  max_seq_length: 64
+  warmup_ratio: 0.1
+  gradient_accumulation_steps: 2
+"""
+    recipe = load_recipe(write(text))
+    training, student = recipe.training, recipe.student
+    assert (training.steps, training.learning_rate, training.precision) == (7, 1e-4, "bfloat16")
+    assert (training.lr_scheduler_type, training.log_every) == ("wsd", 2)
+    assert (training.checkpoint_every, training.max_length) == (3, 64)
+    assert student.licence == "MIT"
+    assert student.lora is not None
+    assert (student.lora.rank, student.lora.alpha, student.lora.targets) == (4, 8, ("x",))
+    assert len(recipe.notices) == 10
+    assert all(notice.endswith(", its name here") for notice in recipe.notices)
+    changed = load_recipe(write(text), ["training.max_steps=8"])
+    assert changed.training.steps == 8
+
+
+def test_every_foreign_name_is_of_a_key_that_exists() -> None:
+    for path, names in FOREIGN_KEYS.items():
+        section = next((SECTION_CLASSES[k] for k in reversed(path) if k != "*"), Recipe)
+        assert set(names.values()) <= set(section.model_fields)
+        assert not set(names) & set(section.model_fields)
+    for name, remedies in FOREIGN_REMEDIES.items():
+        assert not set(remedies) & set(SECTION_CLASSES[name].model_fields)
 
 
 def test_an_old_recipe_is_the_new_one(write: Any) -> None:

@@ -84,10 +84,13 @@ def test_rollouts_are_used_in_time_and_completely(
 
 
 def test_cooldown_and_validation_share_have_defaults_only_if_used() -> None:
-    plain, asked = TrainingSection(), TrainingSection(schedule=LRSchedule.WSD, evaluate_every=100)
+    plain, asked = (
+        TrainingSection(),
+        TrainingSection(lr_scheduler_type=LRSchedule.WSD, eval_steps=100),
+    )
     assert (plain.cooldown, plain.validation_share, plain.report_to) == (None, None, None)
     assert (asked.cooldown, asked.validation_share) == (0.2, 0.05)
-    for idle in ({"cooldown": 0.1}, {"validation_share": 0.1}, {"micro_batches": 17}):
+    for idle in ({"cooldown": 0.1}, {"validation_share": 0.1}, {"gradient_accumulation_steps": 17}):
         with pytest.raises(ValidationError, match="contradiction"):
             TrainingSection(**idle)  # type: ignore[arg-type]
 

@@ -63,13 +63,19 @@ def test_a_student_that_is_its_teacher_closed_the_gap(tmp_path: Path) -> None:
 def test_training_texts_that_hold_held_out_ones_are_left_out(tmp_path: Path) -> None:
     training = documents(tmp_path, ("id",))
     same = [{**training[0], "skill": "world"}]
+    more = tmp_path / "more.jsonl"
+    own = Path(training[0]["texts"]).read_text()
+    more.write_text(own + '{"text": "Perahu kecil itu berlayar pelan ke pulau."}\n')
+    training = [{**training[0], "texts": str(more)}]
     run = context(
         tmp_path,
         corpus=[*training, *documents(tmp_path, ("ko",))],
         audition={"pinned": {"world": "qwen-sapling"}},
         evaluation={"texts": same},
     )
-    assert {p.language for p in run.corpus.prompts} == {"ko"}
+    kept = [p for p in run.corpus.prompts if p.language == "id"]
+    assert len(kept) == 1
+    assert kept[0].conversation.messages[0].text.startswith("Perahu")
     removed = {r.reason.value for r in run.corpus.removed if r.prompt.language == "id"}
     assert removed <= {"test item", "holds a test item"}
     assert removed
@@ -78,7 +84,7 @@ def test_training_texts_that_hold_held_out_ones_are_left_out(tmp_path: Path) -> 
 def test_a_corpus_of_held_out_texts_alone_is_refused(tmp_path: Path) -> None:
     training = documents(tmp_path, ("id",))
     run = context(tmp_path, corpus=training, evaluation={"texts": training})
-    with pytest.raises(RefusedError, match=r"corpus: nothing is left to teach: 10 test item -> "):
+    with pytest.raises(RefusedError, match=r"corpus\.0: nothing is left to teach: 10 test item"):
         assert run.corpus
 
 

@@ -16,7 +16,8 @@ from persea.errors import DataError, RefusedError
 from persea.models.loading import ModelSource
 from persea.models.sizes import read_model_size
 from persea.pipeline.cost import training_bytes
-from persea.pipeline.plan import SAMPLED_BYTES_PER_TOKEN, TOPK_BYTES_PER_TOKEN, plan_run
+from persea.pipeline.plan import plan_run
+from persea.pipeline.preflight_data import SAMPLED_BYTES_PER_TOKEN, TOPK_BYTES_PER_TOKEN
 from persea.pipeline.run_context import RunContext
 from tests.cli.test_cli import SAPLINGS, STAGES, flowed_copy, recipe, tree
 
@@ -52,9 +53,8 @@ def test_after_all_everything_stands_until_something_changes(tmp_path: Path) -> 
     assert states(tmp_path, "evaluation.max_new_tokens=40") == but(
         evaluate="to do", lineage="to do", report="waits"
     )
-    assert states(tmp_path, "capture.sampling_threshold=0.05") == but(
-        capture="to do", train="waits", evaluate="waits", lineage="waits", report="waits"
-    )
+    with pytest.raises(RefusedError, match="finished student of another recipe"):
+        states(tmp_path, "capture.sampling_threshold=0.05")  # as `run` does
     assert states(tmp_path, "check.min_common_share=0.2") == but(
         check="to do", lineage="to do", report="waits"
     )

@@ -27,6 +27,7 @@ def river(
 ) -> Any:
     return SimpleNamespace(
         recipe=SimpleNamespace(training=training, teachers=teachers),
+        training=training,
         launch_options=how or LaunchOptions(),
         world=world or World(),
         held_out_items=lambda split: 1 // 0,

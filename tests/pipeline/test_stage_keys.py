@@ -42,6 +42,7 @@ def river(
     }
     return SimpleNamespace(
         recipe=recipe,
+        training=recipe.training,
         models=SimpleNamespace(
             student_identity="me", teacher_identities={"a": "b"}, learning_rate=1e-3
         ),
@@ -62,7 +63,7 @@ def test_every_stage_has_inputs_of_its_own_name() -> None:
     [
         (river({"report_to": "wandb", "log_every": 7, "checkpoint_every": 9}), True),
         (river({"steps": 7}), False),
-        (river({"evaluate_every": 5}), False),
+        (river({"eval_steps": 5}), False),
         (river(verify=True), False),
         (river(check={"max_lines_per_text": 3}), True),
         (river(check={"max_mask_search_tokens": 10}), False),
@@ -75,8 +76,8 @@ def test_a_student_is_trained_anew_where_what_it_learned_changes(changed: Any, s
 
 
 def test_how_often_a_student_is_evaluated_is_no_part_of_what_it_learned() -> None:
-    """Only whether answers are held out is: with evaluate_every = 0 none are."""
-    some, other = (inputs.train_inputs(river({"evaluate_every": n})) for n in (5, 7))
+    """Only whether answers are held out is: with eval_steps = 0 none are."""
+    some, other = (inputs.train_inputs(river({"eval_steps": n})) for n in (5, 7))
     assert some == other != inputs.train_inputs(river())
 
 

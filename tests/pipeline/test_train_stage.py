@@ -91,8 +91,8 @@ def test_two_processes_stopped_and_resumed_by_one_learn_what_was_asked(tmp_path:
     """
     flowed_copy(tmp_path, "check", "audition", "capture")
     sets = (
-        "training.micro_batches=2",
-        "training.evaluate_every=4",
+        "training.gradient_accumulation_steps=2",
+        "training.eval_steps=4",
         "training.report_to=tensorboard",
         "training.loss_balancing=deviation",
     )
@@ -293,7 +293,7 @@ def test_a_question_whose_lesson_is_held_out_is_not_asked(
     here = river(
         tmp_path,
         LaunchOptions(),
-        "training.evaluate_every=4",
+        "training.eval_steps=4",
         "training.on_policy={start_step: 0, rollouts: 8}",
     )
     asked = list[str]()

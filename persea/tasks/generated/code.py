@@ -2,8 +2,8 @@
 
 Graded by the values they compute, in an evaluator with a whitelist; no code is executed.
 
-About 60,000 questions. References write sums and products in either order, and a choice from either
-side.
+42,540 questions, 11,053 of them for training. References write sums and products in either
+order, and a choice from either side.
 """
 
 from __future__ import annotations
@@ -265,4 +265,4 @@ def _evaluate_node(node: ast.expr, names: Mapping[str, Any]) -> Any:
     raise DisallowedExpressionError(type(node).__name__)
 
 
-CODE_TASK = Task("code", ("python",), items, grade)
+CODE_TASK = Task("code", ("python",), items, grade, 11_053)

@@ -2,9 +2,10 @@
 
 Graded by the final answer, whatever precedes it.
 
-About 50,000 questions. The numbers alone identify a question: another name or object does not make
-another question. Without thinking, the reference writes the sums before the answer, because a model
-of this size has nowhere else to compute; with thinking, the sums are in the thinking text.
+33,031 questions, 8,566 of them for training. The numbers alone identify a question: another
+name or object does not make another question. Without thinking, the reference writes the sums
+before the answer, because a model of this size has nowhere else to compute; with thinking, the sums
+are in the thinking text.
 """
 
 from __future__ import annotations
@@ -123,4 +124,4 @@ def grade(item: TaskItem, answer: Message) -> Verdict:
     return Verdict.RIGHT if same else Verdict.WRONG
 
 
-REASONING_TASK = Task("reasoning", ("en",), items, grade)
+REASONING_TASK = Task("reasoning", ("en",), items, grade, 8_566)
