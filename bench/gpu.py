@@ -35,6 +35,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "losses"), str(ROOT / "bench")]
 MATRIX_PRODUCTS = 3  # of the head with cached targets: logits, gradient of hidden, of weight
 TOLERANCE = 2e-4
+PINNED = {
+    "languages": "qwen-sapling",
+    "code": "gemma-sapling",
+    "safety": "gemma-sapling",
+    "reasoning": "gpt-oss-sapling",
+    "tools": "gpt-oss-sapling",
+}
 TRAINING = {
     "adamw_fused": ["training.optim=adamw_torch_fused"],
     "bf16_compiled": ["training.torch_compile=true"],
@@ -126,8 +133,13 @@ def check_run(name: str, overrides: list[str], is_cpu: bool) -> dict[str, Any]:
     if name in NEEDS_BITSANDBYTES and (is_cpu or find_spec("bitsandbytes") is None):
         return {"skipped": "needs a CUDA device and bitsandbytes"}
     short = {"training.steps": 6, "training.batch_size": 8, "training.checkpoint_every": 6}
-    short |= {"training.precision": "bfloat16", "audition.items": 4, "evaluation.items": 4}
+    short |= {
+        "training.precision": "bfloat16",
+        "audition.compare_with_base": "false",
+        "evaluation.items": 4,
+    }
     recipe = yaml.safe_load((ROOT / "recipes" / "quickstart.yaml").read_text())
+    short |= {f"audition.pinned.{skill}": teacher for skill, teacher in PINNED.items()}
     short |= {f"corpus.{k}.generate": 16 for k in range(len(recipe["corpus"]))}
     sets = [f"{key}={value}" for key, value in short.items()] + overrides
     with tempfile.TemporaryDirectory() as out:
