@@ -131,6 +131,7 @@ export: .venv/persea
 engines: .venv/persea
 	$(BIN)/pip install -q 'transformers[serving]'
 	$(BIN)/python bench/engines.py .engines
+	$(BIN)/python bench/serving.py .engines
 
 soak: .venv/persea
 	$(BIN)/python bench/soak.py

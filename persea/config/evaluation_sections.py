@@ -231,6 +231,13 @@ class CheckSection(RecipeSection):
         description="largest share of the compared texts that may be left out because a vocabulary "
         "lacks a byte of them, else refused",
     )
+    min_named_mass: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="least share of the probability that the events of a server's listed tokens "
+        "keep, for each language, else refused; 0 = not measured",
+    )
     texts: dict[str, str] = Field(
         default={},
         description="language -> a file to measure besides the skills' answers, one text a line; "

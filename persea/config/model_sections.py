@@ -372,7 +372,8 @@ class TeacherSection(ModelRef):
     engine_options: dict[str, str | int | float | bool] = Field(
         default={},
         description="further arguments of that library, such as {dtype: float32, max_model_len: "
-        "4096, tensor_parallel_size: 2} for vllm.LLM",
+        "4096, tensor_parallel_size: 2} for vllm.LLM; its max_logprobs is the number of tokens "
+        "listed per position, -1 the whole vocabulary",
     )
     endpoint: EndpointSection | None = Field(
         default=None, description="a server that runs it; then no weights are loaded here"

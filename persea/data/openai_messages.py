@@ -44,12 +44,16 @@ MESSAGES_REMEDY = (
 PICTURE_REMEDY = "persea teaches text; leave rows with pictures, sound and files out"
 
 
-def parse_messages(rows: Any, where: str) -> tuple[Message, ...]:
+def parse_messages(
+    rows: Any, where: str, *, refuse_stray_marks: bool = True
+) -> tuple[Message, ...]:
     """Read messages.
 
     Args:
         rows: A list of objects with role and content.
         where: Location for error messages.
+        refuse_stray_marks: Whether an answer with the mark of a thought inside its text is
+            refused, as in data to learn from, instead of taken as it is.
 
     Returns:
         Messages; results of several tools that follow each other are one message.
@@ -78,7 +82,7 @@ def parse_messages(rows: Any, where: str) -> tuple[Message, ...]:
         role = ROLES.get(str(row.get("role")))
         if role is None:
             _refuse(f"a message has role {row.get('role')!r}", here)
-        parts = _parse_parts(row, role, names, here)
+        parts = _parse_parts(row, role, names, here, refuse_stray_marks)
         if role is Role.TOOL and messages and messages[-1].role is Role.TOOL:
             messages[-1] = Message(role, (*messages[-1].parts, *parts))
         else:
@@ -87,7 +91,11 @@ def parse_messages(rows: Any, where: str) -> tuple[Message, ...]:
 
 
 def _parse_parts(
-    row: Mapping[str, Any], role: Role, names: dict[str, str], where: str
+    row: Mapping[str, Any],
+    role: Role,
+    names: dict[str, str],
+    where: str,
+    refuse_stray_marks: bool,
 ) -> tuple[ContentPart, ...]:
     text = _content_text(row.get("content"), where)
     thinking = [row[key] for key in THINKING_KEYS if row.get(key)]
@@ -103,7 +111,12 @@ def _parse_parts(
         return (Text(text),)
     if any(not isinstance(t, str) for t in thinking) or len(set(thinking)) > 1:
         _refuse("its thought is not one text", where)
-    thought, text = separate_thought(text, where)
+    try:
+        thought, text = separate_thought(text, where)
+    except DataError:
+        if refuse_stray_marks:
+            raise
+        thought = ""
     if thinking and thought:
         _refuse("it has a thought in a field of its own and another one in its text", where)
     thought = unicodedata.normalize("NFC", thinking[0]) if thinking else thought

@@ -137,7 +137,7 @@ def build_event_targets(
         )
     row_R = np.unique(row_M) if kind is DistributionKind.TOPK else row_M[:0]
     if len(row_R):
-        whole = _is_fully_named(event_map, row_M, event_M)
+        whole = is_fully_named(event_map, row_M, event_M)
         row_M, ids_M, probs_M, event_M = row_M[whole], ids_M[whole], probs_M[whole], event_M[whole]
     named_R = (
         np.bincount(np.searchsorted(row_R, row_M), probs_M, minlength=len(row_R))
@@ -309,7 +309,7 @@ def _excluded_from_rest(
     )
 
 
-def _is_fully_named(
+def is_fully_named(
     event_map: EventMap, row_M: npt.NDArray[np.integer], event_M: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.bool_]:
     """Return whether all teacher tokens of an entry's event are named; true for control tokens.

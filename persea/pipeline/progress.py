@@ -142,6 +142,14 @@ def print_check(check_result: dict[str, Any]) -> None:
     )
     for line in _unwritable_lines(check_result):
         console.print(line, highlight=False, soft_wrap=True)
+    for one in check_result.get("named_mass", []):
+        console.print(
+            f"{one['teacher']}, {one['language']}: the {one['top_logprobs']} listed tokens have "
+            f"{one['listed_mass']:.1%} of the probability, {one['event_mass']:.1%} in whole events "
+            f"({one['positions']:,} positions)",
+            highlight=False,
+            soft_wrap=True,
+        )
     for measured in check_result.get("measured", []):
         console.print(describe_measured(measured), style="dim", highlight=False, soft_wrap=True)
     for likelihood in check_result["likelihoods"]:

@@ -12,19 +12,13 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 from persea.chat.messages import FinishReason
-from persea.serve.streaming import (
-    ServedModel,
-    StreamingAnswerParser,
-    content_bytes,
-    cut_at_stop,
-)
+from persea.serve.streaming import CompletionText, StreamingAnswerParser
 
 OPENAI_FINISH_REASONS = {
     FinishReason.STOP: "stop",
     FinishReason.LENGTH: "length",
     FinishReason.MALFORMED: "malformed",
 }
-TOKENS_PER_DISCONNECT_CHECK = 16
 
 
 def finish_chat(
@@ -46,7 +40,7 @@ def finish_chat(
 async def chat_events(
     fields: dict[str, Any],
     parser: StreamingAnswerParser,
-    tokens: AsyncGenerator[int, None],
+    token_stream: AsyncGenerator[list[int], None],
     num_prompt_tokens: int,
     include_usage: bool,
 ) -> AsyncGenerator[dict[str, Any], None]:
@@ -57,10 +51,10 @@ async def chat_events(
         return fields | {"choices": [choice]}
 
     yield event({"role": "assistant", "content": ""})
-    async with aclosing(tokens):
-        async for token in tokens:
-            if delta := parser.add_token(token):
-                yield event(dict(delta))
+    async with aclosing(token_stream):
+        async for tokens in token_stream:
+            for field, new_text in parser.add_tokens(tokens).items():
+                yield event({field: new_text})
             if parser.is_stopped:
                 break
     text, calls, finish_reason = finish_chat(parser)
@@ -82,76 +76,56 @@ def token_usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 
 
 async def until_disconnected(
-    token_stream: AsyncGenerator[int, None], request: Request
-) -> AsyncGenerator[int, None]:
+    token_stream: AsyncGenerator[list[int], None], request: Request
+) -> AsyncGenerator[list[int], None]:
     """Yield tokens until the client disconnects."""
     async with aclosing(token_stream):
-        count = 0
-        async for token in token_stream:
-            yield token
-            count += 1
-            if count % TOKENS_PER_DISCONNECT_CHECK == 0 and await request.is_disconnected():
+        async for tokens in token_stream:
+            yield tokens
+            if await request.is_disconnected():
                 return
 
 
 async def completion_events(
     event_fields: dict[str, Any],
-    served_model: ServedModel,
-    token_stream: AsyncGenerator[int, None],
+    text: CompletionText,
+    token_stream: AsyncGenerator[list[int], None],
     stop_ids: tuple[int, ...],
-    prompt: list[int],
+    num_prompt_tokens: int,
     include_token_ids: bool,
     include_usage: bool,
-    stop_texts: tuple[str, ...] = (),
 ) -> AsyncGenerator[dict[str, Any], None]:
-    """Yield one event per token; a part of a character waits until it is complete.
+    """Yield an event for the tokens that come together."""
 
-    So does the end of a text that may be the beginning of a stop text.
-    """
-    ids: list[int] = []
-    sent, is_stopped = "", False
-    async with aclosing(token_stream):
-        async for token in token_stream:
-            ids.append(token)
-            raw = content_bytes(served_model.renderer, ids)
-            text = (
-                raw.decode(errors="ignore")
-                if _ends_inside_character(raw)
-                else raw.decode(errors="replace")
-            )
-            if token not in stop_ids:  # at the end, nothing is held back
-                text, is_stopped = cut_at_stop(text, stop_texts)
-            choice: dict[str, Any] = {
-                "index": 0,
-                "text": text[len(sent) :],
-                "finish_reason": "stop" if token in stop_ids or is_stopped else None,
-                "logprobs": None,
-            }
-            sent = text
-            if include_token_ids:
-                choice["token_ids"] = [token]
-            yield event_fields | {"choices": [choice]}
-            if is_stopped:
-                break
-    if not is_stopped and (not ids or ids[-1] not in stop_ids):
-        rest = content_bytes(served_model.renderer, ids).decode(errors="replace")[len(sent) :]
-        yield event_fields | {
-            "choices": [
-                {"index": 0, "text": rest, "finish_reason": "length", "logprobs": None}
-                | ({"token_ids": []} if include_token_ids else {})
-            ]
+    def event(new_text: str, ids: list[int], finish_reason: str | None) -> dict[str, Any]:
+        choice = {
+            "index": 0,
+            "text": new_text,
+            "finish_reason": finish_reason,
+            "logprobs": None,
         }
+        return event_fields | {
+            "choices": [choice | ({"token_ids": ids} if include_token_ids else {})]
+        }
+
+    has_ended = False
+    async with aclosing(token_stream):
+        async for tokens in token_stream:
+            num_sent = len(text.ids)
+            new = text.add_tokens(tokens)
+            has_ended = text.is_stopped or text.ids[-1] in stop_ids
+            if has_ended:
+                new += text.finish()
+            yield event(new, text.ids[num_sent:], "stop" if has_ended else None)
+            if has_ended:
+                break
+    if not has_ended:
+        yield event(text.finish(), [], "length")
     if include_usage:
-        yield event_fields | {"choices": [], "usage": token_usage(len(prompt), len(ids))}
-
-
-def _ends_inside_character(raw: bytes) -> bool:
-    """Return whether the last character is incomplete."""
-    try:
-        raw.decode()
-    except UnicodeDecodeError as problem:
-        return problem.end == len(raw) and problem.reason == "unexpected end of data"
-    return False
+        yield event_fields | {
+            "choices": [],
+            "usage": token_usage(num_prompt_tokens, len(text.ids)),
+        }
 
 
 def sse_response(events: AsyncGenerator[dict[str, Any], None]) -> StreamingResponse:

@@ -62,17 +62,28 @@ def build_prompt_logprobs(
         None for the first token, then {id: {logprob, rank, decoded_token}}.
     """
     positions: list[dict[str, Any] | None] = [None]
-    for token, row_W in zip(ids[1:], logprobs, strict=True):
-        entries = dict(top_k_logprobs(row_W, num_top_logprobs)) if num_top_logprobs else {}
-        entries.setdefault(token, float(row_W[token]))
+    targets_N = torch.tensor(list(ids[1:]), dtype=torch.long)
+    target_logprobs_N1 = logprobs.gather(1, targets_N[:, None])
+    target_ranks = (1 + (logprobs > target_logprobs_N1).sum(1)).tolist()
+    values, top_ids = logprobs.topk(min(num_top_logprobs, logprobs.shape[1]), dim=1)
+    names: dict[int, str] = {}
+    for token, target, rank, top_values, tops in zip(
+        ids[1:],
+        target_logprobs_N1[:, 0].tolist(),
+        target_ranks,
+        values.tolist(),
+        top_ids.tolist(),
+        strict=True,
+    ):
+        entries = {i: (x, 1 + top_values.index(x)) for i, x in zip(tops, top_values, strict=True)}
+        entries.setdefault(token, (target, rank))
+        for i in entries:
+            if i not in names:
+                names[i] = format_token(renderer, i, False)
         positions.append(
             {
-                str(i): {
-                    "logprob": x,
-                    "rank": 1 + int((row_W > x).sum()),
-                    "decoded_token": format_token(renderer, i, False),
-                }
-                for i, x in entries.items()
+                str(i): {"logprob": x, "rank": rank, "decoded_token": names[i]}
+                for i, (x, rank) in entries.items()
             }
         )
     return positions

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -30,6 +30,7 @@ from persea.serve.logprobs import (
     encode_candidate_logprobs,
     format_token,
 )
+from persea.serve.scheduler import run_together
 from persea.serve.schema import (
     MAX_CHOICES,
     ChatCompletionRequest,
@@ -38,10 +39,10 @@ from persea.serve.schema import (
     TokenRequest,
 )
 from persea.serve.streaming import (
+    CompletionText,
     ServedModel,
     StreamingAnswerParser,
     content_bytes,
-    cut_at_stop,
 )
 from persea.teachers.engines import Sampling
 
@@ -128,36 +129,52 @@ class Routes:
                 where="stream",
                 remedy="send stream: false",
             )
-        choices, num_tokens = [], 0
-        for k, sampling in enumerate(samplings):
-            parser = StreamingAnswerParser(
+        parsers = [
+            StreamingAnswerParser(
                 self.renderer, conversation.effort, conversation.tools, body.stop_texts
             )
-            tokens = self.served_model.stream_tokens(
+            for _ in samplings
+        ]
+        streams = [
+            self.served_model.stream_tokens(
                 prompt, self._stop_ids(body.ignore_eos, None), max_new_tokens, sampling
             )
-            if body.stream:
-                fields = self._response_fields("chat.completion.chunk", "chatcmpl")
-                include_usage = (
-                    body.stream_options is not None and body.stream_options.include_usage
-                )
-                return sse_response(chat_events(fields, parser, tokens, len(prompt), include_usage))
-            async with aclosing(until_disconnected(tokens, request)) as generated:
-                async for token in generated:
-                    parser.add_token(token)
-                    if parser.is_stopped:
-                        break
-            choices.append({"index": k} | await self._chat_choice(body, prompt, parser))
-            num_tokens += len(parser.ids)
+            for sampling in samplings
+        ]
+        if body.stream:
+            fields = self._response_fields("chat.completion.chunk", "chatcmpl")
+            include_usage = body.stream_options is not None and body.stream_options.include_usage
+            return sse_response(
+                chat_events(fields, parsers[0], streams[0], len(prompt), include_usage)
+            )
+        found = await run_together(
+            self._chat_choice(body, prompt, *pair, request)
+            for pair in zip(parsers, streams, strict=True)
+        )
+        choices = [{"index": k} | choice for k, choice in enumerate(found)]
+        usage = token_usage(len(prompt), sum(len(parser.ids) for parser in parsers))
         return JSONResponse(
             self._response_fields("chat.completion", "chatcmpl")
-            | {"choices": choices, "usage": token_usage(len(prompt), num_tokens)}
+            | {"choices": choices, "usage": usage}
         )
 
     async def _chat_choice(
-        self, body: ChatCompletionRequest, prompt: list[int], parser: StreamingAnswerParser
+        self,
+        body: ChatCompletionRequest,
+        prompt: list[int],
+        parser: StreamingAnswerParser,
+        token_stream: AsyncGenerator[list[int], None],
+        request: Request,
     ) -> dict[str, Any]:
-        """Build the choice of a finished answer, with log-probabilities if they were requested."""
+        """Generate a whole answer, with log-probabilities if they were requested."""
+        async with aclosing(until_disconnected(token_stream, request)) as generated:
+            async for tokens in generated:
+                if body.stop_texts:
+                    parser.add_tokens(tokens)
+                else:
+                    parser.ids += tokens
+                if parser.is_stopped:
+                    break
         _, calls, finish_reason = finish_chat(parser)
         message: dict[str, Any] = {
             "role": "assistant",
@@ -207,19 +224,11 @@ class Routes:
             )
         if body.stream:
             return self._stream_completion(body, jobs, stop_ids)
-        choices, num_tokens = [], 0
-        for k, (prompt, max_new_tokens, sampling) in enumerate(jobs):
-            tokens = self.served_model.stream_tokens(prompt, stop_ids, max_new_tokens, sampling)
-            ids: list[int] = []
-            async with aclosing(until_disconnected(tokens, request)) as generated:
-                async for token in generated:
-                    ids.append(token)
-                    if body.stop_texts and self._has_stop_text(ids, body.stop_texts):
-                        break
-            choices.append(
-                {"index": k} | await self._completion_choice(body, prompt, ids, stop_ids)
-            )
-            num_tokens += len(ids)
+        found = await run_together(
+            self._completion_choice(body, *job, stop_ids, request) for job in jobs
+        )
+        choices = [{"index": k} | choice for k, (choice, _) in enumerate(found)]
+        num_tokens = sum(count for _, count in found)
         return JSONResponse(
             self._response_fields("text_completion", "cmpl")
             | {"choices": choices, "usage": token_usage(sum(map(len, prompts)), num_tokens)}
@@ -246,39 +255,42 @@ class Routes:
         return sse_response(
             completion_events(
                 self._response_fields("text_completion", "cmpl"),
-                self.served_model,
+                CompletionText(self.renderer, body.stop_texts),
                 self.served_model.stream_tokens(prompt, stop_ids, max_new_tokens, sampling),
                 stop_ids,
-                prompt,
+                len(prompt),
                 body.return_token_ids,
                 body.stream_options is not None and body.stream_options.include_usage,
-                body.stop_texts,
             )
         )
-
-    def _has_stop_text(self, ids: Sequence[int], stop_texts: Sequence[str]) -> bool:
-        text = content_bytes(self.renderer, ids).decode(errors="ignore")
-        return cut_at_stop(text, stop_texts)[1]
 
     async def _completion_choice(
         self,
         body: CompletionRequest,
         prompt: list[int],
-        ids: list[int],
+        max_new_tokens: int,
+        sampling: Sampling,
         stop_ids: tuple[int, ...],
-    ) -> dict[str, Any]:
-        """Build the choice of a completion, with the log-probabilities that were requested."""
+        request: Request,
+    ) -> tuple[dict[str, Any], int]:
+        """Generate a whole completion, with the log-probabilities that were requested.
+
+        Returns:
+            The choice, and its number of tokens.
+        """
+        stream = self.served_model.stream_tokens(prompt, stop_ids, max_new_tokens, sampling)
+        completion = CompletionText(self.renderer, body.stop_texts)
+        text = CompletionText(self.renderer).add_tokens(prompt) if body.echo else ""
+        async with aclosing(until_disconnected(stream, request)) as generated:
+            async for tokens in generated:
+                text += completion.add_tokens(tokens)
+                if completion.is_stopped:
+                    break
+        text, ids = text + completion.finish(), completion.ids
         all_ids = [*prompt, *ids]
-        text, is_stopped = content_bytes(self.renderer, ids).decode(errors="replace"), False
-        if body.stop_texts and self._has_stop_text(ids, body.stop_texts):
-            text, is_stopped = cut_at_stop(text, body.stop_texts)
-        if body.echo:
-            text = (
-                content_bytes(self.renderer, prompt).decode(errors="replace") + text
-                if is_stopped
-                else content_bytes(self.renderer, all_ids).decode(errors="replace")
-            )
-        has_ended = is_stopped or (bool(ids) and ids[-1] in stop_ids)
+        if body.echo and not completion.is_stopped:  # a character may begin in the prompt
+            text = content_bytes(self.renderer, all_ids).decode(errors="replace")
+        has_ended = completion.is_stopped or (bool(ids) and ids[-1] in stop_ids)
         choice: dict[str, Any] = {
             "logprobs": None,
             "finish_reason": "stop" if has_ended else "length",
@@ -306,7 +318,7 @@ class Routes:
                 )
         if body.return_token_ids:
             choice |= {"prompt_token_ids": prompt, "token_ids": ids}
-        return choice
+        return choice, len(ids)
 
     async def generate(self, body: TokenRequest, request: Request) -> Response:
         """Continue token ids, and score them: vLLM's token route."""
@@ -338,9 +350,17 @@ class Routes:
                     remedy="send stream: false",
                 )
             return sse_response(
-                completion_events(response, self.served_model, tokens, stop_ids, prompt, True, True)
+                completion_events(
+                    response,
+                    CompletionText(self.renderer),
+                    tokens,
+                    stop_ids,
+                    len(prompt),
+                    True,
+                    True,
+                )
             )
-        ids = [token async for token in until_disconnected(tokens, request)]
+        ids = [i async for new in until_disconnected(tokens, request) for i in new]
         finish_reason = "stop" if ids and ids[-1] in stop_ids else "length"
         response["choices"] = [{"index": 0, "token_ids": ids, "finish_reason": finish_reason}]
         response["usage"] = token_usage(len(prompt), len(ids))

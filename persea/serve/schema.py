@@ -6,25 +6,13 @@ that never change an answer (`metadata`, `service_tier`) are ignored.
 from __future__ import annotations
 
 import json
-import unicodedata
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from persea.chat.family import Family
-from persea.chat.messages import (
-    ContentPart,
-    Conversation,
-    Message,
-    Role,
-    Text,
-    Thinking,
-    ThinkingEffort,
-    Tool,
-    ToolCall,
-    ToolResult,
-    canonical_json,
-)
+from persea.chat.messages import Conversation, Role, ThinkingEffort
+from persea.data.openai_messages import parse_messages, parse_tools
 from persea.errors import DataError
 from persea.teachers.engines import Sampling
 
@@ -188,6 +176,7 @@ class ChatMessage(StrictRequestModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextContentPart] | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: list[ChatToolCall] | None = None
     tool_call_id: str | None = None
     name: str | None = None
@@ -195,15 +184,6 @@ class ChatMessage(StrictRequestModel):
     annotations: list[Any] | None = Field(default=None, max_length=0)
     audio: None = None
     function_call: None = None
-
-    @property
-    def text(self) -> str:
-        """The text of all parts."""
-        return (
-            self.content
-            if isinstance(self.content, str)
-            else "".join(p.text for p in self.content or ())
-        )
 
 
 class FunctionDefinition(StrictRequestModel):
@@ -256,41 +236,21 @@ class ChatCompletionRequest(OpenAIRequest):
             DataError: Tool calls of the wrong role, results without a call, malformed JSON, or an
                 effort that the model lacks.
         """
-        messages: list[Message] = []
-        names: dict[str, str] = {}
-        for k, message in enumerate(self.messages):
-            parts = _message_parts(message, names, f"messages.{k}")
-            role = Role.SYSTEM if message.role == "developer" else Role(message.role)
-            if role is Role.TOOL and messages and messages[-1].role is Role.TOOL:
-                messages[-1] = Message(role, (*messages[-1].parts, *parts))
-            else:
-                messages.append(Message(role, parts))
+        rows = [message.model_dump(exclude_none=True) for message in self.messages]
+        messages = parse_messages(rows, "messages", refuse_stray_marks=False)
         if messages[-1].role is Role.ASSISTANT:
             raise DataError(
                 "the last message is the assistant's own",
                 where="messages",
                 remedy="end with a question or a tool's result",
             )
-        try:
-            tools = (
-                ()
-                if self.tool_choice == "none"
-                else tuple(
-                    Tool(
-                        t.function.name,
-                        t.function.description,
-                        canonical_json(json.dumps(t.function.parameters)),
-                    )
-                    for t in self.tools or ()
-                )
-            )
-        except (ValueError, RecursionError) as problem:
-            # Python reads NaN, half a surrogate pair and a thousand brackets as JSON; templates
-            # fail.
-            raise DataError(
-                "a tool's parameters are not plain JSON", where="tools", remedy="send a JSON schema"
-            ) from problem
-        return Conversation(tuple(messages), self.resolve_effort(family), tools)
+        functions = [] if self.tool_choice == "none" else [t.function for t in self.tools or ()]
+        tools = [
+            # As text, parameters are taken as they are; objects of data sets lose their nulls.
+            f.model_dump() | {"parameters": json.dumps(f.parameters)}
+            for f in functions
+        ]
+        return Conversation(messages, self.resolve_effort(family), parse_tools(tools, "tools"))
 
     def resolve_effort(self, family: Family) -> ThinkingEffort:
         """Return the thinking effort that both switches request.
@@ -334,50 +294,3 @@ class ChatCompletionRequest(OpenAIRequest):
                 remedy=f"one of {', '.join(family.efforts)}",
             )
         return requested
-
-
-def _nfc(text: str) -> str:
-    return unicodedata.normalize("NFC", text)
-
-
-def _message_parts(
-    message: ChatMessage, tool_names_by_call_id: dict[str, str], where: str
-) -> tuple[ContentPart, ...]:
-    """Return the parts of one message.
-
-    Args:
-        message: The message.
-        tool_names_by_call_id: Id of a call -> tool name; filled with this message's calls.
-        where: Position of the message, for errors.
-    """
-    if message.role != "assistant" and (message.tool_calls or message.reasoning_content):
-        raise DataError(
-            "only the assistant may have thinking and tool calls",
-            where=where,
-            remedy="move it into an assistant's message",
-        )
-    if message.role == "tool":
-        name = tool_names_by_call_id.get(message.tool_call_id or "", message.name or "")
-        if not name:
-            raise DataError(
-                f"a tool result without a call: {message.tool_call_id!r}",
-                where=where,
-                remedy="give the id of an earlier call",
-            )
-        return (ToolResult(name, _nfc(message.text)),)
-    parts: list[ContentPart] = (
-        [Thinking(_nfc(message.reasoning_content))] if message.reasoning_content else []
-    )
-    if message.text or not message.tool_calls:
-        parts.append(Text(_nfc(message.text)))
-    for call in message.tool_calls or ():
-        tool_names_by_call_id[call.id] = call.function.name
-        read = ToolCall.from_generated(call.function.name, call.function.arguments)
-        if read is None:
-            raise DataError(
-                f"a malformed call of {call.function.name[:40]!r}",
-                where=where,
-                remedy="send the arguments as one JSON object in a string",
-            )
-        parts.append(read)
-    return tuple(parts)

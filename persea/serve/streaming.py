@@ -1,13 +1,11 @@
-"""The served model, which computes one step at a time, and the parser of an answer while it is
-generated.
-"""
+"""The served model, and the parsers of an answer while it is generated."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from codecs import getincrementaldecoder
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +23,9 @@ from persea.chat.messages import (
 )
 from persea.chat.renderer import ChatRenderer
 from persea.errors import DataError
+from persea.serve.scheduler import MAX_LOGPROB_ELEMENTS, ModelScheduler
 from persea.teachers.engines import Sampling
 from persea.teachers.engines.transformers import TransformersEngine
-
-T = TypeVar("T")
-MAX_LOGPROB_ELEMENTS_PER_PROMPT = 1 << 28  # 1 GiB of float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,19 +43,21 @@ class ServedModel:
     renderer: ChatRenderer
     engine: TransformersEngine
     max_context_tokens: int
-    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    async def stream_tokens(
+    @cached_property
+    def scheduler(self) -> ModelScheduler:
+        """Runs the requests of all clients."""
+        return ModelScheduler(self.engine)
+
+    def stream_tokens(
         self,
         prompt: Sequence[int],
         stop_ids: Sequence[int],
         max_new_tokens: int,
         sampling: Sampling,
-    ) -> AsyncGenerator[int, None]:
-        """Yield generated tokens; the answers of several requests take turns."""
-        steps = self.engine.stream(np.array(prompt, np.int32), stop_ids, max_new_tokens, sampling)
-        while (token := await self._run_exclusively(lambda: next(steps, None))) is not None:
-            yield token
+    ) -> AsyncGenerator[list[int], None]:
+        """Yield generated tokens, several where they come fast. See ModelScheduler."""
+        return self.scheduler.generate(prompt, stop_ids, max_new_tokens, sampling)
 
     async def compute_logprobs(self, ids: Sequence[int]) -> torch.Tensor:
         """Compute natural-log probabilities [T - 1, W]: row t is the prediction of token t + 1.
@@ -68,7 +66,7 @@ class ServedModel:
             DataError: The prompt is too long for the memory limit.
         """
         vocab_size = len(self.renderer.vocabulary)
-        max_tokens = MAX_LOGPROB_ELEMENTS_PER_PROMPT // vocab_size
+        max_tokens = MAX_LOGPROB_ELEMENTS // vocab_size
         if len(ids) > max_tokens:
             raise DataError(
                 f"{len(ids):,} tokens with {vocab_size:,} log-probabilities each exceed the "
@@ -76,21 +74,7 @@ class ServedModel:
                 where="prompt",
                 remedy=f"score at most {max_tokens:,} tokens at once",
             )
-        ids_T, loss_mask_T = np.array(ids, np.int32), np.arange(len(ids)) > 0
-        return await self._run_exclusively(
-            lambda: next(iter(self.engine.compute_logprobs([ids_T], [loss_mask_T])))
-        )
-
-    async def _run_exclusively(self, work: Callable[[], T]) -> T:
-        """Run one piece of work at a time.
-
-        A thread cannot be cancelled: the work of a client that disconnected holds the lock to its
-        end.
-        """
-        await self._lock.acquire()
-        future = asyncio.ensure_future(asyncio.to_thread(work))
-        future.add_done_callback(lambda done: self._lock.release())
-        return await asyncio.shield(future)
+        return await self.scheduler.compute_logprobs(ids)
 
     def resolve_max_new_tokens(
         self,
@@ -200,6 +184,22 @@ class StreamingAnswerParser:
         texts["reasoning_content"] = thinking[: len(thinking) - overlap]
         return self._take_new_text({key: text.rstrip() for key, text in texts.items()})
 
+    def add_tokens(self, tokens: Sequence[int]) -> dict[str, str]:
+        """Add tokens that came together, and return the new text of each field.
+
+        Tokens after a stop text are no part of the answer.
+        """
+        if not self.stop_texts:
+            self.ids += tokens[:-1]
+            return self.add_token(tokens[-1])
+        new = dict.fromkeys(self.emitted, "")
+        for token in tokens:
+            for key, text in self.add_token(token).items():
+                new[key] += text
+            if self.is_stopped:
+                break
+        return {key: text for key, text in new.items() if text}
+
     def finish(self) -> tuple[dict[str, str], tuple[ToolCall, ...], FinishReason]:
         """Return the remaining text, the tool calls and the finish reason."""
         if self.is_stopped:  # what was held back before the stop text is part of the answer
@@ -262,6 +262,47 @@ def cut_at_stop(text: str, stop_texts: Sequence[str]) -> tuple[str, bool]:
         default=0,
     )
     return text[: len(text) - held], False
+
+
+@dataclass
+class CompletionText:
+    """The text of a completion while it is generated.
+
+    Parts of a character wait until it is complete, and the end of the text waits as long as it may
+    be the beginning of a stop text.
+
+    Attributes:
+        renderer: The model's chat renderer.
+        stop_texts: Texts before which the completion ends.
+        ids: Tokens so far; none after a stop text.
+        is_stopped: Whether a stop text has come.
+    """
+
+    renderer: ChatRenderer
+    stop_texts: tuple[str, ...] = ()
+    ids: list[int] = field(default_factory=list)
+    is_stopped: bool = False
+
+    def __post_init__(self) -> None:
+        self._decoder = getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+
+    def add_tokens(self, tokens: Sequence[int]) -> str:
+        """Add tokens, and return the new text."""
+        new = ""
+        for token in tokens:
+            if self.is_stopped:
+                break
+            self.ids.append(token)
+            self._held += self._decoder.decode(content_bytes(self.renderer, [token]))
+            text, self.is_stopped = cut_at_stop(self._held, self.stop_texts)
+            new += text
+            self._held = self._held[len(text) :]
+        return new
+
+    def finish(self) -> str:
+        """Return the text that was held back, once no token follows."""
+        return "" if self.is_stopped else self._held + self._decoder.decode(b"", True)
 
 
 def content_bytes(renderer: ChatRenderer, ids: Sequence[int] | npt.NDArray[np.integer]) -> bytes:

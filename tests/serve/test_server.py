@@ -7,12 +7,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 import shutil
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from persea.serve.limits import AccessLimitMiddleware, ServerLimits, is_loopback
 from persea.serve.logprobs import build_completion_logprobs
 from persea.serve.schema import ChatCompletionRequest
 from persea.serve.server import build_app, load_served_model, resolve_api_key
-from persea.serve.streaming import StreamingAnswerParser
+from persea.serve.streaming import ServedModel, StreamingAnswerParser
 from persea.tasks.generated import GENERATED_TASKS
 from persea.tasks.task import Split
 from persea.teachers.engines import Sampling
@@ -285,6 +284,17 @@ def test_messages_become_a_conversation() -> None:
     assert found.messages[1].text == "é"
     assert found.messages[2].parts == (Thinking("hm"), ToolCall("f", '{"a": 1}'))
     assert found.messages[3].parts == (ToolResult("f", "42"),)
+    messages[2] = {"role": "assistant", "content": "<think>hm</think>a <think> mark"}
+    messages[3:] = [{"role": "assistant", "content": "<think>hm</think>4", "reasoning": None}]
+    messages.append({"role": "user", "content": "<think>"})
+    nulls = {"enum": ["a", None], "default": None}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": nulls}}]
+    found = ChatCompletionRequest.model_validate(
+        {"model": "m", "messages": messages, "tools": tools}
+    ).to_conversation(family)
+    assert found.messages[2].parts == (Text("<think>hm</think>a <think> mark"),)
+    assert found.messages[3].parts == (Thinking("hm"), Text("4"))
+    assert json.loads(found.tools[0].parameters) == nulls
     for parameters in (
         {"x": float("nan")},
         {"x": "half \ud83d"},
@@ -326,7 +336,9 @@ def inside(speaker: Any, path: str, **body: object) -> httpx2.Response:
     return asyncio.run(ask())
 
 
-def test_a_thought_without_an_answer_is_malformed_and_nobody_makes_one_up() -> None:
+def test_a_thought_without_an_answer_is_malformed_and_nobody_makes_one_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     renderer, _ = opened("gpt-oss-sapling")
     names = {text: i for i, text in renderer.vocabulary.control_names.items()}
     ids = [
@@ -337,11 +349,12 @@ def test_a_thought_without_an_answer_is_malformed_and_nobody_makes_one_up() -> N
         names["<|return|>"],
     ]
 
-    class Says:
-        def stream(self, *asked: object) -> Iterator[int]:
-            yield from ids
+    async def says(*asked: object) -> AsyncGenerator[list[int], None]:
+        yield ids[:2]
+        yield ids[2:]
 
-    speaker = replace(load_served_model(str(SAPLINGS / "gpt-oss-sapling")), engine=Says())  # type: ignore[arg-type]
+    monkeypatch.setattr(ServedModel, "stream_tokens", says)
+    speaker = load_served_model(str(SAPLINGS / "gpt-oss-sapling"))
     answer = inside(
         speaker,
         "/v1/chat/completions",
@@ -443,32 +456,6 @@ def test_offsets_count_whole_characters_and_no_markers() -> None:
     ]
     assert len(whole) > 2
     assert all(text[at:].startswith(token) for token, at in whole)
-
-
-def test_what_a_client_that_went_had_begun_holds_the_model_until_it_is_over() -> None:
-    speaker = load_served_model(str(SAPLINGS / "llama-sapling"))
-    running, most, go = 0, 0, threading.Event()
-
-    def slow() -> None:
-        nonlocal running, most
-        running += 1
-        most = max(most, running)
-        assert go.wait(30)
-        running -= 1
-
-    async def play() -> None:
-        gone = asyncio.create_task(speaker._run_exclusively(slow))
-        while not running:
-            await asyncio.sleep(0.001)
-        gone.cancel()
-        others = [asyncio.create_task(speaker._run_exclusively(slow)) for _ in range(2)]
-        await asyncio.sleep(0.05)  # in which they would have begun
-        go.set()
-        await asyncio.gather(*others)
-        assert gone.cancelled()
-
-    asyncio.run(play())
-    assert (running, most) == (0, 1)
 
 
 # --- who may ask, and how much ---

@@ -31,6 +31,15 @@ from persea.teachers.engines.response_validation import (
 HANDSHAKE_TEMPERATURE = 1.0
 NUM_HANDSHAKE_DRAWS = 4
 HANDSHAKE_TOKENS = 32  # tokens of an answer of the handshake
+# Text in the reason of a failed handshake -> remedy, where the usual one says too little.
+KNOWN_FAILURE_REMEDIES = {
+    "greater than max allowed": "start `vllm serve` with a higher --max-logprobs, or lower "
+    "`top_logprobs:` of the endpoint",
+    "truncated its distributions": "start `vllm serve` with --logprobs-mode raw_logprobs: "
+    "processed log-probabilities are cut by top-k and top-p",
+    "maximum context length": "start `vllm serve` with a higher --max-model-len: it needs one "
+    "token more than the longest text",
+}
 
 
 @dataclass(frozen=True)
@@ -172,11 +181,12 @@ class ServerEngine(Engine):
             raise TeacherError(
                 f"the handshake failed: {error.message}",
                 where=error.where,
-                remedy=error.remedy or remedy,
+                remedy=error.remedy or _remedy_for(error.message, remedy),
             ) from error
         for response in responses:
             if isinstance(response, EngineFailure):
-                self.refuse_handshake(f"the handshake failed: {response.reason}", remedy)
+                reason = f"the handshake failed: {response.reason}"
+                self.refuse_handshake(reason, _remedy_for(reason, remedy))
         return responses
 
     def refuse_handshake(self, reason: str, remedy: str) -> NoReturn:
@@ -204,6 +214,10 @@ class ServerEngine(Engine):
                 "let it sample (`transformers serve`: do_sample: true in the model's "
                 "generation_config.json), or delete `generation.temperature:`",
             )
+
+
+def _remedy_for(reason: str, usual: str) -> str:
+    return next((known for text, known in KNOWN_FAILURE_REMEDIES.items() if text in reason), usual)
 
 
 def list_served_models(client: HttpClient) -> list[str]:

@@ -152,7 +152,8 @@ class TransformersEngine(Engine):
             nonlocal done
             done += 1
             self.on_progress((before + num_prompts * min(1.0, done / max_new_tokens)) / num_all)
-            return _require_finite_logits(ids, scores)
+            require_finite_logits(scores)
+            return scores
 
         return watch
 
@@ -232,10 +233,7 @@ class TransformersEngine(Engine):
 
         Closing the iterator stops generation.
         """
-        digest = hashlib.sha256(
-            f"{sampling.seed} ".encode() + np.asarray(prompt, np.int32).tobytes()
-        ).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        generator = seeded_generator(prompt, sampling)
         ids = torch.from_numpy(np.asarray(prompt, np.int64))[None].to(self.model.device)
         past = None
         for _ in range(max_new_tokens):
@@ -245,9 +243,8 @@ class TransformersEngine(Engine):
                 )
                 past = output.past_key_values
                 logits_W = output.logits[0, -1, : self.vocab_size].float()
-                token = _sample_token(
-                    _require_finite_logits(ids, logits_W).cpu(), sampling, generator
-                )
+                require_finite_logits(logits_W)
+                token = sample_token(logits_W.cpu(), sampling, generator)
                 ids = torch.tensor([[token]], device=self.model.device)
             yield token
             if token in stop_ids:
@@ -302,7 +299,14 @@ def _default_generation_config(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
-def _sample_token(logits_W: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+def seeded_generator(prompt: npt.NDArray[np.int32], sampling: Sampling) -> torch.Generator:
+    """Return the random generator of one answer, decided by the seed and the prompt."""
+    seed = f"{sampling.seed} ".encode() + np.asarray(prompt, np.int32).tobytes()
+    digest = hashlib.sha256(seed).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def sample_token(logits_W: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """Take the most likely token, or sample from the fewest that reach `top_p` together."""
     if not sampling.temperature:
         return int(logits_W.argmax())
@@ -311,16 +315,18 @@ def _sample_token(logits_W: torch.Tensor, sampling: Sampling, generator: torch.G
     return int(id_K[torch.multinomial(prob_K, 1, generator=generator)])
 
 
-def _require_finite_logits(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """Return the logits if each row has a finite maximum: the argmax of NaN is no answer.
+def require_finite_logits(scores: torch.Tensor) -> None:
+    """Check that each row of logits has a finite maximum: the argmax of NaN is no answer.
 
     -inf is allowed, since suppressed tokens have it, but not in a whole row.
+
+    Raises:
+        TeacherError: A row has NaN or infinity, or -inf alone.
     """
     if not ((scores < float("inf")).all() and torch.isfinite(scores.amax(dim=-1)).all()):
         raise TeacherError(
             "logits that are not finite", where="generate", remedy=BROKEN_WEIGHTS_REMEDY
         )
-    return scores
 
 
 def _truncate_after_stop(

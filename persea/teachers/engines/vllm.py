@@ -1,8 +1,7 @@
-"""Engine for vLLM in this process (docs/engines.md). Distributions are of kind TOPK, as from a vLLM
-server.
+"""Engine for vLLM in this process (docs/engines.md).
 
-Written against the source of vLLM 0.33 and tested with stand-ins for its classes; not run on a GPU
-yet.
+Distributions are of kind TOPK, as from a vLLM server, or FULL with `max_logprobs: -1`. Run with
+vLLM 0.32 on a CPU; not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -11,16 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from persea.distributions import DistributionKind, SparseDistributions
-from persea.errors import MissingRequirementError, RecipeError
+from persea.errors import MissingRequirementError, RecipeError, TeacherError
 from persea.models.loading import loadable_name
 from persea.teachers.engines import (
     DEFAULT_TOP_LOGPROBS,
+    FULL_DISTRIBUTIONS,
     GREEDY,
     Engine,
     EngineCapabilities,
@@ -34,6 +34,11 @@ from persea.teachers.engines.response_validation import (
 )
 from persea.teachers.engines.wire_formats import parse_vllm_prompt_logprobs
 
+if TYPE_CHECKING:
+    import torch
+
+WHOLE_VOCABULARY = -1  # vLLM's own value
+
 
 @dataclass(frozen=True, eq=False)
 class VllmEngine(Engine):
@@ -42,7 +47,7 @@ class VllmEngine(Engine):
     Attributes:
         llm: A vllm.LLM.
         vocab_size: Number of token ids of the tokenizer.
-        num_top_logprobs: Tokens listed per position.
+        num_top_logprobs: Tokens listed per position; WHOLE_VOCABULARY for all.
         sampling: How answers are drawn.
     """
 
@@ -54,6 +59,8 @@ class VllmEngine(Engine):
     @property
     def capabilities(self) -> EngineCapabilities:
         """Capabilities of this engine."""
+        if self.num_top_logprobs == WHOLE_VOCABULARY:
+            return FULL_DISTRIBUTIONS
         return EngineCapabilities(DistributionKind.TOPK, self.num_top_logprobs)
 
     def generate(
@@ -107,6 +114,58 @@ class VllmEngine(Engine):
             except MalformedResponseError as error:
                 yield EngineFailure(str(error))
 
+    def compute_logprobs(
+        self,
+        sequences: Sequence[npt.NDArray[np.int32]],
+        loss_masks: Sequence[npt.NDArray[np.bool_]],
+    ) -> Iterator[torch.Tensor]:
+        """Compute the distributions of each sequence's supervised tokens. See Engine."""
+        for _, rows_NW in self.iter_logprobs(sequences, loss_masks):
+            yield rows_NW
+
+    def iter_logprobs(
+        self,
+        sequences: Sequence[npt.NDArray[np.int32]],
+        loss_masks: Sequence[npt.NDArray[np.bool_]],
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Compute whole distributions, one sequence at a time. See Engine.
+
+        vLLM lists all tokens of all positions as Python numbers, about 100 bytes each.
+        """
+        import torch
+
+        for index, (ids_T, loss_mask_T) in enumerate(zip(sequences, loss_masks, strict=True)):
+            (output,) = self._run_llm(
+                [ids_T],
+                max_tokens=1,
+                temperature=0.0,
+                prompt_logprobs=WHOLE_VOCABULARY,
+                flat_logprobs=True,
+            )
+            if isinstance(output, EngineFailure):
+                raise TeacherError(
+                    output.reason,
+                    where=f"sequence {index}",
+                    remedy="raise `max_model_len` in engine_options, or shorten the text",
+                )
+            flat = output.prompt_logprobs
+            rows = np.flatnonzero(loss_mask_T)
+            logprobs_NW = np.full((len(rows), self.vocab_size), -np.inf, np.float32)
+            for row_W, t in zip(logprobs_NW, rows.tolist(), strict=True):
+                listed = slice(flat.start_indices[t], flat.end_indices[t])
+                ids = np.array(flat.token_ids[listed])
+                values = np.array(flat.logprobs[listed], np.float32)
+                is_token = ids < self.vocab_size  # the others are padding of the embedding matrix
+                row_W[ids[is_token]] = values[is_token]
+            rows_NW = torch.log_softmax(torch.from_numpy(logprobs_NW), dim=-1)
+            if not torch.isfinite(rows_NW).all():
+                raise TeacherError(
+                    "vLLM did not list the whole vocabulary",
+                    where=f"sequence {index}",
+                    remedy="use `engine: local`",
+                )
+            yield index, rows_NW
+
     def _run_llm(
         self, prompts: Sequence[npt.NDArray[np.int32]], **params: Any
     ) -> list[Any | EngineFailure]:
@@ -142,11 +201,12 @@ def load_vllm_engine(
         vocab_size: Number of token ids of the tokenizer.
         sampling: How answers are drawn.
         num_top_logprobs: Tokens listed per position.
-        engine_options: Further arguments of vllm.LLM.
+        engine_options: Further arguments of vllm.LLM; its `max_logprobs` replaces
+            `num_top_logprobs`.
 
     Raises:
         MissingRequirementError: vLLM is not installed.
-        RecipeError: vLLM does not know an option.
+        RecipeError: vLLM does not know an option, or it has an impossible value.
     """
     if find_spec("vllm") is None:
         raise MissingRequirementError(
@@ -156,6 +216,13 @@ def load_vllm_engine(
             "and give the teacher an `endpoint:`",
         )
     options = dict(engine_options or {})
+    num_top_logprobs = int(options.pop("max_logprobs", num_top_logprobs))
+    if num_top_logprobs < 1 and num_top_logprobs != WHOLE_VOCABULARY:
+        raise RecipeError(
+            f"{num_top_logprobs} tokens per position",
+            where="teachers: engine_options.max_logprobs",
+            remedy=f"give a number above 0, or {WHOLE_VOCABULARY} for the whole vocabulary",
+        )
     fixed = {
         "model": model,
         "revision": revision or None,

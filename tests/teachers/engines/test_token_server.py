@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from persea.chat.messages import (
     Conversation,
@@ -989,10 +990,51 @@ def test_vllms_answers_become_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert long == EngineFailure(
         "vLLM refuses the prompt: the prompt is longer than the model's context"
     )
-    load_vllm_engine("m", "", 10, GREEDY, engine_options={"dtype": "float32"})
-    assert seen[-1]["dtype"] == "float32"
+    load_vllm_engine("m", "", 10, GREEDY, engine_options={"dtype": "float32", "max_logprobs": 5})
+    assert (seen[-1]["dtype"], seen[-1]["max_logprobs"]) == ("float32", 5)
+    with pytest.raises(RecipeError, match="0 tokens per position"):
+        load_vllm_engine("m", "", 10, GREEDY, engine_options={"max_logprobs": 0})
     with pytest.raises(RecipeError, match="persea itself sets model"):
         load_vllm_engine("m", "", 10, GREEDY, engine_options={"model": "n"})
+
+
+def test_vllm_lists_the_whole_vocabulary_of_every_position() -> None:
+    """As vLLM 0.32 does with `flat_logprobs`: lists for all positions, the token itself first."""
+    from types import SimpleNamespace as Thing
+
+    rows = torch.log_softmax(torch.tensor([[1.0, 0.0, 2.0, -9.0], [0.5, 1.5, 0.0, -9.0]]), -1)
+
+    class Llm:
+        def generate(self, prompts: Any, params: Any, use_tqdm: bool) -> list[Any]:
+            assert (params["prompt_logprobs"], params["flat_logprobs"]) == (-1, True)
+            ids, logs, starts, ends = [], [], [0], [0]
+            for own, row in zip([2, 1], rows.tolist(), strict=True):
+                starts.append(len(ids))
+                order = [own, *sorted(range(4), key=lambda i, row=row: -row[i])]
+                ids += order
+                logs += [row[i] for i in order]
+                ends.append(len(ids))
+            if params["max_tokens"] != 1 or len(prompts[0]["prompt_token_ids"]) > 3:
+                raise ValueError("too long")
+            flat = Thing(token_ids=ids, logprobs=logs, start_indices=starts, end_indices=ends)
+            return [Thing(prompt_logprobs=flat)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "persea.teachers.engines.vllm.import_module",
+            lambda name: Thing(SamplingParams=lambda **k: k),
+        )
+        far = VllmEngine(Llm(), 3, -1)  # the fourth column is padding of the embedding matrix
+        assert far.capabilities.has_full_distributions
+        ids_T = np.array([0, 2, 1], np.int32)
+        (found,) = far.compute_logprobs([ids_T], [np.array([False, True, True])])
+        assert torch.allclose(found, torch.log_softmax(rows[:, :3], -1), atol=1e-6)
+        (found,) = far.compute_logprobs([ids_T], [np.array([False, False, True])])
+        assert torch.allclose(found, torch.log_softmax(rows[1:, :3], -1), atol=1e-6)
+        with pytest.raises(TeacherError, match="too long"):
+            list(far.compute_logprobs([np.zeros(5, np.int32)], [np.arange(5) > 0]))
+        with pytest.raises(TeacherError, match="did not list the whole vocabulary"):
+            list(VllmEngine(Llm(), 9, -1).compute_logprobs([ids_T], [np.arange(3) > 0]))
 
 
 # --- real servers, where somebody has them ---
