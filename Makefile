@@ -4,7 +4,7 @@
 # make docs         the documentation as a site, in site/ (installs mkdocs; about a minute)
 # make chaos        kills, cuts, flips bits, fills the disk, and compares the results: the cache (4 minutes), a training (15 minutes), a whole
 #                   run (10 minutes)
-# make real         two real small models teach one student six languages: downloads them (330 MB), needs PERSEA_DATA; about 25 minutes
+# make real         two real small models teach one student six languages: downloads them (330 MB), needs PERSEA_DATA; 45 minutes of CPU time, two threads
 # make bench-real   which method teaches best with real models: the next MINUTES=60 of runs (resumes; downloads as above; installs TRL)
 # make results      the quickstart with three seeds, and its comparisons (about 90 minutes; resumes)
 # make bench-cache  what the cache costs and what it is worth (about 15 minutes)
