@@ -98,7 +98,7 @@ def build_optimizer(
     }
     groups = _decay_groups(parameters, settings)
     if settings.optim is OptimizerName.ADAMW_8BIT:
-        optimizer: torch.optim.Optimizer = _adamw_8bit()(groups, **options)
+        optimizer: torch.optim.Optimizer = require_adamw_8bit()(groups, **options)
         return optimizer
     if settings.optim is not OptimizerName.MUON:
         options |= {"fused": True} if settings.optim is OptimizerName.ADAMW_FUSED else {}
@@ -140,7 +140,12 @@ def _decay_groups(
     return [group for group in groups if group["params"]]
 
 
-def _adamw_8bit() -> Any:
+def require_adamw_8bit() -> Any:
+    """Return the class of the 8-bit optimiser.
+
+    Raises:
+        MissingRequirementError: bitsandbytes or a GPU is missing.
+    """
     try:
         from bitsandbytes.optim import AdamW8bit  # extra `bitsandbytes`
     except ImportError as error:
