@@ -15,7 +15,8 @@
 # make bench-bias   how far each method moves a perfect student (10 to 20 minutes; installs TRL for its GOLD)
 # make bench-objectives   every method with trained models on real text, size xs (hours; resumes; installs TRL)
 # make bench-extension  tokens a byte of real tokenizers with more tokens, by language (minutes; needs PERSEA_DATA; downloads SmolLM2 and Gemma 3 270M, 330 MB)
-# make templates    renders every chat template of PERSEA_DATA, TRL and transformers as transformers does (3 minutes)
+# make templates    renders every chat template of PERSEA_DATA, TRL and transformers as transformers does, and says which are not
+#                   the recorded ones (5 minutes)
 # make bench-gpu    what only a GPU can show: kernels, head against the roofline, bfloat16, 8-bit AdamW, QLoRA; refuses without one
 # make export       GGUF files of the saplings in a real llama.cpp: prompt ids, template and greedy tokens equal transformers'
 # make engines      real servers as teachers: vLLM, llama.cpp (PERSEA_GGUF names its model), transformers serve, persea serve
@@ -123,6 +124,7 @@ bench-extension: .venv/persea
 
 templates: .venv/persea
 	$(BIN)/pip install -q 'trl==1.16.*'
+	$(BIN)/python bench/known_templates.py
 	$(BIN)/python bench/templates.py
 
 bench-gpu: .venv/persea
