@@ -35,6 +35,7 @@ from persea.config.schema import (
     RecipeSection,
     ReleaseSection,
     StudentSection,
+    TaskSection,
     TeacherSection,
     TrainingSection,
     check_contradictions,
@@ -81,6 +82,9 @@ class Recipe(RecipeSection):
     )
     corpus: tuple[CorpusSection, ...] = Field(
         min_length=1, description="the prompts that teachers answer"
+    )
+    tasks: tuple[TaskSection, ...] = Field(
+        default=(), description="questions of your own that measure a skill"
     )
     dedup: DedupSection = Field(
         default=DedupSection(),
@@ -192,8 +196,18 @@ class Recipe(RecipeSection):
 
     def _judge_contradictions(self) -> Contradictions:
         name, where = self.evaluation.judge, ("evaluation", "judge")
+        judged = [k for k, task in enumerate(self.tasks) if task.metric == "judge" and not name]
         judge = next((t for t in self.teachers if t.name == name), None)
         return [
+            *(
+                (
+                    True,
+                    ("tasks", k, "metric"),
+                    "judge, but `evaluation.judge` names no model",
+                    "write `evaluation: {judge: NAME}`, a teacher with `reference: true`",
+                )
+                for k in judged
+            ),
             (
                 name != "" and (judge is None or not judge.reference),
                 where,

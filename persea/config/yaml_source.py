@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import yaml
 from yaml.constructor import SafeConstructor
 
+from persea.config.bundled import BUNDLED_PREFIX, bundled_path
 from persea.config.secrets import is_secret
 from persea.errors import RecipeError
 from persea.storage import read_input_bytes
@@ -319,6 +320,8 @@ def resolve_values(value: Any, path: KeyPath, yaml_source: YamlSource) -> Any:
             path, "looks like a secret", "name an environment variable instead; a recipe is shared"
         )
     text = re.sub(r"\$\{([^}]*)\}?", lambda m: _env_value(m[1], path, yaml_source), value)
+    if text.startswith(BUNDLED_PREFIX) and path[-1] in ("model", "tokenizer"):
+        return bundled_path(text)
     folder = yaml_source.file.absolute().parent
     if not _is_path(text, path, folder):
         return text
@@ -326,9 +329,12 @@ def resolve_values(value: Any, path: KeyPath, yaml_source: YamlSource) -> Any:
     return os.path.abspath(folder / os.path.expanduser(text))
 
 
+PATH_KEYS = ("check.texts", "evaluation.lm_eval_results", "evaluation.lm_eval_include")
+
+
 def _is_path(text: str, path: KeyPath, folder: Path) -> bool:
     """Return whether a value is a local path: always for files, by its form for models."""
-    if path[:2] in (("check", "texts"), ("evaluation", "lm_eval_results")):
+    if ".".join(map(str, path[:2])) in PATH_KEYS:
         return True
     if path[:2] == ("evaluation", "benchmarks") and path[-1] in ("file", "answers"):
         return text not in MODEL_KEYWORDS
@@ -336,7 +342,7 @@ def _is_path(text: str, path: KeyPath, folder: Path) -> bool:
         return bool(text)
     if path[:2] == ("evaluation", "texts") and path[-1] == "texts":
         return True
-    if path[0] not in ("student", "teachers", "corpus") or text in MODEL_KEYWORDS:
+    if path[0] not in ("student", "teachers", "corpus", "tasks") or text in MODEL_KEYWORDS:
         return False
     if path[-1] in ("file", "texts", "chat_template"):
         return True

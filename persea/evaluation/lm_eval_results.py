@@ -1,5 +1,4 @@
-"""Read results files of lm-evaluation-harness for the report page. lm-eval itself is never run from
-here.
+"""Read results files of lm-evaluation-harness for the report page.
 
 The layout of `results_*.json` of version 0.4:
 

@@ -24,8 +24,8 @@ from persea.chat.family import UNKNOWN_FAMILY
 from persea.chat.family_selection import choose_family
 from persea.chat.messages import PINNED_DATE
 from persea.chat.renderer import ChatRenderer
-from persea.chat.template import compile_template, default_template
-from persea.chat.template_containment import refuse_endless_template
+from persea.chat.template import default_template
+from persea.chat.template_containment import open_template
 from persea.errors import DataError
 from persea.models import hub
 from persea.models.chat_templates import (
@@ -166,7 +166,8 @@ def resolve_model_source(name_or_path: str, where: str) -> tuple[ModelSource, da
             student was changed after the training.
     """
     folder = Path(name_or_path).expanduser()
-    if not folder.exists() and folder.parent != Path() and folder.parent.is_dir():
+    is_local = folder.parent.is_dir() or folder.parts[:1] == ("runs",)
+    if not folder.exists() and folder.parent != Path() and is_local:
         raise DataError(
             f"no model folder and no run {name_or_path!r}",
             where=where,
@@ -291,11 +292,10 @@ def load_renderer(
     if is_text_model(source, template_text, vocabulary, where):
         text_family, rendering = make_text_family(vocabulary, special)
         return ChatRenderer(text_family, vocabulary, rendering, "", template_date, special)
-    refuse_endless_template(template_text, special, where)
-    template = compile_template(template_text, special, template_date, where)
+    template = open_template(template_text, special, template_date, where)
     if source.thinking and not has_thinking_switch(template):
         template_text = add_thinking_switch(template_text, vocabulary)
-        template = compile_template(template_text, special, template_date, where)
+        template = open_template(template_text, special, template_date, where)
 
     def eos_tokens() -> set[str]:
         names = {vocabulary.control_names.get(i, "") for i in eos_token_ids(source, where)}

@@ -24,6 +24,7 @@ from persea.pipeline.licence_gate import (
     copy_to_student,
     refuse_unlicensed,
 )
+from persea.pipeline.lm_eval_stage import results_files, run_lm_eval_tasks
 from persea.pipeline.model_refs import BASE, STUDENT
 from persea.pipeline.progress import WARNING_PREFIX
 from persea.pipeline.run_context import RunContext
@@ -157,6 +158,8 @@ def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) 
         from persea.pipeline.evaluate_texts import evaluate_texts
 
         evaluate_texts(context, folder, load, work.report_texts)
+    if settings.lm_eval:
+        run_lm_eval_tasks(context, folder, progress)
     if context.taught_efforts and tasks:
         _write_thinking_modes(context, folder, load(STUDENT), records, progress)
 
@@ -193,8 +196,8 @@ def run_report(context: RunContext, folder: Path, progress: ProgressCallback) ->
     """Write the report page, the model card and report.json."""
     from persea.report.page import write_report
 
-    lm_eval_files = {name: Path(f) for name, f in context.recipe.evaluation.lm_eval_results.items()}
-    write_report(context.folder, lm_eval_files, folder)
+    given = {name: Path(f) for name, f in context.recipe.evaluation.lm_eval_results.items()}
+    write_report(context.folder, results_files(context.folder) | given, folder)
 
 
 STAGES: tuple[Stage, ...] = (
