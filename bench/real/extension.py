@@ -24,8 +24,9 @@ from tokenizers import Tokenizer
 
 from bench.objectives.vocabularies import Speaker
 from bench.real.models import student_speaker
-from bench.real.teacher import RealTeacher, Scored
-from persea.tokenization.vocabulary import BYTE_TO_CHAR, Vocabulary
+from bench.real.teacher import RealTeacher
+from persea.models.loading import ModelSource
+from persea.tokenization.vocabulary import Vocabulary
 from persea.vocab_extension.learn_merges import (
     count_words,
     extend_tokenizer_spec,
@@ -33,59 +34,16 @@ from persea.vocab_extension.learn_merges import (
     old_ids_of_new_tokens,
     refuse_changed_tokens,
 )
+from persea.vocab_extension.map_embeddings import RowMethod, TeacherRows, set_mapped_rows
 from persea.vocab_extension.resize_model import initialize_new_embeddings
-
-WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}\p{M}]+| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
-PENALTY = 0.1  # of the ridge, times the mean variance of the teacher's embeddings
-
-
-def with_marks(spec: dict[str, Any]) -> dict[str, Any]:
-    """Return tokenizer.json in which combining marks belong to words."""
-    return spec | {
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Digits", "individual_digits": True},
-                {
-                    "type": "Split",
-                    "pattern": {"Regex": WORDS},
-                    "behavior": "Isolated",
-                    "invert": False,
-                },
-                {
-                    "type": "ByteLevel",
-                    "add_prefix_space": False,
-                    "trim_offsets": True,
-                    "use_regex": False,
-                },
-            ],
-        }
-    }
-
-
-def byte_level(raw: bytes) -> str:
-    return "".join(BYTE_TO_CHAR[b] for b in raw)
-
-
-def likely_words(
-    backend: Tokenizer, teacher: Vocabulary, scored: Sequence[Scored]
-) -> dict[str, tuple[int, int]]:
-    """Return the teacher's likely tokens that are one word, with their expected count times 16."""
-    mass = Counter[int]()
-    for one in scored:
-        for i, p in zip(one.drawn.ids_M.tolist(), one.drawn.probs_M.tolist(), strict=True):
-            mass[i] += p
-    out = {}
-    for i, p in mass.items():
-        raw = teacher.bytes_W[i]
-        try:
-            text = raw.decode() if raw else ""
-        except UnicodeDecodeError:
-            continue
-        words = backend.pre_tokenizer.pre_tokenize_str(text) if text else []
-        if len(words) == 1:
-            out[words[0][0]] = (2, max(1, round(16 * p)))
-    return out
+from persea.vocab_extension.teacher_tokens import (
+    add_counts,
+    count_expected_words,
+    join_marks,
+    make_wanted,
+    shared_token_ids,
+    teacher_ids_of,
+)
 
 
 def extended_spec(
@@ -95,65 +53,42 @@ def extended_spec(
 
     `texts` and `scored`: one part per language.
     """
-    spec = with_marks(json.loads(text))
+    spec = join_marks(json.loads(text))
     backend = Tokenizer.from_str(json.dumps(spec))
     counts = count_words(backend, texts)
     for part in scored:
-        for word, (n, weight) in likely_words(backend, teacher, part).items():
-            seen, weighed = counts.get(word, (0, 0))
-            counts[word] = (seen + n, weighed + weight)
-    known = {byte_level(raw) for raw in teacher.bytes_W if raw}
-    char_of = {c: b for b, c in BYTE_TO_CHAR.items()}
-
-    def is_wanted(token: str) -> bool:
-        if token in known:
-            return True
-        raw = bytes(char_of[c] for c in token)
-        return raw[0] >= 0xC0 and all(0x80 <= b < 0xC0 for b in raw[1:])  # part of a character
-
-    merges = learn_merges(backend, counts, count, is_wanted=is_wanted)
+        expected = Counter[int]()
+        for one in part:
+            for i, p in zip(one.drawn.ids_M.tolist(), one.drawn.probs_M.tolist(), strict=True):
+                expected[i] += p
+        add_counts(counts, count_expected_words(backend, teacher, expected))
+    merges = learn_merges(backend, counts, count, is_wanted=make_wanted(teacher))
     return json.dumps(extend_tokenizer_spec(spec, merges))
 
 
-def ridge_rows(
+def mapped_rows(
     model: Any,
     teacher_model: Any,
     student: Vocabulary,
     teacher: Vocabulary,
     new: Sequence[int],
-    spelled: Sequence[Sequence[int]],
-    orthogonal: bool = False,
-) -> torch.Tensor:
-    """Return rows for new student tokens: their mapped teacher rows (the mean of several).
+    method: RowMethod,
+) -> tuple[list[int], torch.Tensor]:
+    """Return the new ids that the teacher can spell, and their rows mapped from the teacher's.
 
     `student` is the longer vocabulary; tokens in `new` are left out of the fit.
     """
+    fresh = set(new)
+    shared = [(i, j) for i, j in shared_token_ids(student, teacher) if i not in fresh]
+    ids = teacher_ids_of(teacher, {i: student.bytes_W[i] or b"" for i in new})
     with torch.no_grad():
-        ours = model.get_input_embeddings().weight.float()
-        theirs = teacher_model.get_input_embeddings().weight.float()
-        of_teacher = {raw: i for i, raw in enumerate(teacher.bytes_W) if raw}
-        fresh = set(new)
-        pairs = [
-            (i, of_teacher[raw])
-            for i, raw in enumerate(student.bytes_W)
-            if raw and raw in of_teacher and i not in fresh and len(raw) > 1
-        ]
-        y = ours[torch.tensor([i for i, _ in pairs])]
-        x = theirs[torch.tensor([i for _, i in pairs])]
-        mean_x, mean_y = x.mean(0), y.mean(0)
-        x, y = x - mean_x, y - mean_y
-        if orthogonal:
-            left, _, right = torch.linalg.svd(x.T @ y, full_matrices=False)
-            mapping = left @ right
-        else:
-            gram = x.T @ x
-            gram += PENALTY * gram.diagonal().mean() * torch.eye(len(gram))
-            mapping = torch.linalg.solve(gram, x.T @ y)
-        rows = torch.stack([theirs[list(ids)].mean(0) for ids in spelled])
-        mapped: torch.Tensor = (rows - mean_x) @ mapping
-        # a map shrinks or stretches: give the rows the spread that known tokens have
-        mapped *= y.norm(dim=1).mean() / ((x @ mapping).norm(dim=1).mean())
-        return mapped + mean_y
+        ours = model.get_input_embeddings().weight.float().clone()
+        set_mapped_rows(
+            ours,
+            teacher_model.get_input_embeddings().weight,
+            TeacherRows(ModelSource("teacher"), method, tuple(shared), ids),
+        )
+    return list(ids), ours[list(ids)]
 
 
 def extend(model: Any, old: Speaker, spec: str, rows: str, teacher: RealTeacher | None) -> Speaker:
@@ -166,24 +101,13 @@ def extend(model: Any, old: Speaker, spec: str, rows: str, teacher: RealTeacher 
     pieces = old_ids_of_new_tokens(old.vocabulary.backend, longer.vocabulary.backend)
     initialize_new_embeddings(model, pieces)
     if teacher is not None:
-        at, spelled = [], []
-        for i in pieces:
-            raw = longer.vocabulary.bytes_W[i]
-            assert raw is not None
-            try:
-                ids = teacher.speaker.vocabulary.encode(raw.decode())
-            except UnicodeDecodeError:
-                continue
-            at.append(i)
-            spelled.append(ids)
-        found = ridge_rows(
+        at, found = mapped_rows(
             model,
             teacher.model,
             longer.vocabulary,
             teacher.speaker.vocabulary,
             list(pieces),
-            spelled,
-            orthogonal=rows == "orthogonal",
+            "orthogonal" if rows == "orthogonal" else "ridge",
         )
         with torch.no_grad():
             weight = model.get_input_embeddings().weight

@@ -87,7 +87,7 @@ def main() -> None:
         type=int,
         default=0,
         help="tokens of Gemma's vocabulary to add to the student; with 12 kB of text their rows "
-        "are not learned (bench/results/real-run.json)",
+        "are not learned (bench/results/real-run-extended.json)",
     )
     options = parser.parse_args()
     torch.set_num_threads(2)

@@ -257,25 +257,23 @@ def summary(lines: Sequence[Line]) -> dict[str, Any]:
 def markdown(found: Mapping[str, Any], part: str) -> str:
     """Return a table for docs/results.md."""
     head = (
-        "| method | student | settings | kB a language x passes | seeds | bits per byte "
-        "| minus cross-entropy, same student (95 %) | its value reached at "
-        "| minus the best cross-entropy, equal CPU (95 %) | the same with the capture's CPU "
-        "| gap closed | English lost | training CPU s |\n|" + " --- |" * 13 + "\n"
+        "| loss | student | settings | seeds | bits per byte "
+        "| minus cross-entropy, same student | minus cross-entropy, equal CPU "
+        "| gap closed | English | CPU s |\n|" + " --- |" * 10 + "\n"
     )
     lines = []
     for row in found["rows"]:
         if row["part"] != part:
             continue
-        plain, billed = (row.get(name, {}) for name in ("equal_cpu", "with_capture"))
-        at = row.get("reached_at")
+        billed = row.get("with_capture", {})
+        cost = f"{row['cpu_seconds']}"
+        if "capture_seconds" in row:
+            cost += f" + {row['capture_seconds']}"
         lines.append(
-            f"| {row['method']} | {row['student']} | {others(row)} "
-            f"| {row['kilobytes']} x {row['passes']:g}"
-            f"{f' + {row_more}' if (row_more := row['more']) else ''} | {len(row['seeds'])} | "
-            f"{row['mean']:.3f} | {shown(row['beside_cross_entropy'])} | "
-            f"{'' if at is None else f'{at:.0%}'} | {shown(plain.get('minus_cross_entropy'))} | "
-            f"{shown(billed.get('minus_cross_entropy'))} | "
-            f"{row.get('gap', 0):.0%} | {row.get('english_lost', 0):+.3f} | {row['cpu_seconds']} |"
+            f"| {row['method']} | {row['student']} | {others(row)} | {len(row['seeds'])} "
+            f"| {row['mean']:.3f} | {shown(row['beside_cross_entropy'])} "
+            f"| {shown(billed.get('minus_cross_entropy'))} "
+            f"| {row.get('gap', 0):.0%} | {row.get('english_lost', 0):+.3f} | {cost} |"
         )
     return head + "\n".join(lines) + "\n"
 
@@ -283,7 +281,8 @@ def markdown(found: Mapping[str, Any], part: str) -> str:
 def others(row: Mapping[str, Any]) -> str:
     """Return the settings of a row that are not at rest."""
     rest = {"share": 0.7, "end": "text", "arithmetic": "half", **LATER}
-    out = [f"rate {row['rate']:g}"]
+    more = f" + {row['more']} kB of Gemma's" if row["more"] else ""
+    out = [f"{row['kilobytes']} kB x {row['passes']:g}{more}", f"rate {row['rate']:g}"]
     for name, usual in rest.items():
         if row[name] != usual:
             out.append(f"{name.replace('_', ' ')} {row[name]}")

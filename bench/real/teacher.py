@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -47,6 +48,10 @@ class Scored:
     drawn: SparseDistributions
 
 
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
 @dataclass(frozen=True)
 class RealTeacher:
     """Gemma 3 270M with its cache."""
@@ -70,13 +75,13 @@ class RealTeacher:
 
     def scored(self, texts: Sequence[str]) -> list[Scored]:
         """Return every text's scores; those not in the cache are computed and kept."""
-        paths = [self.cache / f"{hashlib.sha256(t.encode()).hexdigest()[:24]}.pt" for t in texts]
+        paths = [self.cache / f"{digest(t)}.pt" for t in texts]
         todo = [k for k, path in enumerate(paths) if not path.is_file()]
         self.cache.mkdir(parents=True, exist_ok=True)
         ids = self.speaker.vocabulary.encode_batch([texts[k] for k in todo])
         at = 0
         while at < len(todo):
-            n = 1
+            n, begun = 1, time.process_time()
             while at + n < len(todo) and sum(map(len, ids[at : at + n + 1])) <= AT_ONCE:
                 n += 1
             for k, own, one in zip(
@@ -90,9 +95,18 @@ class RealTeacher:
                 partial = paths[k].with_suffix(".part")
                 torch.save(Scored(tuple(own), one, realised, drawn), partial)
                 partial.rename(paths[k])
+            # by text, so that every run that uses it can count its capture
+            each = (time.process_time() - begun) / n
+            for k in todo[at : at + n]:
+                paths[k].with_suffix(".seconds").write_text(f"{each}")
             at += n
             print(f"teacher: {at} of {len(todo)} texts", flush=True)
         return [torch.load(path, weights_only=False) for path in paths]
+
+    def capture_seconds(self, texts: Sequence[str]) -> float:
+        """Return the CPU seconds that scoring the texts took when it was done."""
+        paths = (self.cache / f"{digest(t)}.seconds" for t in texts)
+        return sum(float(path.read_text()) for path in paths if path.is_file())
 
     @torch.no_grad()
     def _score(self, ids: Sequence[Sequence[int]], texts: Sequence[str]) -> list[torch.Tensor]:

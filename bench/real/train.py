@@ -126,7 +126,7 @@ def train(
     sizes: Sequence[int],
     loss_of: Loss,
     first_new: int | None = None,
-    points: int = 3,
+    points: int = 1,
 ) -> tuple[Any, dict[str, Any]]:
     """Train a student; return it in float32, and what the run cost.
 

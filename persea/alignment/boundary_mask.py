@@ -105,7 +105,7 @@ class BoundaryMask:
             doubtful = candidates[(first >= 0) & blocked_W[first]]
         # .1 ms for 200 candidates; to search them takes 100
         doubtful = doubtful[blocked_W[self._witness_WK[doubtful]].all(-1)]
-        found = {c for c in doubtful.tolist() if not self._can_meet(blocked_W, c)}
+        found = {c for c in doubtful.tolist() if not self._can_meet(context, blocked_W, c)}
         if suffixes := self.other.added_token_continuations(context):
             among = range(len(self.first_token_W)) if candidates is None else candidates.tolist()
             found |= {
@@ -113,10 +113,11 @@ class BoundaryMask:
             }
         return np.array(sorted(found), np.int64)
 
-    def _can_meet(self, blocked_W: npt.NDArray[np.bool_], candidate: int) -> bool:
+    def _can_meet(self, context: int, blocked_W: npt.NDArray[np.bool_], candidate: int) -> bool:
         """Return whether some text lets both tokenizers meet after `own` emits the candidate here.
 
         Args:
+            context: The context in `other`.
             blocked_W: Tokens of `other` that cannot follow in the context.
             candidate: Token of `own`.
         """
@@ -124,6 +125,9 @@ class BoundaryMask:
         num_tried = [0]
         for u in self.other.tokens_in_search_order(raw):
             if blocked_W[u]:
+                continue
+            is_open_space = self.other.is_open_space(u, raw)
+            if is_open_space and not self.other.can_open_space_follow(context, u, raw):
                 continue
             root = self._advance(
                 True,
@@ -138,8 +142,9 @@ class BoundaryMask:
                 self._undecided_states.add(root)
                 return True
             if meets:
-                known_K = self._witness_WK[candidate]
-                known_K[:] = [u, *known_K[:-1].tolist()]
+                if not is_open_space:  # that depends on more of the context than `blocked_W`
+                    known_K = self._witness_WK[candidate]
+                    known_K[:] = [u, *known_K[:-1].tolist()]
                 return True
         return False
 
@@ -184,7 +189,7 @@ class BoundaryMask:
         side = self.other if is_others_turn else self.own
         for u in side.tokens_in_search_order(rest):
             num_tried[0] += 1
-            if num_tried[0] > self.max_search_tokens or side.can_follow(last, u):
+            if num_tried[0] > self.max_search_tokens or side.can_follow(last, u, rest):
                 yield self._advance(is_others_turn, side.derivations.extend(last, u), rest, waiting)
 
     def _advance(self, is_others_turn: bool, state: int, rest: bytes, waiting: int) -> SearchState:

@@ -32,7 +32,7 @@ from persea.tokenization.logit_rows import tokens_without_row
 from persea.tokenization.pretokenizer import decode_whole_characters
 from persea.tokenization.vocabulary import BYTE_TO_CHAR, Vocabulary
 
-EVENT_MAP_FORMAT = 5
+EVENT_MAP_FORMAT = 6
 CHECKSUM_BYTES = 32
 END_OF_TURN_EVENT, SPACES_EVENT, FIRST_TEXT_EVENT = 0, 1, 2
 # Fields of BpeDerivations, which are also keys of the stored file.

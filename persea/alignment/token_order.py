@@ -64,6 +64,7 @@ class TokenOrder:
     _may_cut_cache: dict[str, npt.NDArray[np.int8]] = field(default_factory=dict)
     _ending_signatures: dict[int, tuple[str, ...]] = field(default_factory=dict)
     _can_cut_cache: dict[tuple[tuple[str, ...], int], bool] = field(default_factory=dict)
+    _can_cut_ahead_cache: dict[tuple[int, bytes], bool] = field(default_factory=dict)
 
     @cached_property
     def sorted_tokens(self) -> tuple[list[bytes], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -326,8 +327,14 @@ class TokenOrder:
             self._search_order_cache[raw] = (*exact, *starts, *covering[len(exact) :].tolist())
         return self._search_order_cache[raw]
 
-    def can_follow(self, state: int, next_token: int) -> bool:
-        """Return whether a token may follow in a state, whatever is before its tokens."""
+    def can_follow(self, state: int, next_token: int, ahead: bytes = b"") -> bool:
+        """Return whether a token may follow in a state, whatever is before its tokens.
+
+        Args:
+            state: The state.
+            next_token: The token.
+            ahead: Bytes that the text after the state begins with, see `is_open_space`.
+        """
         if not self.derivations.is_impossible_pair(state, next_token):
             return True
         token = self.derivations.last_token(state)
@@ -341,14 +348,52 @@ class TokenOrder:
             return False
         if token not in self._ending_signatures:
             self._ending_signatures[token] = self._signatures_ending_with(raw)
+        endings = self._ending_signatures[token]
+        if self.is_open_space(next_token, ahead):
+            if (token, ahead) not in self._can_cut_ahead_cache:
+                signatures = self.pretokenizer.leading_signatures(ahead)
+                self._can_cut_ahead_cache[token, ahead] = any(
+                    self.pretokenizer.can_split(ending, signatures) for ending in endings
+                )
+            return self._can_cut_ahead_cache[token, ahead]
         head_W, heads = self._token_heads
         # called millions of times with some thousand different keys
-        key = self._ending_signatures[token], int(head_W[next_token])
+        key = endings, int(head_W[next_token])
         if key not in self._can_cut_cache:
             self._can_cut_cache[key] = any(
-                self.pretokenizer.can_split(ending, heads[key[1]]) for ending in key[0]
+                self.pretokenizer.can_split(ending, heads[key[1]]) for ending in endings
             )
         return self._can_cut_cache[key]
+
+    def is_open_space(self, token: int, ahead: bytes) -> bool:
+        """Return whether a token is white space alone and the text is known to go on after it.
+
+        Whether a word ends before white space depends on what follows: patterns leave the last of
+        several spaces to the next word.
+        """
+        raw = self.vocabulary.bytes_W[token] or b""
+        return len(raw) < len(ahead) and raw.isspace()
+
+    def can_open_space_follow(self, context: int, space: int, ahead: bytes) -> bool:
+        """Return whether white space may follow in a context if the text then goes on.
+
+        Args:
+            context: The context. `space` is not in its `impossible_next_tokens`.
+            space: A token that `is_open_space` before `ahead`.
+            ahead: Bytes that the text after the context begins with.
+        """
+        state, word = self._context_keys[context]
+        last = self.vocabulary.bytes_W[self.derivations.last_token(state)] or b""
+        return (
+            word == MID_CHARACTER
+            or self.pretokenizer.never_splits
+            or not self.derivations.is_impossible_pair(state, space)
+            or bool(
+                self.added_token_bytes
+                and (self._may_begin_added_token[space] or last in self.added_token_bytes)
+            )
+            or self.pretokenizer.can_split(word, self.pretokenizer.leading_signatures(ahead))
+        )
 
     def _signatures_ending_with(self, raw: bytes) -> tuple[str, ...]:
         """Return the distinct signatures of words that end with a token; () inside a character."""

@@ -284,6 +284,11 @@ class TrainingSection(RecipeSection):
         le=MAX_COUNT,
         description="blocks of about 4,096 captured tokens that are shuffled together in an epoch",
     )
+    store_examples: bool = Field(
+        default=True,
+        description="keep the training examples in `examples/` of the run folder, about 4 times the"
+        " captures, so that later starts and other processes read them",
+    )
     max_skipped_steps: int = Field(
         default=3,
         ge=0,

@@ -121,7 +121,7 @@ def plan_run(context: RunContext) -> RunPlan:
     }
     size = context.models.student_size
     trained_bytes = cost.training_bytes(size, recipe.student, context.training)
-    disk_bytes = most_captured + (trained_bytes or 0)
+    disk_bytes = most_captured + preflight_data.example_bytes(context) + (trained_bytes or 0)
     disk_free = shutil.disk_usage(cost.existing_ancestor(context.folder)).free
     states: dict[str, str] = {}
     for stage in STAGES:

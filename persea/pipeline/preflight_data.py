@@ -29,6 +29,8 @@ ALL_LINEAR = "all-linear"  # PEFT's name for every linear layer but the head
 # `distributions: topk` at max_kl .01 (reasoning 53).
 SAMPLED_BYTES_PER_TOKEN = 40
 TOPK_BYTES_PER_TOKEN = 400
+# 156 bytes a token where sampled distributions of a 262k vocabulary take 40; see docs/cache.md
+EXAMPLE_BYTES_PER_CAPTURED_BYTE = 4
 
 
 @dataclass(frozen=True)
@@ -179,13 +181,21 @@ def captured_bytes(context: RunContext) -> int:
     )
 
 
+def example_bytes(context: RunContext) -> int:
+    """Return the bytes of the stored training examples, at most."""
+    is_stored = context.recipe.training.store_examples
+    return EXAMPLE_BYTES_PER_CAPTURED_BYTE * captured_bytes(context) * is_stored
+
+
 def missing_disk_bytes(context: RunContext) -> int:
     """Return the bytes that a run may still add to the disk: without stages that have finished."""
     trained = cost.training_bytes(
         context.models.student_size, context.recipe.student, context.training
     )
     needed = 0 if context.stages.has_record("capture") else captured_bytes(context)
-    return needed + (0 if context.stages.has_record("train") else trained or 0)
+    if not context.stages.has_record("train"):
+        needed += example_bytes(context) + (trained or 0)
+    return needed
 
 
 def refuse_full_disk(context: RunContext) -> None:

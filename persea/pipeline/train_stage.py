@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from persea import storage
 from persea.cache.answer_filter import without_rejected
 from persea.cache.capture import assign_prompts, open_teacher_caches
-from persea.cache.reader import AnswerSource
+from persea.cache.reader import AnswerSource, CacheReader
+from persea.errors import PerseaError
 from persea.losses import HiddenStates, Loss, LossOutput, build_loss
 from persea.models.loading import set_threads
 from persea.pipeline.model_refs import silence_transformers
@@ -22,6 +23,8 @@ from persea.training import checkpoint as checkpoints
 from persea.training.dataset import Batch, DistillDataset, build_dataset
 from persea.training.distributed.launcher import launch_processes, send_to_launcher
 from persea.training.distributed.world import World
+from persea.training.example import ExampleMaker
+from persea.training.example_store import ExampleStore, selected_answers
 from persea.training.loop import run_training_loop
 from persea.training.loss_balancing import Group, GroupStats
 from persea.training.on_policy.rollouts import Rollouts, build_rollouts
@@ -31,6 +34,7 @@ from persea.training.trackers import open_tracker
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
+    from persea.alignment.event_map import EventMap
     from persea.training.student import StudentModel
     from persea.vocab_extension.resize_model import ProgressCallback
 
@@ -133,8 +137,11 @@ def train_rank(
     progress(done, "opening the event maps")
     event_maps = context.models.event_maps
     progress(done, "reading the captured answers")
+    caches = _teacher_caches(context)
+    if t.store_examples:
+        _store_examples(context, caches, student, event_maps)
     dataset = build_dataset(
-        _teacher_caches(context),
+        caches,
         student.renderer,
         event_maps,
         batch_size=t.batch_size,
@@ -142,6 +149,7 @@ def train_rank(
         max_length=t.max_length,
         partial_tokens=t.partial_tokens,
         teach_end=context.recipe.capture.teach_end,
+        example_folder=_example_folder(context) if t.store_examples else None,
         on_answer=lambda read, answers: progress(
             done, f"reading the captured answers, {read:,} of {answers:,}"
         ),
@@ -197,6 +205,40 @@ def _teacher_caches(context: RunContext) -> Sequence[tuple[AnswerSource, float]]
         if context.recipe.capture.drop_wrong_answers
         else caches
     )
+
+
+def _example_folder(context: RunContext) -> Path:
+    return context.folder / "examples"
+
+
+def _store_examples(
+    context: RunContext,
+    caches: Sequence[tuple[AnswerSource, float]],
+    student: StudentModel,
+    event_maps: Mapping[str, EventMap],
+) -> None:
+    """Let each process make its part of the examples that are not on disk yet.
+
+    Raises:
+        PerseaError: One of the processes could not make its part.
+    """
+    world, t = context.world, context.training
+    roots = (selected_answers(cache)[0] for cache, _ in caches)
+    readers = [one for one in roots if isinstance(one, CacheReader)]
+    maker = ExampleMaker.create(
+        student.renderer, event_maps, t.partial_tokens, context.recipe.capture.teach_end
+    )
+    store, failure = ExampleStore(_example_folder(context), maker), None
+    try:
+        if world.size > 1:  # a single process makes them as it reads, with progress
+            store.build_missing(readers, world.rank, world.size)
+    except PerseaError as error:
+        failure = error
+    for one in world.all_gather(failure):  # nobody waits for a process that gave up
+        if one is not None:
+            raise one
+    if not world.rank:
+        store.delete_others(readers)
 
 
 def _load_rollouts(

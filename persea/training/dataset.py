@@ -8,11 +8,11 @@ the step alone, so that a resumed training sees the same batches.
 
 from __future__ import annotations
 
-from array import array
 from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -20,19 +20,19 @@ import numpy.typing as npt
 import torch
 
 from persea.alignment.event_map import EventMap, load_event_map
-from persea.alignment.partial_tokens import make_partial_token_projector
-from persea.cache.reader import AnswerSource, AnswerSubset, CacheMixture
+from persea.cache.reader import AnswerSource, AnswerSubset, CacheMixture, CacheReader
 from persea.cache.unit import CachedAnswer
 from persea.chat.renderer import ChatRenderer
 from persea.errors import DataError
 from persea.losses import BatchTargets, EventTargets, build_batch_targets, concat_event_targets
 from persea.training.dataset_stats import DatasetStats, DatasetSurvey
-from persea.training.example import (
-    Example,
-    TeachEnd,
-    align_answer,
-    build_example,
-    render_answer,
+from persea.training.example import Example, ExampleMaker, TeachEnd
+from persea.training.example_store import (
+    ExampleStore,
+    StoredExamples,
+    locate,
+    selected_answers,
+    summarize,
 )
 from persea.training.loss_balancing import Group
 
@@ -164,7 +164,7 @@ class DistillDataset(torch.utils.data.Dataset[Example]):
     mixture: CacheMixture
     _example_cache: OrderedDict[tuple[int, int], Example]
     _cache_tokens: int
-    make_example: Callable[[CachedAnswer], Example]
+    example_of: Callable[[AnswerSource, int], Example]
     event_maps: Mapping[str, EventMap]
     batch_size: int
     stats: DatasetStats
@@ -173,14 +173,17 @@ class DistillDataset(torch.utils.data.Dataset[Example]):
     def from_mixture(
         cls,
         mixture: CacheMixture,
-        make_example: Callable[[CachedAnswer], Example],
+        example_of: Callable[[AnswerSource, int], Example],
         event_maps: Mapping[str, EventMap],
         batch_size: int,
         stats: DatasetStats,
     ) -> DistillDataset:
-        """Create a dataset from a mixture of caches whose answers are all usable."""
+        """Create a dataset from a mixture of caches whose answers are all usable.
+
+        `example_of` returns the example of a cache's answer by its number.
+        """
         self = cls.__new__(cls)
-        self.mixture, self.make_example, self.event_maps = mixture, make_example, event_maps
+        self.mixture, self.example_of, self.event_maps = mixture, example_of, event_maps
         self.batch_size, self.stats = batch_size, stats
         self._example_cache = OrderedDict()
         self._cache_tokens = 0
@@ -284,7 +287,7 @@ class DistillDataset(torch.utils.data.Dataset[Example]):
             sides.append(
                 self.from_mixture(
                     CacheMixture(readers, shares, mixture.seed),
-                    self.make_example,
+                    self.example_of,
                     self.event_maps,
                     self.batch_size,
                     self.stats,
@@ -308,7 +311,7 @@ class DistillDataset(torch.utils.data.Dataset[Example]):
         """Return the example of (cache, answer), built if it is not cached."""
         one = self._example_cache.pop(key, None)
         if one is None:
-            one = self.make_example(self.mixture.readers[key[0]][key[1]])
+            one = self.example_of(self.mixture.readers[key[0]], key[1])
             self._cache_tokens += _cache_cost(one)
         self._example_cache[key] = one
         while self._cache_tokens > EXAMPLE_CACHE_TOKENS and len(self._example_cache) > 1:
@@ -352,49 +355,37 @@ def build_dataset(
     max_length: int,
     partial_tokens: bool = False,
     teach_end: TeachEnd = "auto",
+    example_folder: Path | None = None,
     on_answer: Callable[[int, int], None] = lambda read, answers: None,
 ) -> DistillDataset:
     """Build the dataset of several caches; see `DistillDataset` for arguments and errors.
 
     `on_answer` is called after each answer with the number of answers read, and of all answers. A
-    cache of which no answer is left is no part of the mixture.
+    cache of which no answer is left is no part of the mixture. With `example_folder`, examples of
+    the units of a cache are stored there, and read where they are; see example_store.py.
     """
-    projectors = {
-        name: make_partial_token_projector(event_map) if partial_tokens else None
-        for name, event_map in event_maps.items()
-    }
-
-    def make(answer: CachedAnswer) -> Example:
-        name = answer.answer.teacher
-        return build_example(answer, renderer, event_maps[name], projectors[name], teach_end)
-
+    maker = ExampleMaker.create(renderer, event_maps, partial_tokens, teach_end)
+    store = ExampleStore(example_folder, maker) if example_folder else None
     survey = DatasetSurvey(max_length)
     parts: list[tuple[AnswerSubset, float]] = []
+    stored: dict[CacheReader, StoredExamples] = {}
     num_answers, num_read = sum(len(cache) for cache, _ in caches), 0
+
+    def count_answers(count: int) -> None:
+        nonlocal num_read
+        num_read += count
+        on_answer(min(num_read, num_answers), num_answers)
+
     for cache, share in caches:
-        usable = array("q")
-        for index in range(len(cache)):
-            answer = cache[index]
-            num_read += 1
-            on_answer(num_read, num_answers)
-            name = answer.answer.teacher
-            if name not in event_maps:
-                raise DataError(
-                    f"the cache holds answers of {name}, whose tokenizer is not given",
-                    where="DistillDataset",
-                    remedy=f"pass teachers={{{name!r}: renderer}}",
-                )
-            try:
-                tokens = render_answer(answer, renderer)
-            except DataError as error:
-                survey.add_unrenderable(answer, error)
-                continue
-            # aligned even if too long: an invalid distribution is an error wherever it is
-            example = align_answer(answer, tokens, event_maps[name], projectors[name], teach_end)
-            if survey.add(answer, example):
-                usable.append(index)
+        whole, numbers = selected_answers(cache)
+        if store is not None and isinstance(whole, CacheReader):
+            stored[whole] = store.open(whole, count_answers)
+            usable = _survey_stored(survey, stored[whole], numbers)
+            usable = np.searchsorted(numbers, usable)
+        else:
+            usable = survey.add(summarize(cache, maker, count_answers))
         if len(usable):
-            parts.append((AnswerSubset(cache, np.array(usable, np.int64)), share))
+            parts.append((AnswerSubset(cache, usable), share))
     if not parts:
         raise DataError(
             f"no answer is left: {survey.too_long} have more than {max_length} tokens, "
@@ -404,9 +395,29 @@ def build_dataset(
             remedy="raise training.max_length, or choose another student",
         )
     readers, shares = zip(*parts, strict=True)
+
+    def example_of(source: AnswerSource, number: int) -> Example:
+        whole, at = locate(source, number)
+        if isinstance(whole, CacheReader) and whole in stored:
+            return stored[whole][at]
+        return maker.make(whole[at])
+
     return DistillDataset.from_mixture(
-        CacheMixture(readers, shares, seed), make, event_maps, batch_size, survey.stats()
+        CacheMixture(readers, shares, seed), example_of, event_maps, batch_size, survey.stats()
     )
+
+
+def _survey_stored(
+    survey: DatasetSurvey, examples: StoredExamples, numbers: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Count the chosen answers of a cache, unit by unit; return those that become examples."""
+    usable = []
+    edges = np.searchsorted(numbers, examples.offsets_U1)
+    for unit, summary in enumerate(examples.summaries):
+        first = int(examples.offsets_U1[unit])
+        chosen = numbers[edges[unit] : edges[unit + 1]] - first
+        usable.append(survey.add(summary, chosen) + first)
+    return np.concatenate(usable or [np.empty(0, np.int64)])
 
 
 def collate(examples: Sequence[Example], event_maps: Mapping[str, EventMap]) -> Batch:

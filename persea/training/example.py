@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from persea.alignment.event_map import EventMap
 from persea.alignment.partial_tokens import (
     PartialTokenProjector,
+    make_partial_token_projector,
     require_projectable_kind,
     token_prefixes,
 )
@@ -20,6 +22,7 @@ from persea.cache.unit import CachedAnswer
 from persea.chat.messages import ThinkingEffort
 from persea.chat.renderer import ChatRenderer
 from persea.distributions import DistributionKind, SparseDistributions
+from persea.errors import DataError
 from persea.losses import EventTargets, build_event_targets, concat_event_targets
 from persea.tokenization.bpe import expand_groups
 from persea.tokenization.tokens import RenderedTokens
@@ -49,6 +52,59 @@ class Example:
     language: str
     targets: EventTargets
     counts: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleMaker:
+    """Makes the examples of one student from the answers of its teachers.
+
+    Attributes:
+        renderer: the student's renderer.
+        event_maps: event map of each teacher.
+        projectors: projector of each teacher, or None; see `build_example`.
+        teach_end: see `build_example`.
+    """
+
+    renderer: ChatRenderer
+    event_maps: Mapping[str, EventMap]
+    projectors: Mapping[str, PartialTokenProjector | None]
+    teach_end: TeachEnd = "auto"
+
+    @classmethod
+    def create(
+        cls,
+        renderer: ChatRenderer,
+        event_maps: Mapping[str, EventMap],
+        partial_tokens: bool,
+        teach_end: TeachEnd,
+    ) -> ExampleMaker:
+        """Create a maker; see `DistillDataset` for the arguments."""
+        projectors = {
+            name: make_partial_token_projector(event_map) if partial_tokens else None
+            for name, event_map in event_maps.items()
+        }
+        return cls(renderer, event_maps, projectors, teach_end)
+
+    def make(self, answer: CachedAnswer) -> Example:
+        """Build the example of an answer; see `build_example`."""
+        return self.align(answer, render_answer(answer, self.renderer))
+
+    def align(self, answer: CachedAnswer, tokens: RenderedTokens) -> Example:
+        """Build the example of an answer that is already rendered.
+
+        Raises:
+            DataError: the answer's teacher has no event map, or its distributions are invalid.
+        """
+        name = answer.answer.teacher
+        if name not in self.event_maps:
+            raise DataError(
+                f"the cache holds answers of {name}, whose tokenizer is not given",
+                where="DistillDataset",
+                remedy=f"pass teachers={{{name!r}: renderer}}",
+            )
+        return align_answer(
+            answer, tokens, self.event_maps[name], self.projectors[name], self.teach_end
+        )
 
 
 def build_example(

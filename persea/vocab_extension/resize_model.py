@@ -1,15 +1,14 @@
 """Add rows to a model for the new tokens of its tokenizer, and save it as a student.
 
-The rows of a new token are the means of the rows of its old tokens. That is .27 bits a byte worse
-than before without training, and .08 better after training on 433 kB of text (docs/results.md,
-point 11).
+The rows of a new token are the means of the rows of its old tokens, or mapped from a teacher's rows
+(`map_embeddings`). Means are .27 bits a byte worse than before without training, and .08 better
+after training on 433 kB of text (docs/results.md, point 11).
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from tokenizers import Tokenizer
 
 from persea.chat.families import CONTROL_MARKERS
 from persea.errors import DataError, RefusedError, StorageError
-from persea.models.identity import fingerprint
+from persea.models.identity import fingerprint, model_name
 from persea.models.licence_text import copy_licence_files
 from persea.models.loading import (
     ModelSource,
@@ -29,6 +28,11 @@ from persea.models.loading import (
 from persea.models.tokenizer_files import copy_tokenizer_files
 from persea.storage import open_atomic_folder
 from persea.tokenization.vocabulary import Vocabulary, load_vocabulary
+from persea.vocab_extension.architecture import (
+    count_embedding_rows,
+    load_meta_model,
+    token_ids_in_config,
+)
 from persea.vocab_extension.learn_merges import (
     Merge,
     TokenizationCost,
@@ -40,6 +44,21 @@ from persea.vocab_extension.learn_merges import (
     read_merge_training_texts,
     refuse_changed_tokens,
     refuse_unextendable_tokenizer,
+)
+from persea.vocab_extension.map_embeddings import (
+    TeacherRows,
+    map_teacher_rows,
+    refuse_few_shared_tokens,
+)
+from persea.vocab_extension.teacher_tokens import (
+    TokenTeacher,
+    add_counts,
+    count_expected_tokens,
+    count_expected_words,
+    join_marks,
+    make_wanted,
+    shared_token_ids,
+    teacher_ids_of,
 )
 
 if TYPE_CHECKING:
@@ -62,6 +81,8 @@ class VocabExtension:
         old_ids_by_new_id: New id -> the ids that its bytes had before.
         num_embedding_rows: Rows of embedding and head, before and after.
         costs: Tokens of the held-out lines, before and after, for each text.
+        joins_marks: Whether words hold combining marks that they did not hold before.
+        teacher_rows: The rows that are mapped from a teacher's; None = all are means.
     """
 
     model: str
@@ -72,6 +93,8 @@ class VocabExtension:
     old_ids_by_new_id: Mapping[int, Sequence[int]] = field(repr=False)
     num_embedding_rows: tuple[int, int]
     costs: tuple[TokenizationCost, ...]
+    joins_marks: bool = False
+    teacher_rows: TeacherRows | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of extension.json."""
@@ -81,6 +104,8 @@ class VocabExtension:
                 "file": Path(c.file).name,
                 "bytes_per_token_before": round(c.bytes / c.tokens_before, 3),
                 "bytes_per_token_after": round(c.bytes / c.tokens_after, 3),
+                "tokens_per_byte_before": round(c.tokens_before / c.bytes, 4),
+                "tokens_per_byte_after": round(c.tokens_after / c.bytes, 4),
             }
             for c in self.costs
         ]
@@ -91,104 +116,16 @@ class VocabExtension:
             "first_id": min(self.old_ids_by_new_id),
             "rows_before": self.num_embedding_rows[0],
             "rows_after": self.num_embedding_rows[1],
+            "joins_marks": self.joins_marks,
             "texts": texts,
+            "teacher_rows": self.teacher_rows
+            and {
+                "model": model_name(self.teacher_rows.teacher.model),
+                "method": self.teacher_rows.method,
+                "shared_tokens": len(self.teacher_rows.shared_ids),
+                "mapped_tokens": len(self.teacher_rows.ids_by_new_id),
+            },
         }
-
-
-def load_meta_model(source: ModelSource, where: str) -> PreTrainedModel:
-    """Load the architecture of a model without weights, on torch's meta device.
-
-    Raises:
-        DataError: The folder holds no causal model.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(source.model, trust_remote_code=False)
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, trust_remote_code=False
-            )
-            return model
-    except Exception as error:  # transformers raises a dozen types for a folder without a model
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise DataError(
-            f"cannot read its configuration: {reason}",
-            where=where,
-            remedy="the folder needs config.json of a causal model",
-        ) from error
-
-
-def count_embedding_rows(model: PreTrainedModel, vocab_size: int, where: str) -> int:
-    """Return the number of rows of a model's embedding and head.
-
-    Raises:
-        RefusedError: The weights are quantized, embedding and head are no plain matrices of equal
-            rows, or another part has one row a token too.
-        DataError: There are fewer rows than tokens.
-    """
-    import torch
-
-    embedding, head, remedy = (
-        model.get_input_embeddings(),
-        model.get_output_embeddings(),  # type: ignore[no-untyped-call]
-        "extend a model with one embedding and one linear head",
-    )
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise RefusedError(
-            "its weights are quantized: means of rows cannot be written back",
-            where=where,
-            remedy="extend the model that it was quantized from",
-        )
-    if type(head) is not torch.nn.Linear or not isinstance(embedding, torch.nn.Embedding):
-        raise RefusedError(
-            f"its embedding is a {type(embedding).__name__} and its head a {type(head).__name__}",
-            where=where,
-            remedy=remedy,
-        )
-    rows = len(embedding.weight)
-    if len(head.weight) != rows:
-        raise RefusedError(
-            f"its embedding has {rows:,} rows and its head {len(head.weight):,}",
-            where=where,
-            remedy=remedy,
-        )
-    if rows < vocab_size:
-        raise DataError(
-            f"{rows:,} rows for a vocabulary of {vocab_size:,} tokens",
-            where=where,
-            remedy="tokenizer and model do not belong together",
-        )
-    more = [
-        name
-        for name, m in model.named_modules()
-        if isinstance(m, torch.nn.Embedding) and m is not embedding and m.num_embeddings == rows
-    ]
-    if more or getattr(model.config.get_text_config(), "vocab_size_per_layer_input", None):
-        raise RefusedError(
-            f"another part has one row a token too: "
-            f"{more[0] if more else 'the embeddings of each layer'}",
-            where=where,
-            remedy=remedy,
-        )
-    return rows
-
-
-def token_ids_in_config(config: Mapping[str, Any]) -> set[int]:
-    """Return all token ids in a model's configuration, at any depth.
-
-    Some belong to tokens that the tokenizer does not know.
-    """
-    found: set[int] = set()
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            found |= token_ids_in_config(value)
-        elif re.search(r"_token_(?:ids?|index)$", str(key)):
-            found |= {
-                i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)
-            }
-    return found
 
 
 def initialize_new_embeddings(
@@ -268,6 +205,8 @@ def extend_vocabulary(
     file_specs: Sequence[str],
     num_tokens: int,
     progress: ProgressCallback,
+    teacher: TokenTeacher | None = None,
+    with_joined_marks: bool = False,
 ) -> VocabExtension:
     """Learn new tokens for a model from text files. Writes nothing and reads no weights.
 
@@ -276,10 +215,13 @@ def extend_vocabulary(
         file_specs: Text files, `FILE` or `FILE#key`.
         num_tokens: Tokens to add.
         progress: Called with the step, the fraction done and a message.
+        teacher: New tokens are tokens of this model too; None = any.
+        with_joined_marks: Words hold combining marks, see `join_marks`.
 
     Raises:
         DataError: A text or the model cannot be read, or no pair of tokens occurs twice.
-        RefusedError: The model or its tokenizer cannot be extended.
+        RefusedError: The model or its tokenizer cannot be extended, or shares too few tokens with
+            the teacher to map rows.
     """
     texts, where = read_merge_training_texts(file_specs), source.model
     progress("open", 0.0, where)
@@ -288,22 +230,39 @@ def extend_vocabulary(
         ModelSource(str(download_model(source, where, with_weights=False))),
     )
     tokenizer = load_tokenizer(source, where)
-    old, spec = (
+    old, old_spec = (
         load_vocabulary(tokenizer, where, CONTROL_MARKERS),
         json.loads(tokenizer.backend_tokenizer.to_str()),
     )
-    refuse_unextendable_tokenizer(old, spec, where)
+    refuse_unextendable_tokenizer(old, old_spec, where)
     model = load_meta_model(source, where)
     num_rows = count_embedding_rows(model, len(old), where)
     progress("open", 1.0, f"{len(old):,} tokens, {num_rows:,} rows")
-    word_counts = count_words(old.backend, [one.training_lines for one in texts])
+    backend, spec = old.backend, old_spec
+    if with_joined_marks:
+        spec = join_marks(old_spec)
+        backend = Tokenizer.from_str(json.dumps(join_marks(json.loads(old.backend.to_str()))))
+    word_counts = count_words(backend, [one.training_lines for one in texts])
     progress("learn", 0.0, f"{len(word_counts):,} words")
-    merges = learn_merges(
-        old.backend,
-        word_counts,
-        num_tokens,
-        lambda num_new: progress("learn", num_new / num_tokens, f"{num_new:,} tokens"),
-    )
+    wanted = make_wanted(teacher.vocabulary) if teacher else None
+
+    def learn() -> list[Merge]:
+        return learn_merges(
+            backend,
+            word_counts,
+            num_tokens,
+            lambda num_new: progress("learn", num_new / num_tokens, f"{num_new:,} tokens"),
+            *([wanted] if wanted else []),
+        )
+
+    merges = learn()
+    known = old.backend.get_vocab(with_added_tokens=True)
+    if teacher and teacher.scores_texts and _num_new(merges, known) < num_tokens:
+        for text in texts:
+            expected = count_expected_tokens(teacher, text.training_lines, progress)
+            add_counts(word_counts, count_expected_words(backend, teacher.vocabulary, expected))
+        merges = learn()
+    joins_marks = spec["pre_tokenizer"] != old_spec["pre_tokenizer"]
     spec = extend_tokenizer_spec(
         spec,
         merges,
@@ -314,7 +273,8 @@ def extend_vocabulary(
     old_ids = old_ids_of_new_tokens(old.backend, new.backend)
     if not old_ids:
         raise DataError(
-            "no pair of neighbouring tokens occurs twice in the texts",
+            "no pair of neighbouring tokens occurs twice in the texts"
+            + (" and is a token of the teacher" if teacher else ""),
             where=", ".join(file_specs),
             remedy="give more text",
         )
@@ -329,7 +289,28 @@ def extend_vocabulary(
         old_ids,
         (num_rows, max(num_rows, len(new))),
         costs,
+        joins_marks,
+        _plan_teacher_rows(teacher, old, new, old_ids) if teacher else None,
     )
+
+
+def _num_new(merges: Sequence[Merge], known: Mapping[str, int]) -> int:
+    return len({a + b for a, b in merges} - known.keys())
+
+
+def _plan_teacher_rows(
+    teacher: TokenTeacher, old: Vocabulary, new: Vocabulary, new_ids: Iterable[int]
+) -> TeacherRows | None:
+    if teacher.method is None:
+        return None
+    plan = TeacherRows(
+        teacher.source,
+        teacher.method,
+        shared_token_ids(old, teacher.vocabulary),
+        teacher_ids_of(teacher.vocabulary, {i: new.bytes_W[i] or b"" for i in new_ids}),
+    )
+    refuse_few_shared_tokens(plan, teacher.source.model)
+    return plan
 
 
 def write_extended_model(
@@ -355,6 +336,9 @@ def write_extended_model(
     progress("write", 0.0, str(out_folder))
     model = load_in_stored_dtype(source, where)
     initialize_new_embeddings(model, extension.old_ids_by_new_id)
+    if extension.teacher_rows:
+        progress("write", 0.5, f"rows of {extension.teacher_rows.teacher.model}")
+        map_teacher_rows(model, extension.teacher_rows)
     with open_atomic_folder(out_folder) as folder:
         try:
             model.save_pretrained(folder)
@@ -371,6 +355,9 @@ def write_extended_model(
             encoding="utf-8",
         )
         record = {**extension.to_json(), "fingerprint": fingerprint(source, where)}
+        if extension.teacher_rows:
+            teacher = extension.teacher_rows.teacher
+            record["teacher_rows"] |= {"fingerprint": fingerprint(teacher, teacher.model)}
         (folder / "extension.json").write_text(
             json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )

@@ -30,7 +30,13 @@ def small_world(name: str) -> World:
 
 
 @pytest.mark.parametrize(
-    "name", ["two Unigrams", "prefix space teaches BPE", "BPE teaches prefix space"]
+    "name",
+    [
+        "two Unigrams",
+        "prefix space teaches BPE",
+        "BPE teaches prefix space",
+        "prefix space teaches BPE, words",
+    ],
 )
 def test_the_bias_that_masks_leave(name: str):
     world = trait_world(name)

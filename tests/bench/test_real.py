@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.objectives.examples import Teacher
 from bench.objectives.vocabularies import Speaker
-from bench.real.extension import extended_spec, ridge_rows
+from bench.real.extension import extended_spec, mapped_rows
 from bench.real.methods import EVENTS, Lessons, loss_of
 from bench.real.models import Trainee, bits, pack, pruned, speaker, states
 from bench.real.onpolicy import Begun
@@ -27,6 +27,7 @@ from bench.real.texts import Text, part_of
 from bench.real.train import Run, batches, cross_entropy
 from persea.chat.families.gemma import GEMMA
 from persea.chat.families.llama import LLAMA
+from persea.vocab_extension.map_embeddings import RowMethod
 
 ROOT = Path(__file__).resolve().parents[2]
 SAPLINGS = ROOT / "saplings"
@@ -199,10 +200,13 @@ def test_new_tokens_are_the_teachers(student: Speaker, teacher: Speaker) -> None
     assert any(len(found.vocabulary.encode(w)) < len(student.vocabulary.encode(w)) for w in words)
 
 
-def test_ridge_finds_a_linear_map(student: Speaker, teacher: Speaker) -> None:
+@pytest.mark.parametrize("method", ["ridge", "orthogonal"])
+def test_a_linear_map_is_found(student: Speaker, teacher: Speaker, method: RowMethod) -> None:
     ours, theirs = tiny(len(student.vocabulary)), tiny(len(teacher.vocabulary))
     torch.manual_seed(1)
     linear = torch.randn(16, 16)
+    if method == "orthogonal":
+        linear, _ = torch.linalg.qr(linear)
     of_teacher = {raw: i for i, raw in enumerate(teacher.vocabulary.bytes_W) if raw}
     both = [
         (i, of_teacher[raw])
@@ -214,37 +218,9 @@ def test_ridge_finds_a_linear_map(student: Speaker, teacher: Speaker) -> None:
         for i, j in both:
             own[i] = other[j] @ linear
     new = [i for i, _ in both[:5]]
-    rows = ridge_rows(
-        ours, theirs, student.vocabulary, teacher.vocabulary, new, [[j] for _, j in both[:5]]
-    )
+    at, rows = mapped_rows(ours, theirs, student.vocabulary, teacher.vocabulary, new, method)
+    assert at == new
     expected = torch.stack([own[i] for i in new]).detach()
-    assert torch.nn.functional.cosine_similarity(rows, expected).min() > 0.98
-
-
-def test_an_orthogonal_map_keeps_angles(student: Speaker, teacher: Speaker) -> None:
-    ours, theirs = tiny(len(student.vocabulary)), tiny(len(teacher.vocabulary))
-    torch.manual_seed(1)
-    turned, _ = torch.linalg.qr(torch.randn(16, 16))
-    of_teacher = {raw: i for i, raw in enumerate(teacher.vocabulary.bytes_W) if raw}
-    both = [
-        (i, of_teacher[raw])
-        for i, raw in enumerate(student.vocabulary.bytes_W)
-        if raw and raw in of_teacher and len(raw) > 1
-    ]
-    with torch.no_grad():
-        own, other = (m.get_input_embeddings().weight for m in (ours, theirs))
-        for i, j in both:
-            own[i] = other[j] @ turned
-    rows = ridge_rows(
-        ours,
-        theirs,
-        student.vocabulary,
-        teacher.vocabulary,
-        [i for i, _ in both[:5]],
-        [[j] for _, j in both[:5]],
-        orthogonal=True,
-    )
-    expected = torch.stack([own[i] for i, _ in both[:5]]).detach()
     assert torch.nn.functional.cosine_similarity(rows, expected).min() > 0.98
 
 

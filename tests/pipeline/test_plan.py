@@ -17,7 +17,11 @@ from persea.models.loading import ModelSource
 from persea.models.sizes import read_model_size
 from persea.pipeline.cost import training_bytes
 from persea.pipeline.plan import plan_run
-from persea.pipeline.preflight_data import SAMPLED_BYTES_PER_TOKEN, TOPK_BYTES_PER_TOKEN
+from persea.pipeline.preflight_data import (
+    EXAMPLE_BYTES_PER_CAPTURED_BYTE,
+    SAMPLED_BYTES_PER_TOKEN,
+    TOPK_BYTES_PER_TOKEN,
+)
 from persea.pipeline.run_context import RunContext
 from tests.cli.test_cli import SAPLINGS, STAGES, flowed_copy, recipe, tree
 
@@ -123,9 +127,10 @@ def test_the_likeliest_tokens_within_a_kl_cost_more_disk(tmp_path: Path) -> None
         plan_run(river(tmp_path, "capture.distributions=topk")).disk_bytes
         - plan_run(river(tmp_path)).disk_bytes
     )
-    assert more == pytest.approx(
-        captured / SAMPLED_BYTES_PER_TOKEN * (TOPK_BYTES_PER_TOKEN - SAMPLED_BYTES_PER_TOKEN)
-    )
+    captured *= TOPK_BYTES_PER_TOKEN / SAMPLED_BYTES_PER_TOKEN - 1
+    assert more == pytest.approx((1 + EXAMPLE_BYTES_PER_CAPTURED_BYTE) * captured)
+    without = plan_run(river(tmp_path, "training.store_examples=false")).disk_bytes
+    assert without < plan_run(river(tmp_path)).disk_bytes
 
 
 def test_a_run_that_the_disk_cannot_hold_is_refused(

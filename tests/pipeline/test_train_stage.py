@@ -461,7 +461,11 @@ def _feed() -> DistillDataset:
     reader: Any = _Lessons([id(one) for one in lessons])
     survey = DatasetStats({}, {}, 0, 0, (), {}, {}, 0)
     return DistillDataset.from_mixture(
-        CacheMixture((reader,), (1.0,), 0), made.__getitem__, {"a": bridge, "b": bridge}, 2, survey
+        CacheMixture((reader,), (1.0,), 0),
+        lambda source, k: made[source[k]],
+        {"a": bridge, "b": bridge},
+        2,
+        survey,
     )  # type: ignore[arg-type]
 
 

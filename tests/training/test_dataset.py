@@ -128,7 +128,7 @@ def one(captures: Iterable[CachedAnswer]) -> list[tuple[Held, float]]:
 def lessons_of(feed: DistillDataset) -> list[Example]:
     """All of them, cache by cache, in the order of the captures."""
     return [
-        feed.make_example(reader[k]) for reader in feed.mixture.readers for k in range(len(reader))
+        feed.example_of(reader, k) for reader in feed.mixture.readers for k in range(len(reader))
     ]
 
 

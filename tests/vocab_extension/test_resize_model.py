@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3nTextConfig, PhiConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig
 
 from persea import storage as store
 from persea.alignment.event_map import load_event_map
@@ -28,12 +29,9 @@ from persea.vocab_extension import resize_model as longer
 from persea.vocab_extension.learn_merges import old_ids_of_new_tokens
 from persea.vocab_extension.resize_model import (
     VocabExtension,
-    count_embedding_rows,
     extend_vocabulary,
     initialize_new_embeddings,
     load_in_stored_dtype,
-    load_meta_model,
-    token_ids_in_config,
     write_extended_model,
 )
 from tests.cli.test_cli import Ended, persea, recipe
@@ -230,45 +228,6 @@ def changed(folder: Path, **keys: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | keys))
 
 
-def test_models_with_more_than_two_matrices_of_rows_are_refused(copy: Path):
-    model = load_meta_model(ModelSource(str(copy)), "here")
-    assert (
-        all(p.is_meta for p in model.parameters())
-        and count_embedding_rows(model, 2000, "here") == 2000
-    )
-    with pytest.raises(DataError, match="2,000 rows for a vocabulary of 2,001"):
-        count_embedding_rows(model, 2001, "here")
-    model.memory_bytes = torch.nn.Embedding(2000, 4, device="meta")
-    with pytest.raises(RefusedError, match="here: another part has one row a token too: memory"):
-        count_embedding_rows(model, 2000, "here")
-    del model.memory_bytes
-    model.lm_head = torch.nn.Linear(128, 2048, device="meta")
-    with pytest.raises(RefusedError, match="its embedding has 2,000 rows and its head 2,048"):
-        count_embedding_rows(model, 2000, "here")
-    model.lm_head = torch.nn.Identity()
-    with pytest.raises(RefusedError, match="its head a Identity"):
-        count_embedding_rows(model, 2000, "here")
-
-
-def test_an_embedding_of_each_layer_is_refused(copy: Path):
-    """Gemma 3n."""
-    Gemma3nTextConfig(
-        vocab_size=2000,
-        vocab_size_per_layer_input=1900,
-        hidden_size=16,
-        num_hidden_layers=2,
-        hidden_size_per_layer_input=4,
-        intermediate_size=32,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        num_kv_shared_layers=0,
-        layer_types=["full_attention", "full_attention"],
-    ).save_pretrained(copy)
-    with pytest.raises(RefusedError, match="the embeddings of each layer"):
-        count_embedding_rows(load_meta_model(ModelSource(str(copy)), "here"), 2000, "here")
-
-
 @pytest.mark.parametrize(
     "quantised", [{"quant_method": "gptq", "bits": 4}, {"quant_method": "mxfp4"}]
 )
@@ -315,10 +274,6 @@ def test_an_id_that_only_the_configuration_names_is_not_given_away(copy: Path, t
     assert (
         min(extend_vocabulary(ModelSource(str(copy)), [texts], 9, quiet).old_ids_by_new_id) == 2011
     )
-    inner = {"video_token_index": 9, "vocab_size": 50}
-    assert token_ids_in_config(
-        {"eos_token_id": [4, 1], "text_config": inner, "bos_token_id": None, "id2label": {0: "a"}}
-    ) == {4, 1, 9}
 
 
 def test_pieces_are_what_the_tokenizer_before_makes_of_a_token(texts: str):
@@ -374,8 +329,8 @@ def test_nothing_is_left_of_a_folder_that_was_not_finished(
 
 @pytest.fixture
 def run(texts: str, tmp_path: Path) -> Callable[..., Ended]:
-    return lambda *arguments, model=SAPLINGS / "llama-sapling", file=texts: persea(
-        "extend", model, "--texts", file, *arguments, folder=tmp_path
+    return lambda *arguments, model=SAPLINGS / "llama-sapling", file=texts, options=(): persea(
+        "extend", model, "--texts", file, *arguments, *options, folder=tmp_path
     )
 
 
@@ -422,6 +377,52 @@ def test_the_verb_tells_what_it_does_and_a_recipe_names_what_it_wrote(
     )
 
 
+def test_a_teacher_names_the_tokens_and_gives_the_rows(run: Callable[..., Ended], tmp_path: Path):
+    teacher = SAPLINGS / "gemma-sapling"
+    dry = run("--tokens", 40, "--dry-run", "--teacher", teacher, "--no-score")
+    assert dry.code == 0, dry.err
+    assert f"{teacher}'s, mapped by ridge over " in dry.out
+    assert "is a token of the teacher" in dry.out and "words hold combining marks now" in dry.out
+    ended = run("--tokens", 40, "--out", "student", "--teacher", teacher, "--no-score", "--json")
+    assert ended.code == 0, ended.err
+    record = json.loads((tmp_path / "student" / "extension.json").read_text())["teacher_rows"]
+    assert (record["model"], record["method"], len(record["fingerprint"])) == (
+        "gemma-sapling",
+        "ridge",
+        64,
+    )
+    old, new, of_teacher = (
+        load_renderer(str(folder)).vocabulary
+        for folder in (SAPLINGS / "llama-sapling", tmp_path / "student", teacher)
+    )
+    assert new.bytes_W[: len(old)] == old.bytes_W
+    whole = [raw for raw in new.bytes_W[len(old) :] if raw and _is_text(raw)]
+    longer_than_a_character = {raw for raw in whole if len(raw.decode()) > 1}
+    assert longer_than_a_character and longer_than_a_character <= set(of_teacher.bytes_W)
+    rows = load_file(tmp_path / "student" / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.isfinite(rows.float()).all()
+    assert record["mapped_tokens"] == len(whole)
+
+
+def _is_text(raw: bytes) -> bool:
+    try:
+        return bool(raw.decode())
+    except UnicodeDecodeError:
+        return False
+
+
+def test_a_teacher_fills_up_with_its_likely_tokens(run: Callable[..., Ended]):
+    """`--score` reads the teacher's weights where the texts have too few pairs."""
+    teacher = SAPLINGS / "gemma-sapling"
+    found = {}
+    for option in ("--no-score", "--score"):
+        ended = run("--tokens", 300, "--dry-run", "--teacher", teacher, option)
+        assert ended.code == 0, ended.err
+        (found[option],) = map(int, re.findall(r"^(\d+) new tokens", ended.out, re.MULTILINE))
+        assert ("score 100%" in ended.err) == (option == "--score")
+    assert 300 >= found["--score"] > found["--no-score"]
+
+
 def test_fewer_pairs_than_asked_for_are_told(run: Callable[..., Ended]):
     ended = run("--tokens", 5000, "--dry-run")
     assert ended.code == 0 and "of 5,000: no other pair occurs twice" in ended.out
@@ -435,6 +436,7 @@ def test_fewer_pairs_than_asked_for_are_told(run: Callable[..., Ended]):
         (("--tokens", 9, "--out", f"{__file__}/x"), 2, "cannot write into"),
         (("--tokens", "many", "--dry-run"), 2, "'--tokens': Input should be a valid integer"),
         (("--dry-run",), 2, "Missing option '--tokens'"),
+        (("--tokens", 9, "--dry-run", "--rows", "means"), 2, "--rows means needs a teacher"),
     ],
 )
 def test_usage_is_refused_in_one_line(
@@ -457,6 +459,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(run: Callable[..., Ended], t
         (3, "pipe: not a file", {"file": "pipe"}),
         (4, "does not split text into words", {"model": SAPLINGS / "gemma-sapling"}),
         (3, "no model folder", {"model": "./none"}),
+        (3, "./none: no model folder", {"options": ("--teacher", "./none")}),
         (3, "No such file", {"file": "none.txt"}),
         (3, "broken.txt:2: cannot read the text", {"file": broken}),
     ):

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -351,8 +352,7 @@ class Rollouts:
     def _prompt_at(self, batch_index: int, k: int) -> RolloutPrompt:
         """Return the prompt of the k-th answer of a batch; each epoch has its own order."""
         epoch, at = divmod(batch_index * self.config.rollouts + k, len(self.prompts))
-        rng = np.random.default_rng([self.seed, epoch, PROMPT_SEED])
-        return self.prompts[int(rng.permutation(len(self.prompts))[at])]
+        return self.prompts[int(prompt_order(self.seed, epoch, len(self.prompts))[at])]
 
     def _generate(self, batch_index: int, step: int) -> list[npt.NDArray[np.int32]]:
         """Sample the answers of a batch; empty where the prompt cannot be rendered."""
@@ -406,6 +406,12 @@ class Rollouts:
             )
             rendered.setdefault(group, []).append((one.tokens, theirs))
         return rendered
+
+
+@lru_cache(maxsize=2)  # a batch may lie in two epochs; 8 bytes a prompt each
+def prompt_order(seed: int, epoch: int, num_prompts: int) -> npt.NDArray[np.int64]:
+    """Return the order of the prompts in an epoch."""
+    return np.random.default_rng([seed, epoch, PROMPT_SEED]).permutation(num_prompts)
 
 
 def _zero_loss(hidden_LD: torch.Tensor, head: LMHead) -> torch.Tensor:
