@@ -3,6 +3,26 @@
 from __future__ import annotations
 
 import signal
+import unicodedata
+
+# categories of Unicode: control characters, directions and other formats, halves of surrogates
+UNPRINTABLE = ("Cc", "Cf", "Cs")
+
+
+def make_printable(text: str) -> str:
+    """Return a text with its control characters written out, line ends apart.
+
+    Outside text in a message (a file's name, a server's answer) could otherwise move the cursor or
+    hide what follows.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c
+        if c == "\n" or c.isprintable() or unicodedata.category(c) not in UNPRINTABLE
+        else c.encode("unicode_escape").decode()
+        for c in text
+    )
 
 
 class PerseaError(Exception):
@@ -18,6 +38,7 @@ class PerseaError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, where: str = "", remedy: str = "") -> None:
+        message, where, remedy = map(make_printable, (message, where, remedy))
         self.message, self.where, self.remedy = message, where, remedy
         prefix = f"{where}: " if where else ""
         suffix = f" -> {remedy}" if remedy else ""

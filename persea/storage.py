@@ -6,12 +6,14 @@ synced. So after a crash or a power loss a file is complete or absent.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,6 +22,7 @@ from typing import IO, Any, BinaryIO
 
 from persea.errors import DataError, StorageError
 
+MAX_INPUT_BYTES = 8 << 30  # of a file that a user named
 LOCK_ATTEMPTS = 5  # `lock_holder` holds the lock for some microseconds while it looks
 LOCK_RETRY_DELAY_S = 0.05
 
@@ -44,6 +47,35 @@ def digest_file(path: Path) -> str:
         while block := file.read(1 << 20):
             sha.update(block)
     return sha.hexdigest()
+
+
+def digest_path(path: Path) -> str:
+    """Return the sha256 of a file, or of the names and digests of all files in a folder."""
+    if not path.is_dir():
+        return digest_file(path)
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    return digest_json([[str(p.relative_to(path)), digest_file(p)] for p in files])
+
+
+def read_input_bytes(path: Path, max_bytes: int = MAX_INPUT_BYTES) -> bytes:
+    """Read a file that a user named: a regular file of a bounded size.
+
+    A FIFO would wait for a writer, a device would never end.
+
+    Raises:
+        OSError: The file cannot be read, is no regular file, or is too large.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if stat.S_ISDIR(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "Not a regular file", str(path))
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise OSError(errno.EFBIG, f"Larger than {max_bytes:,} bytes", str(path))
+    return data
 
 
 @contextmanager
@@ -338,6 +370,21 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+def read_text_file(path: Path) -> str:
+    """Read a text file that a stage wrote.
+
+    Raises:
+        DataError: The file is missing.
+        StorageError: The file cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise DataError("not there", where=str(path), remedy=_stage_remedy(path)) from error
+    except OSError as error:
+        raise unreadable_file_error(path, error) from error
+
+
 @contextmanager
 def lock_run_folder(folder: Path) -> Iterator[None]:
     """Hold the lock of a run folder. A second run gets the process id and host of the first.
@@ -348,7 +395,7 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
     path = folder / "lock"
     with _raise_storage_errors(path):
         _make_folder(folder)
-        file = path.open("a+b", buffering=0)
+        file = _open_lock(path, os.O_RDWR)
     with file:
         if not _try_lock(file, fcntl.LOCK_EX, LOCK_ATTEMPTS):
             file.seek(0)
@@ -372,10 +419,16 @@ def hold_lock(path: Path) -> Iterator[None]:
     """
     with _raise_storage_errors(path):
         _make_folder(path.parent)
-        file = path.open("ab")
+        file = _open_lock(path, os.O_WRONLY)
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _open_lock(path: Path, mode: int) -> IO[bytes]:
+    """Open a lock file, new or not; a link in its place is refused, and not emptied."""
+    flags = mode | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    return open(os.open(path, flags, 0o666), "r+b" if mode == os.O_RDWR else "ab", buffering=0)
 
 
 def digest_json(value: object) -> str:

@@ -178,6 +178,7 @@ FREE_KEYS = {
     "corpus.effort_shares",
     "evaluation.lm_eval_results",
     "licence_decisions",
+    "tasks.columns",
     "teachers.engine_options",
 }
 

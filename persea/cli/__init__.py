@@ -16,6 +16,7 @@ from persea import __version__
 
 # The order of these imports is the order of the verbs in `persea --help`.
 from persea.cli import run  # isort: skip
+from persea.cli import lineage  # isort: skip
 from persea.cli import pilot  # isort: skip
 from persea.cli import extend  # isort: skip
 from persea.cli import cache  # isort: skip
@@ -25,7 +26,7 @@ from persea.cli import export  # isort: skip
 from persea.cli import chat  # isort: skip
 from persea.cli import serve  # isort: skip
 from persea.cli.options import app
-from persea.errors import PerseaError, RecipeError, RunInterrupted
+from persea.errors import PerseaError, RecipeError, RunInterrupted, StorageError
 
 __all__ = [
     "app",
@@ -34,6 +35,7 @@ __all__ = [
     "compare",
     "export",
     "extend",
+    "lineage",
     "main",
     "pilot",
     "run",
@@ -83,6 +85,16 @@ def main() -> None:
         if message := error.format_message():  # type: ignore[attr-defined]
             sys.stderr.write(f"persea: {message} -> persea --help\n")
         sys.exit(RecipeError.exit_code)
+    except OSError as error:
+        if error.filename is None:  # not of a file that somebody named
+            raise
+        problem = StorageError(
+            f"cannot be read or written: {error.strerror}",
+            where=str(error.filename),
+            remedy="check that the path is right and that this user may use it",
+        )
+        sys.stderr.write(f"persea: {problem}\n")
+        sys.exit(problem.exit_code)
     except Exception:
         sys.stderr.write(
             "persea: this is a bug in persea; please report it with the traceback below and the "

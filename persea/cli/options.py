@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -74,9 +75,18 @@ Resume = Annotated[
         "path of a checkpoint.",
     ),
 ]
+TaskFiles = Annotated[
+    list[Path],
+    typer.Option(
+        "--tasks",
+        help="A Python file with questions and a grader of your own; it runs here. Repeatable.",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
 DEFAULT_OUT, DEFAULT_LAUNCH = Path(), LaunchOptions()
 NO_OVERRIDES: list[str] = []
+NO_TASKS: list[Path] = []
 
 
 def count_available_cores() -> int:
@@ -84,51 +94,54 @@ def count_available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def bundled_folder(kind: str) -> Path:
-    """Return the folder of bundled recipes or saplings.
-
-    It lies inside an installed package, and next to the package in a checkout.
-    """
-    package = Path(__file__).resolve().parent.parent
-    inside = package / "bundled" / kind
-    return inside if inside.is_dir() else package.parent / kind
-
-
-def load_checked_recipe(path: Path, overrides: list[str]) -> Recipe:
+def load_checked_recipe(
+    path: Path, overrides: list[str], task_files: Sequence[Path] = ()
+) -> Recipe:
     """Load a recipe, and refuse unknown skills and benchmarks.
+
+    Args:
+        path: The recipe.
+        overrides: `--set` changes.
+        task_files: Python files with tasks, which measure skills.
 
     Raises:
         RecipeError: The recipe is wrong. The message lists every problem.
     """
     from persea.config.recipe import load_recipe
-    from persea.tasks.benchmarks import refuse_unknown_names
+    from persea.tasks.benchmarks import refuse_unmeasured_skills
     from persea.tasks.generated import refuse_too_many_questions
+    from persea.tasks.own_tasks import task_file_skill
     from persea.teachers.engines import refuse_unknown_engines
 
     recipe = load_recipe(path, overrides)
     if os.environ.get("RANK", "0") == "0":  # one process of torchrun's prints for all
         for notice in recipe.notices:
             typer.echo(notice, err=True)
-    refuse_unknown_names(
-        recipe.evaluation.benchmarks, recipe.corpus, str(path), bool(recipe.evaluation.texts)
-    )
+    refuse_unmeasured_skills(recipe, str(path), set(map(task_file_skill, task_files)))
     refuse_too_many_questions(recipe.corpus, str(path))
     refuse_unknown_engines(recipe.teachers, str(path))
     return recipe
 
 
 def make_run_context(
-    path: Path, overrides: list[str], out: Path, launch_options: LaunchOptions = DEFAULT_LAUNCH
+    path: Path,
+    overrides: list[str],
+    out: Path,
+    launch_options: LaunchOptions = DEFAULT_LAUNCH,
+    task_files: Sequence[Path] = (),
 ) -> RunContext:
     """Load a recipe and return its run context."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    recipe = load_checked_recipe(path, overrides)
+    recipe = load_checked_recipe(path, overrides, task_files)
     from persea.pipeline.model_refs import silence_transformers
     from persea.pipeline.run_context import RunContext
 
     silence_transformers()
     return RunContext(
-        recipe, Path("runs") / recipe.name if out == DEFAULT_OUT else out, launch_options
+        recipe,
+        Path("runs") / recipe.name if out == DEFAULT_OUT else out,
+        launch_options,
+        task_files=tuple(task_files),
     )
 
 

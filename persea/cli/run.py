@@ -14,6 +14,7 @@ from persea.cli.options import (
     BEFORE_PANEL,
     DEFAULT_OUT,
     NO_OVERRIDES,
+    NO_TASKS,
     PIPELINE_PANEL,
     STAGE_PANEL,
     AsJson,
@@ -23,12 +24,13 @@ from persea.cli.options import (
     Resume,
     Sets,
     Sharding,
+    TaskFiles,
     app,
-    bundled_folder,
     count_available_cores,
     load_checked_recipe,
     make_run_context,
 )
+from persea.config.bundled import bundled_folder, portable_recipe
 from persea.errors import RecipeError, RefusedError, SafetyRegressionError
 from persea.training.distributed.world import LaunchOptions, ParallelStrategy, detect_world
 
@@ -66,15 +68,16 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, and stop: persea plan.")
     ] = False,
+    tasks: TaskFiles = NO_TASKS,
 ) -> None:
     """Run all stages: check, audition, capture, train, evaluate, lineage, report.
 
     Stages that are up to date are skipped, and an interrupted stage continues.
     """
     if dry_run:
-        plan(recipe, set_, out, as_json)
+        plan(recipe, set_, out, as_json, tasks)
         return
-    context = make_run_context(recipe, set_, out, LaunchOptions(procs, shard, resume))
+    context = make_run_context(recipe, set_, out, LaunchOptions(procs, shard, resume), tasks)
     try:
         _run_with_progress(context, "", as_json)
     except SafetyRegressionError:
@@ -107,14 +110,17 @@ def quickstart(
     )
 
 
-def _add_stage_command(name: str, help_text: str) -> Callable[..., None]:
+def make_stage_command(name: str, help_text: str) -> Callable[..., None]:
+    """Return the command of a stage, with the options that all stages have."""
+
     def stage(
         recipe: RecipePath,
         set_: Sets = NO_OVERRIDES,
         out: Out = DEFAULT_OUT,
         as_json: AsJson = False,
+        tasks: TaskFiles = NO_TASKS,
     ) -> None:
-        context = make_run_context(recipe, set_, out)
+        context = make_run_context(recipe, set_, out, task_files=tasks)
         try:
             _run_with_progress(context, name, as_json)
         except RefusedError as error:
@@ -130,7 +136,11 @@ def _add_stage_command(name: str, help_text: str) -> Callable[..., None]:
         typer.echo(json.dumps(result, indent=1))
 
     stage.__doc__ = help_text
-    return app.command(name, rich_help_panel=STAGE_PANEL)(stage)
+    return stage
+
+
+def _add_stage_command(name: str, help_text: str) -> None:
+    app.command(name, rich_help_panel=STAGE_PANEL)(make_stage_command(name, help_text))
 
 
 def train(
@@ -141,9 +151,10 @@ def train(
     procs: Procs = 1,
     shard: Sharding = ParallelStrategy.DDP,
     resume: Resume = "auto",
+    tasks: TaskFiles = NO_TASKS,
 ) -> None:
     """Train the student on the captured answers. Several processes: --procs N, or torchrun."""
-    context = make_run_context(recipe, set_, out, LaunchOptions(procs, shard, resume))
+    context = make_run_context(recipe, set_, out, LaunchOptions(procs, shard, resume), tasks)
     _run_with_progress(context, "train", as_json)
     if as_json:
         typer.echo(json.dumps(context.stages.read_record("train"), indent=1))
@@ -164,13 +175,16 @@ app.command(rich_help_panel=STAGE_PANEL)(train)  # has options of its own
 _add_stage_command(
     "evaluate", "Compare the student with its base and every teacher on held-out items."
 )
-_add_stage_command("lineage", "Record which models, data and recipe made the student's weights.")
 _add_stage_command("report", "Write the report page, the model card and report.json.")
 
 
 @app.command(rich_help_panel=BEFORE_PANEL)
 def plan(
-    recipe: RecipePath, set_: Sets = NO_OVERRIDES, out: Out = DEFAULT_OUT, as_json: AsJson = False
+    recipe: RecipePath,
+    set_: Sets = NO_OVERRIDES,
+    out: Out = DEFAULT_OUT,
+    as_json: AsJson = False,
+    tasks: TaskFiles = NO_TASKS,
 ) -> None:
     """Show the plan of a run: stages that are up to date, answers, disk, memory, time, licences.
 
@@ -178,7 +192,7 @@ def plan(
     """
     from persea.pipeline.plan import plan_run
 
-    run_plan = plan_run(make_run_context(recipe, set_, out))
+    run_plan = plan_run(make_run_context(recipe, set_, out, task_files=tasks))
     if as_json:
         typer.echo(json.dumps(run_plan.to_json(), indent=1))
         return
@@ -249,7 +263,7 @@ def recipes_show(name: Annotated[str, typer.Argument(help="Name of a bundled rec
     path = bundled_folder("recipes") / f"{name}.yaml"
     if not path.is_file():
         raise RecipeError(f"no recipe {name!r}", remedy="persea recipes ls lists them")
-    typer.echo(path.read_text(), nl=False)
+    typer.echo(portable_recipe(path.read_text()), nl=False)
 
 
 def _show_report(folder: Path, as_json: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
@@ -174,6 +174,17 @@ class EvaluationSection(RecipeSection):
     )
     lm_eval_results: dict[str, str] = Field(
         default={}, description="model -> a results file of lm-eval to show on the page"
+    )
+    lm_eval: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(),
+        description="tasks of lm-evaluation-harness to run on the student, its base and the "
+        "teachers on this machine, such as [gsm8k, mmlu]; needs the extra `lm-eval`",
+    )
+    lm_eval_include: str = Field(
+        default="", description="a folder with task files (.yaml) of your own for lm-eval"
+    )
+    lm_eval_limit: int | None = Field(
+        default=None, ge=1, le=MAX_COUNT, description="questions of each lm-eval task; all if unset"
     )
     judge_max_new_tokens: int = Field(
         default=16, ge=1, le=MAX_COUNT, description="longest verdict of the judge, in its tokens"

@@ -35,6 +35,7 @@ from persea.config.schema import (
     RecipeSection,
     ReleaseSection,
     StudentSection,
+    TaskSection,
     TeacherSection,
     TrainingSection,
     check_contradictions,
@@ -81,6 +82,9 @@ class Recipe(RecipeSection):
     )
     corpus: tuple[CorpusSection, ...] = Field(
         min_length=1, description="the prompts that teachers answer"
+    )
+    tasks: tuple[TaskSection, ...] = Field(
+        default=(), description="questions of your own that measure a skill"
     )
     dedup: DedupSection = Field(
         default=DedupSection(),
@@ -192,8 +196,18 @@ class Recipe(RecipeSection):
 
     def _judge_contradictions(self) -> Contradictions:
         name, where = self.evaluation.judge, ("evaluation", "judge")
+        judged = [k for k, task in enumerate(self.tasks) if task.metric == "judge" and not name]
         judge = next((t for t in self.teachers if t.name == name), None)
         return [
+            *(
+                (
+                    True,
+                    ("tasks", k, "metric"),
+                    "judge, but `evaluation.judge` names no model",
+                    "write `evaluation: {judge: NAME}`, a teacher with `reference: true`",
+                )
+                for k in judged
+            ),
             (
                 name != "" and (judge is None or not judge.reference),
                 where,
@@ -313,6 +327,9 @@ class Recipe(RecipeSection):
 SECTION_CLASSES = sections_by_key(Recipe)
 
 
+MAX_LISTED_PROBLEMS = 20
+
+
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and validate a recipe.
 
@@ -335,16 +352,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe = _validate(resolve_values(source.data, (), source), source)
     written = _validate(source.data, source)
     if recipe is None or written is None or source.problems:
-        order = list(source.locations)
-        problems = [
-            p
-            for _, p in sorted(
-                source.problems.items(), key=lambda item: order.index(source.nearest_key(item[0]))
-            )
-        ]
-        raise (
-            problems[0] if len(problems) == 1 else RecipeError("\n".join(str(p) for p in problems))
-        )
+        order = {key: k for k, key in enumerate(source.locations)}
+        found = sorted(source.problems.items(), key=lambda item: order[source.nearest_key(item[0])])
+        problems = [problem for _, problem in found]
+        lines = [str(p) for p in problems[:MAX_LISTED_PROBLEMS]]
+        if more := len(problems) - len(lines):
+            lines.append(f"{path}: {more:,} more mistakes -> mend these first, then validate again")
+        raise problems[0] if len(problems) == 1 else RecipeError("\n".join(lines))
     recipe._source_path = path.absolute()
     recipe._as_written = _dump_as_written(written)
     recipe._notices = tuple(source.notices)

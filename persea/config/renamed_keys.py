@@ -105,8 +105,10 @@ def rename_override(source: YamlSource, keys: list[str], origin: str) -> list[st
         origin: The override as error messages show it.
     """
     path: KeyPath = ()
-    for key in keys:
-        new = _renamed(path, key)
+    for depth, key in enumerate(keys, start=1):
+        # a whole value of `evaluation.lm_eval` names tasks; a key below it is an old results file
+        is_list = key == "lm_eval" and depth == len(keys)
+        new = key if is_list else _renamed(path, key)
         if new != key:
             old, renamed = (".".join(map(str, (*path, name))) for name in (key, new))
             is_old = key in RENAMED_KEYS.get(_pattern(path), {})

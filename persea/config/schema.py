@@ -32,6 +32,7 @@ from persea.config.section import (
     RecipeSection,
     check_contradictions,
 )
+from persea.config.task_section import TaskSection
 from persea.config.training_sections import (
     LossBalancing,
     LossTerm,
@@ -67,6 +68,7 @@ __all__ = [
     "RecipeSection",
     "ReleaseSection",
     "StudentSection",
+    "TaskSection",
     "TeacherSection",
     "TrainingSection",
     "check_contradictions",

@@ -17,13 +17,15 @@ from typing import Any, TypeAlias
 import yaml
 from yaml.constructor import SafeConstructor
 
+from persea.config.bundled import BUNDLED_PREFIX, bundled_path
+from persea.config.secrets import is_secret
 from persea.errors import RecipeError
+from persea.storage import read_input_bytes
 
 ALLOWED_ENV_VARS = ("PERSEA_DATA", "HF_HOME")
-SECRET_PREFIXES = ("sk-", "hf_")  # prefixes of API keys, which no message shows
-URL_WITH_CREDENTIALS = re.compile(r"https?://(?:[^/\s]*@|\S*\?)")
 # A recipe is about a page long. Without limits, a few aliases of aliases expand to billions of
 # values ("alias bomb").
+MAX_RECIPE_BYTES = 1_000_000
 MAX_ALIASES, MAX_DEPTH, MAX_VALUES = 100, 16, 10_000
 MODEL_KEYWORDS = ("", "random", "text_only")  # values of `model:` that are not paths
 KeyPath: TypeAlias = tuple[str | int, ...]
@@ -115,7 +117,7 @@ def read_yaml(path: Path) -> YamlSource:
         RecipeError: The file cannot be read, or is not a YAML mapping.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_input_bytes(path, MAX_RECIPE_BYTES).decode("utf-8-sig")
     except OSError as error:
         near = difflib.get_close_matches(
             path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1
@@ -260,7 +262,7 @@ def apply_override(
         RecipeError: Not `key=value`, a section that is a plain value, or a missing list entry.
     """
     dotted, equals, text = assignment.partition("=")
-    hidden = any(s in text for s in SECRET_PREFIXES)
+    hidden = is_secret(text, dotted.strip().rpartition(".")[2])
     origin = (
         f"--set {dotted}=..."
         if hidden
@@ -313,11 +315,13 @@ def resolve_values(value: Any, path: KeyPath, yaml_source: YamlSource) -> Any:
         yaml_source.add_problem(path, "has no value", "give one, or delete the line")
     if not isinstance(value, str):
         return value
-    if is_secret(value):
+    if is_secret(value, next((k for k in reversed(path) if isinstance(k, str)), "")):
         yaml_source.add_problem(
             path, "looks like a secret", "name an environment variable instead; a recipe is shared"
         )
     text = re.sub(r"\$\{([^}]*)\}?", lambda m: _env_value(m[1], path, yaml_source), value)
+    if text.startswith(BUNDLED_PREFIX) and path[-1] in ("model", "tokenizer"):
+        return bundled_path(text)
     folder = yaml_source.file.absolute().parent
     if not _is_path(text, path, folder):
         return text
@@ -325,17 +329,20 @@ def resolve_values(value: Any, path: KeyPath, yaml_source: YamlSource) -> Any:
     return os.path.abspath(folder / os.path.expanduser(text))
 
 
+PATH_KEYS = ("check.texts", "evaluation.lm_eval_results", "evaluation.lm_eval_include")
+
+
 def _is_path(text: str, path: KeyPath, folder: Path) -> bool:
     """Return whether a value is a local path: always for files, by its form for models."""
-    if path[:2] in (("check", "texts"), ("evaluation", "lm_eval_results")):
+    if ".".join(map(str, path[:2])) in PATH_KEYS:
         return True
     if path[:2] == ("evaluation", "benchmarks") and path[-1] in ("file", "answers"):
         return text not in MODEL_KEYWORDS
     if path == ("capture", "store"):
-        return True
+        return bool(text)
     if path[:2] == ("evaluation", "texts") and path[-1] == "texts":
         return True
-    if path[0] not in ("student", "teachers", "corpus") or text in MODEL_KEYWORDS:
+    if path[0] not in ("student", "teachers", "corpus", "tasks") or text in MODEL_KEYWORDS:
         return False
     if path[-1] in ("file", "texts", "chat_template"):
         return True
@@ -361,14 +368,3 @@ def suggest_choice(word: str, choices: Sequence[str]) -> str:
     """Return a remedy for a wrong word: the most similar choice, or all choices."""
     near = difflib.get_close_matches(word.lower(), choices, n=1)
     return f"did you mean {near[0]!r}?" if near else f"one of {', '.join(choices)}"
-
-
-def is_secret(value: Any) -> bool:
-    """Return whether a value looks like an API key or an address with one (https://user:key@host).
-
-    Addresses with a query (https://host?key=...) count as secrets too.
-    """
-    return isinstance(value, str) and (
-        value.strip(" '\"").startswith(SECRET_PREFIXES)
-        or URL_WITH_CREDENTIALS.match(value.strip(" '\"")) is not None
-    )

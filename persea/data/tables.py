@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from persea.errors import DataError, MissingRequirementError
+from persea.storage import MAX_INPUT_BYTES, read_input_bytes
 
 TABLE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 MAX_FIELD_BYTES = 16 << 20
@@ -247,9 +248,12 @@ def _iter_parquet(path: Path) -> Iterator[TableRow]:
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
+        data = read_input_bytes(path)
         if path.suffix == ".gz":
-            data = gzip.decompress(data)
+            with gzip.GzipFile(fileobj=io.BytesIO(data)) as packed:
+                data = packed.read(MAX_INPUT_BYTES + 1)
+            if len(data) > MAX_INPUT_BYTES:
+                _refuse(f"more than {MAX_INPUT_BYTES:,} bytes when unpacked", path)
     except (OSError, EOFError) as error:
         _refuse(f"cannot be read: {getattr(error, 'strerror', None) or error}", path)
     return data.removeprefix(b"\xef\xbb\xbf")

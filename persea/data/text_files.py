@@ -14,6 +14,7 @@ from persea.data.formats import MAX_LINE_BYTES, MAX_MALFORMED_REASON_CHARS
 from persea.data.prompts import MalformedLine
 from persea.data.tables import TableRow, iter_table
 from persea.errors import DataError
+from persea.storage import read_input_bytes
 
 DEFAULT_TEXT_COLUMN = "text"
 
@@ -37,7 +38,7 @@ def read_text_lines(
     name, _, key = file_ref.partition("#")
     remedy = "give a UTF-8 file, one text a line"
     try:
-        raw = Path(name).read_bytes().removeprefix(codecs.BOM_UTF8)
+        raw = read_input_bytes(Path(name)).removeprefix(codecs.BOM_UTF8)
         # str.splitlines would also split at U+2028 and other marks inside a text
         rows = raw.decode().replace("\r\n", "\n").replace("\r", "\n").split("\n")
     except OSError as error:
@@ -112,7 +113,7 @@ def read_documents(
 
 def _read_text_file(path: Path) -> str:
     try:
-        raw = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        raw = read_input_bytes(path).removeprefix(codecs.BOM_UTF8)
         return unicodedata.normalize("NFC", raw.decode())
     except OSError as error:
         raise DataError(

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from persea.chat.messages import ThinkingEffort
+from persea.chat.messages import FinishReason, ThinkingEffort
 from persea.data.prompts import GOLDEN_RATIO_STEP, pick_by_share
 from persea.errors import RefusedError
 from persea.evaluation.gain import Gain, GainDecision
@@ -217,6 +217,15 @@ def _no_eligible_teacher_error(race: TaskRace, min_score: float) -> RefusedError
         if score
         else f"no teacher has a correct answer on {race.skill}"
     )
+    results = race.results[best]
+    num_cut = sum(r.finish is FinishReason.LENGTH for r in results)
+    if results and 2 * num_cut >= len(results):
+        return RefusedError(
+            f"{num_cut} of {len(results)} answers of {best} on {race.skill} were cut off at "
+            f"max_new_tokens ({reason})",
+            where="audition",
+            remedy="raise capture.max_new_tokens, or generation.max_new_tokens of the teacher",
+        )
     return RefusedError(
         f"{reason} (n = {len(race.scores[best])})",
         where="audition",

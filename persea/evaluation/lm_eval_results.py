@@ -1,5 +1,4 @@
-"""Read results files of lm-evaluation-harness for the report page. lm-eval itself is never run from
-here.
+"""Read results files of lm-evaluation-harness for the report page.
 
 The layout of `results_*.json` of version 0.4:
 
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from persea.errors import DataError
+from persea.storage import read_input_bytes
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def read_lm_eval_results(model_name: str, path: Path) -> tuple[LmEvalResult, ...
     """
     remedy = "give the results_*.json that lm_eval --output_path wrote (docs/evaluate.md)"
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_input_bytes(path))
     except OSError as error:
         raise DataError(
             f"cannot be read: {error.strerror}", where=str(path), remedy=remedy

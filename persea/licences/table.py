@@ -169,6 +169,14 @@ def is_spdx_licence(name: str) -> bool:
     return name.lower() in {key.lower() for key in get_spdx_licensing().known_symbols}
 
 
+def spdx_id(name: str) -> str:
+    """Return SPDX's own spelling of a licence id; "" for a name that SPDX does not list."""
+    for key in get_spdx_licensing().known_symbols:
+        if key.lower() == name.strip().lower() and not key.startswith("LicenseRef-"):
+            return str(key)
+    return ""
+
+
 def checkpoint_licences(model_names: Iterable[str]) -> tuple[str, ...]:
     """Return the licences that models of these names are under, whatever their cards state.
 

@@ -9,6 +9,8 @@ from persea.chat.documents import TEXT_FAMILY_NAME
 from persea.chat.families.hybrid import can_use_hybrid_template
 from persea.chat.family import Family
 from persea.errors import DataError
+from persea.models.folder_files import MAX_TEMPLATE_BYTES
+from persea.storage import read_input_bytes
 from persea.tokenization.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ def read_template(source: ModelSource, where: str) -> str:
     if not source.chat_template:
         return ""
     try:
-        return Path(source.chat_template).read_text(encoding="utf-8")
+        return read_input_bytes(Path(source.chat_template), MAX_TEMPLATE_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"cannot read the chat template {source.chat_template!r}: {str(error).splitlines()[0]}",

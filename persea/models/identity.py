@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from persea.chat.messages import Conversation, Text
 from persea.chat.renderer import ChatRenderer
+from persea.models import hub
 from persea.models.gguf_header import find_gguf
 from persea.models.gguf_model import (
     converted_bytes,
     describe_gguf,
+    gguf_digest,
     gguf_fingerprint,
     gguf_header,
     gguf_note,
 )
-from persea.models.loading import ModelSource, download_hub_file, eos_token_ids, local_folder
+from persea.models.loading import ModelSource, eos_token_ids, local_folder
+from persea.models.weight_files import SUFFIX, find_weight_files, update_with_weights
+from persea.storage import digest_file
 from persea.tokenization.logit_rows import tokens_without_row
+
+# The origin of a student that persea trained lies beside its files; no model depends on it.
+LINEAGE_FILE = "lineage.json"
 
 
 def fingerprint(source: ModelSource, where: str) -> str:
-    """Return a sha256 that changes when the model changes.
+    """Return a sha256 that changes when the model changes; the weights are checked on the way.
 
-    A local folder is identified by the names and contents of its weights, configs and templates; a
+    A local folder is identified by the names and contents of its configs, its templates and the
+    weights that are read (`find_weight_files`); a
     GGUF file by its content; a hub model by its id and commit; a random model by its tokenizer and
     sizes. The quantisation counts in each case.
 
@@ -35,7 +42,7 @@ def fingerprint(source: ModelSource, where: str) -> str:
         where: The place for error messages.
 
     Raises:
-        DataError: The folder does not exist.
+        DataError: The folder does not exist, or a weight in it is NaN or infinite.
     """
     gguf = None if source.is_random else find_gguf(source.model, where)
     if gguf is not None:
@@ -45,39 +52,54 @@ def fingerprint(source: ModelSource, where: str) -> str:
     if folder is None:
         identity = [
             source.model,
-            _hub_commit(source),
+            source.revision
+            if source.is_random
+            else hub.resolve_commit(source.model, source.revision),
             source.tokenizer,
             source.sizes,
             *quantization,
         ]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     digest = hashlib.sha256("".join(quantization).encode())
-    for path in _fingerprinted_files(folder):
+    for path in _fingerprinted_files(folder, where):
         digest.update(path.name.encode())
+        if path.suffix == SUFFIX:
+            update_with_weights(digest, path, where)
+            continue
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
 
 
-def _hub_commit(source: ModelSource) -> str:
-    """Return the commit of a hub model; its revision where the commit cannot be found out."""
-    if source.is_random or re.fullmatch("[0-9a-f]{40}", source.revision):
-        return source.revision
-    path = download_hub_file(source, "config.json")
-    return source.revision if path is None else path.parent.name
-
-
-def file_stats(source: ModelSource, where: str) -> tuple[tuple[str, int, int], ...]:
-    """Return name, size in bytes and modification time (ns) of each file in the fingerprint.
+def file_stats(source: ModelSource, where: str) -> tuple[tuple[str, int, int, int], ...]:
+    """Return name, size (bytes), modification and change time (ns) of each fingerprinted file.
 
     They show at once that a folder was written to, without reading the weights. A hub model and a
     random model have none.
     """
     gguf = None if source.is_random else find_gguf(source.model, where)
     folder = None if source.is_random or gguf else local_folder(source.model, where)
-    files = [gguf] if gguf else _fingerprinted_files(folder) if folder else []
-    return tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    files = [gguf] if gguf else _fingerprinted_files(folder, where) if folder else []
+    stats = [(path.name, path.stat()) for path in files]
+    return tuple((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats)
+
+
+def file_digests(source: ModelSource, where: str) -> dict[str, str]:
+    """Return name -> sha256 of each file of a local model that the fingerprint covers."""
+    gguf = None if source.is_random else find_gguf(source.model, where)
+    if gguf is not None:
+        return {gguf.name: gguf_digest(gguf)}
+    folder = None if source.is_random else local_folder(source.model, where)
+    files = [] if folder is None else _fingerprinted_files(folder, where)
+    return {path.name: digest_file(path) for path in files}
+
+
+def resolved_revision(source: ModelSource, where: str) -> str:
+    """Return the commit of a hub model, or else the revision that the recipe names."""
+    if source.is_random or find_gguf(source.model, where) or local_folder(source.model, where):
+        return source.revision
+    return hub.resolve_commit(source.model, source.revision)
 
 
 def weight_bytes(source: ModelSource, where: str) -> int | None:
@@ -104,11 +126,17 @@ def model_name(name_or_path: str) -> str:
     return path.name if path.exists() else name_or_path
 
 
-def _fingerprinted_files(folder: Path) -> list[Path]:
-    patterns = ["*.safetensors", "*.json", "*.jinja"]
+def _fingerprinted_files(folder: Path, where: str) -> list[Path]:
+    patterns = ["*.json", "*.jinja"]
     if not (folder / "tokenizer.json").is_file():
         patterns += ["merges.txt", "tokenizer.model", "tiktoken.model", "*.tiktoken"]
-    return sorted(path for pattern in patterns for path in folder.glob(pattern))
+    found = [
+        path
+        for pattern in patterns
+        for path in folder.glob(pattern)
+        if path.name != LINEAGE_FILE and path.is_file()
+    ]
+    return sorted([*found, *find_weight_files(folder, where)])
 
 
 def model_warnings(source: ModelSource, renderer: ChatRenderer, where: str) -> str:

@@ -24,22 +24,27 @@ from persea.chat.family import UNKNOWN_FAMILY
 from persea.chat.family_selection import choose_family
 from persea.chat.messages import PINNED_DATE
 from persea.chat.renderer import ChatRenderer
-from persea.chat.template import compile_template, default_template
-from persea.chat.template_containment import refuse_endless_template
+from persea.chat.template import default_template
+from persea.chat.template_containment import open_template
 from persea.errors import DataError
+from persea.models import hub
 from persea.models.chat_templates import (
     is_text_model,
     read_template,
     refuse_thinking_option,
 )
 from persea.models.config_files import read_json_config, refuse_remote_code
+from persea.models.folder_files import refuse_unsafe_files
 from persea.models.gguf_header import find_gguf
 from persea.models.gguf_model import gguf_header, model_folder, tokenizer_folder
 from persea.models.gguf_tokenizer import refuse_other_tokens, stop_token_ids
 from persea.models.kept_tokenizer import OpenedTokenizer, open_tokenizer
 from persea.models.placement import placement_kwargs
 from persea.models.random_init import random_init
+from persea.models.run_student import refuse_changed_student
+from persea.models.tokenizer_containment import refuse_endless_tokenizer
 from persea.models.tokenizer_files import open_tokenizer_file
+from persea.models.weight_files import refuse_impossible_weights, refuse_partial_load
 from persea.tokenization.logit_rows import limit_to_rows
 
 if TYPE_CHECKING:
@@ -91,14 +96,20 @@ def local_folder(name_or_path: str, where: str) -> Path | None:
 
     Raises:
         DataError: A path does not exist; it is refused here instead of being looked up on the hub.
+            Or a file of the folder cannot be read safely (`refuse_unsafe_files`).
     """
     gguf = find_gguf(name_or_path, where)
     if gguf is not None:
         return model_folder(gguf, where)
     path = Path(name_or_path).expanduser()
-    if name_or_path and path.is_dir():
+    try:
+        is_folder, exists = bool(name_or_path) and path.is_dir(), path.exists()
+    except (OSError, ValueError):  # a name of 300 letters, or with NUL
+        is_folder, exists = False, True
+    if is_folder:
+        refuse_unsafe_files(path, where)
         return path
-    if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1 or path.exists():
+    if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1 or exists:
         raise DataError(
             f"no model folder {name_or_path!r}",
             where=where,
@@ -126,6 +137,7 @@ def local_tokenizer_folder(source: ModelSource, where: str) -> Path | None:
     name_or_path = source.tokenizer_name_or_path
     path = Path(name_or_path).expanduser()
     if name_or_path and (path / "tokenizer.json").is_file():
+        refuse_unsafe_files(path, where)
         return path
     gguf = find_gguf(name_or_path, where)
     if gguf is not None:
@@ -150,10 +162,12 @@ def resolve_model_source(name_or_path: str, where: str) -> tuple[ModelSource, da
         where: The place for error messages.
 
     Raises:
-        DataError: The path is neither, the run has no student yet, or its recipe is broken.
+        DataError: The path is neither, the run has no student yet, its recipe is broken, or its
+            student was changed after the training.
     """
     folder = Path(name_or_path).expanduser()
-    if not folder.exists() and folder.parent != Path() and folder.parent.is_dir():
+    is_local = folder.parent.is_dir() or folder.parts[:1] == ("runs",)
+    if not folder.exists() and folder.parent != Path() and is_local:
         raise DataError(
             f"no model folder and no run {name_or_path!r}",
             where=where,
@@ -161,6 +175,7 @@ def resolve_model_source(name_or_path: str, where: str) -> tuple[ModelSource, da
         )
     student, recipe = folder / "train" / "student", folder / "recipe.yaml"
     if not student.is_dir() and not recipe.is_file():
+        refuse_changed_student(folder, where)
         return ModelSource(name_or_path), PINNED_DATE
     if not student.is_dir():
         raise DataError(
@@ -168,6 +183,7 @@ def resolve_model_source(name_or_path: str, where: str) -> tuple[ModelSource, da
             where=str(folder),
             remedy="train it first: persea run with the same recipe and --out",
         )
+    refuse_changed_student(student, where)
     settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
     if not isinstance(settings, dict):
         raise DataError(
@@ -196,14 +212,17 @@ def load_tokenizer(source: ModelSource, where: str) -> Any:
         if opened is not None:
             return opened
         refuse_remote_code(folder, where)
-    revision = {"revision": source.revision} if source.revision and folder is None else {}
+        if (folder / "tokenizer.json").is_file():
+            refuse_endless_tokenizer(folder / "tokenizer.json", where)
+    name = source.tokenizer_name_or_path
+    commit = hub.resolve_commit(name, source.revision) if folder is None else ""
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            folder or source.tokenizer_name_or_path, trust_remote_code=False, **revision
+            folder or name, trust_remote_code=False, **({"revision": commit} if commit else {})
         )
     except Exception as error:  # transformers raises a dozen kinds here
         raise DataError(
-            f"no tokenizer in {source.tokenizer_name_or_path!r}: {_first_line(error).rstrip(':')}",
+            f"no tokenizer in {name!r}: {_first_line(error).rstrip(':')}",
             where=where,
             remedy="the folder needs tokenizer.json and tokenizer_config.json"
             if folder is not None
@@ -273,11 +292,10 @@ def load_renderer(
     if is_text_model(source, template_text, vocabulary, where):
         text_family, rendering = make_text_family(vocabulary, special)
         return ChatRenderer(text_family, vocabulary, rendering, "", template_date, special)
-    refuse_endless_template(template_text, special, where)
-    template = compile_template(template_text, special, template_date, where)
+    template = open_template(template_text, special, template_date, where)
     if source.thinking and not has_thinking_switch(template):
         template_text = add_thinking_switch(template_text, vocabulary)
-        template = compile_template(template_text, special, template_date, where)
+        template = open_template(template_text, special, template_date, where)
 
     def eos_tokens() -> set[str]:
         names = {vocabulary.control_names.get(i, "") for i in eos_token_ids(source, where)}
@@ -401,37 +419,42 @@ def read_weights(source: ModelSource, where: str, **load_kwargs: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    folder = local_folder(source.model, where)
-    if folder is not None:
-        if not (folder / "config.json").is_file():
-            raise DataError(
-                f"no config.json in {folder}",
-                where=where,
-                remedy="give a folder in Hugging Face form",
-            )
-        refuse_remote_code(folder, where)
-    revision = {"revision": source.revision} if source.revision and folder is None else {}
+    folder = download_model(source, where)
+    if not (folder / "config.json").is_file():
+        raise DataError(
+            f"no config.json in {folder}",
+            where=where,
+            remedy="give a folder in Hugging Face form",
+        )
+    refuse_remote_code(folder, where)
+    refuse_impossible_weights(folder, where)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            folder or source.model,
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
             trust_remote_code=False,
             use_safetensors=True,
-            **revision,
+            output_loading_info=True,
             **load_kwargs,
         )
     except Exception as error:  # transformers raises a dozen kinds here
+        is_shape = "ignore_mismatched_sizes" in str(error)
+        reason = "a weight has another shape than config.json states"
         raise DataError(
-            f"cannot load {source.model!r}: {_first_line(error)}",
+            f"cannot load {source.model!r}: {reason if is_shape else _first_line(error)}",
             where=where,
             remedy="the folder needs config.json and model.safetensors of a causal model",
         ) from error
+    refuse_partial_load(
+        sorted(info["missing_keys"]),
+        sorted(info["unexpected_keys"]),
+        [name for name, _ in model.named_parameters()],
+        where,
+    )
+    return model
 
 
 def download_model(source: ModelSource, where: str, with_weights: bool = True) -> Path:
     """Return the folder of a model; a hub model is downloaded, with or without its weights.
-
-    Only the weights that transformers reads are downloaded: some repositories hold them twice, in a
-    folder or under another name.
 
     Raises:
         DataError: The model cannot be downloaded.
@@ -439,42 +462,20 @@ def download_model(source: ModelSource, where: str, with_weights: bool = True) -
     folder = local_folder(source.model, where)
     if folder is not None:
         return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = ["*.json", "*.jinja", *(["model*.safetensors"] if with_weights else [])]
-        return Path(
-            snapshot_download(
-                source.model,
-                revision=source.revision or None,
-                allow_patterns=patterns,
-                ignore_patterns=["*/*"],
-            )
-        )
-    except Exception as error:  # a missing model, no network, no licence, ...
-        raise DataError(
-            f"cannot fetch {source.model!r}: {_first_line(error)}",
-            where=where,
-            remedy="give a folder in Hugging Face form",
-        ) from error
+    return hub.download_snapshot(source.model, source.revision, where, with_weights)
 
 
 def download_hub_file(source: ModelSource, name: str) -> Path | None:
-    """Return a small file of a hub model; None if it has none or the hub cannot be reached.
-
-    Loading the weights then reports the reason.
-    """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(source.model, name, revision=source.revision or None))
-    except (HfHubHTTPError, LocalEntryNotFoundError):
-        return None
+    """Return a small file of a hub model; None if it has none or the hub cannot be reached."""
+    return hub.download_hub_file(source.model, source.revision, name)
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # pydantic and huggingface_hub name the reason on the second line
+    return " ".join(line.strip() for line in lines[: 2 if "alidation error" in lines[0] else 1])[
+        :200
+    ]
 
 
 def set_threads(threads: int) -> None:

@@ -104,7 +104,7 @@ def distill(
     from persea.pipeline.progress import progress_bars
     from persea.pipeline.run_context import RunContext
     from persea.pipeline.stages import run_pipeline
-    from persea.tasks.benchmarks import refuse_unknown_names
+    from persea.tasks.benchmarks import refuse_unmeasured_skills
     from persea.tasks.generated import refuse_too_many_questions
     from persea.teachers.engines import refuse_unknown_engines
 
@@ -118,9 +118,7 @@ def distill(
         loaded, where = recipe, recipe.name
     else:
         loaded, where = load_recipe(Path(recipe), list(overrides)), str(recipe)
-    refuse_unknown_names(
-        loaded.evaluation.benchmarks, loaded.corpus, where, bool(loaded.evaluation.texts)
-    )
+    refuse_unmeasured_skills(loaded, where)
     refuse_too_many_questions(loaded.corpus, where)
     refuse_unknown_engines(loaded.teachers, where)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -26,6 +26,7 @@ from persea.models.licence_text import (
     licence_of_card,
     licence_of_files,
 )
+from persea.report.lineage import RECORD_FILE
 
 MAX_FILE_BYTES = 1 << 20  # of a card, a configuration or a licence file
 STUDENT_INPUT = "student"  # name of the base in `licence_decisions`
@@ -112,12 +113,17 @@ def write_notice(recipe: Recipe, run_folder: Path, target: Path) -> LicenceVerdi
 
 
 def copy_to_student(run_folder: Path) -> None:
-    """Copy NOTICE and model card of a finished run to its student's folder, unless they are there.
+    """Copy NOTICE, lineage and model card of a finished run to its student, unless they are there.
 
     A run that begins with this student then reads its licence.
     """
     student = run_folder / "train" / "student"
-    for source in (run_folder / "lineage" / NOTICE_FILE, run_folder / "report" / CARD_NAMES[0]):
+    lineage = run_folder / "lineage"
+    for source in (
+        lineage / NOTICE_FILE,
+        lineage / RECORD_FILE,
+        run_folder / "report" / CARD_NAMES[0],
+    ):
         target = student / source.name
         if not source.is_file() or not student.is_dir():
             continue

@@ -14,6 +14,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from persea import storage
 from persea.alignment.event_map import EventMap, load_event_map
 from persea.chat.messages import ThinkingEffort
 from persea.chat.renderer import ChatRenderer
@@ -28,15 +29,18 @@ from persea.config.schema import (
 from persea.errors import RefusedError
 from persea.evaluation.answering import EvaluatedModel
 from persea.models.identity import (
+    file_digests,
     file_stats,
     fingerprint,
     gguf_origin,
     model_name,
     model_warnings,
+    resolved_revision,
     weight_bytes,
 )
-from persea.models.licence import read_licence
+from persea.models.licence import read_ancestors, read_licence
 from persea.models.loading import ModelSource, load_renderer, max_positions
+from persea.models.run_student import refuse_changed_student
 from persea.models.sizes import ModelSize, read_model_size
 from persea.pipeline.remote_teachers import (
     endpoint_identity,
@@ -365,7 +369,9 @@ class ModelRefs:
 
     def _student_source(self, name: str) -> ModelSource:
         if name == STUDENT:
-            return ModelSource(str(self.folder / "train" / "student"))
+            student = self.folder / "train" / "student"
+            refuse_changed_student(student, STUDENT)
+            return ModelSource(str(student))
         return model_source(self.recipe.student)
 
     def _load_local(
@@ -468,9 +474,13 @@ class ModelRefs:
         return ParentModel(
             name,
             model_name(ref.model),
-            ref.revision,
+            resolved_revision(source, name),
             renderer.family.name,
             licence,
             fingerprint(source, name),
             gguf,
+            file_digests(source, name),
+            renderer.vocabulary.digest,
+            storage.digest_bytes(renderer.template_text.encode()) if renderer.template_text else "",
+            read_ancestors(source, name),
         )

@@ -158,7 +158,7 @@ class PilotContext(RunContext):
     @cached_property
     def corpus(self) -> Corpus:
         """Prompts that are not held out: a part of each skill in proportion to its size."""
-        whole = RunContext(self.recipe, self.folder).corpus
+        whole = RunContext(self.recipe, self.folder, task_files=self.task_files).corpus
         kept = sorted((p for p in whole.prompts if not is_held_out(p)), key=_position)
         chosen = frozenset(p.id for p in kept[: self.num_prompts])
         prompts = tuple(p for p in whole.prompts if p.id in chosen)
@@ -313,7 +313,7 @@ def _train_candidate(
     recipe = pilot_recipe(context.resolved_recipe, candidate, share)
     folder = context.folder / PILOT_FOLDER / candidate.name
     num_prompts = recipe.training.steps * recipe.training.batch_size
-    run = PilotContext(recipe, folder, num_prompts=num_prompts)
+    run = PilotContext(recipe, folder, task_files=context.task_files, num_prompts=num_prompts)
     run_pipeline(run, report, "capture")
     run_pipeline(run, report, "train")
     return run

@@ -5,6 +5,7 @@ from __future__ import annotations
 from persea.errors import DataError, RecipeError
 from persea.evaluation.answering import refuse_choice_items
 from persea.pipeline import preflight_data
+from persea.pipeline.lm_eval_stage import refuse_impossible_lm_eval
 from persea.pipeline.run_context import RunContext
 from persea.pipeline.stage_keys import audition_inputs, stage_key, train_inputs
 from persea.tasks.task import Split
@@ -40,6 +41,7 @@ def check_run(context: RunContext, only_stage: str = "") -> list[str]:
     refuse_missing_logprobs(context)
     if only_stage not in ASKING_STAGES:
         return []
+    refuse_impossible_lm_eval(context)
     preflight_data.refuse_missing_keys(context)
     preflight_data.refuse_unknown_lora_targets(context)
     warnings = preflight_data.describe_equal_models(context)

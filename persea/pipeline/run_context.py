@@ -53,6 +53,7 @@ class RunContext:
         folder: The run folder, `runs/<name>` by default.
         launch_options: How many processes train, and from which checkpoint.
         world: The processes that train together, and which of them this one is.
+        task_files: Python files with questions and a grader.
         models: The recipe's models.
         stages: The records and outputs of the stages in the run folder.
         size_defaults: Dotted key -> value of each key that follows the student's size.
@@ -62,6 +63,7 @@ class RunContext:
     folder: Path
     launch_options: LaunchOptions = field(default_factory=LaunchOptions)
     world: World = field(default_factory=World)
+    task_files: tuple[Path, ...] = ()
     models: ModelRefs = field(init=False, repr=False)
     stages: StageStore = field(init=False, repr=False)
     size_defaults: dict[str, Any] = field(init=False, repr=False, default_factory=dict)
@@ -120,7 +122,7 @@ class RunContext:
 
     @cached_property
     def benchmarks(self) -> tuple[LoadedBenchmark, ...]:
-        """The recipe's published benchmarks, read from their files."""
+        """The published benchmarks and own tasks of the recipe, read from their files."""
         evaluation = self.recipe.evaluation
         judge = tasks_and_prompts.make_safety_judge(
             evaluation.judge,
@@ -129,8 +131,10 @@ class RunContext:
             partial(self.models.load_teacher, batch=1),
             evaluation.judge_max_new_tokens,
         )
-        return tasks_and_prompts.load_benchmarks(
-            evaluation.benchmarks, judge, grading_options(evaluation.grading)
+        options = grading_options(evaluation.grading)
+        return (
+            *tasks_and_prompts.load_benchmarks(evaluation.benchmarks, judge, options),
+            *tasks_and_prompts.load_own_tasks(self.recipe.tasks, self.task_files, judge, options),
         )
 
     @cached_property
@@ -188,6 +192,7 @@ class RunContext:
         return digest_json(
             [
                 *filter(None, [self.recipe.evaluation.judge]),
+                *([t.skill, t.metric, t.rubric] for t in self.recipe.tasks),
                 *(
                     [
                         i.prompt.id,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from persea.pipeline.licence_gate import licence_verdict
+from persea.pipeline.lineage_stage import earlier_stage_keys
 from persea.storage import digest_json
 from persea.tasks.task import Split
 
@@ -24,13 +25,18 @@ STAGE_VERSIONS = {
     "capture": 1,
     "train": 2,
     "evaluate": 1,
-    "lineage": 3,
+    "lineage": 4,
     "report": 2,
 }
 STAGE_NAMES = tuple(STAGE_VERSIONS)
 
 # keys of `evaluation` that are read after the evaluation, and change none of its numbers
-POST_EVALUATION_KEYS = {"allow_safety_regression", "lm_eval_results"}
+POST_EVALUATION_KEYS = {
+    "allow_safety_regression",
+    "lm_eval_results",
+}
+# keys of `evaluation` that matter only if lm-eval runs
+LM_EVAL_KEYS = {"lm_eval", "lm_eval_include", "lm_eval_limit"}
 # keys of `training` that set how often a training is saved, logged and shown, and change no weight
 OBSERVATION_KEYS = {"report_to", "log_every", "checkpoint_every", "eval_steps"}
 # keys of `training` that are in the number of steps
@@ -93,7 +99,11 @@ def capture_inputs(context: RunContext) -> object:
         *(u.name for u in context.capture_units),
         *([b.location, b.reason] for b in context.corpus.malformed),
         *(
-            ["verify", context.recipe.evaluation.grading.model_dump()]
+            [
+                "verify",
+                context.recipe.evaluation.grading.model_dump(),
+                *([t.skill, t.metric, t.rubric] for t in context.recipe.tasks),
+            ]
             if context.recipe.capture.drop_wrong_answers
             else []
         ),
@@ -138,7 +148,10 @@ def evaluate_inputs(context: RunContext) -> object:
         context.stages.read_record("train")["outputs"],
         context.models.teacher_identities,
         context.items_digest(Split.TEST),
-        context.recipe.evaluation.model_dump(exclude=POST_EVALUATION_KEYS),
+        context.recipe.evaluation.model_dump(
+            exclude=POST_EVALUATION_KEYS
+            | (set() if context.recipe.evaluation.lm_eval else LM_EVAL_KEYS)
+        ),
         *([context.held_out_texts_digest] if context.recipe.evaluation.texts else []),
     ]
 
@@ -151,6 +164,7 @@ def lineage_inputs(context: RunContext) -> object:
         context.cast.parts,
         context.cast.pinned,
         licence_verdict(context.recipe, context.folder).to_json(),
+        earlier_stage_keys(context),
     ]
 
 

@@ -23,13 +23,12 @@ from persea.pipeline import preflight, stage_keys
 from persea.pipeline.licence_gate import (
     copy_to_student,
     refuse_unlicensed,
-    write_notice,
 )
+from persea.pipeline.lm_eval_stage import results_files, run_lm_eval_tasks
 from persea.pipeline.model_refs import BASE, STUDENT
 from persea.pipeline.progress import WARNING_PREFIX
 from persea.pipeline.run_context import RunContext
 from persea.pipeline.status import record_status
-from persea.storage import digest_json
 from persea.tasks.task import Split
 from persea.training.distributed.heartbeat import join_process_group
 
@@ -159,6 +158,8 @@ def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) 
         from persea.pipeline.evaluate_texts import evaluate_texts
 
         evaluate_texts(context, folder, load, work.report_texts)
+    if settings.lm_eval:
+        run_lm_eval_tasks(context, folder, progress)
     if context.taught_efforts and tasks:
         _write_thinking_modes(context, folder, load(STUDENT), records, progress)
 
@@ -186,33 +187,17 @@ def _write_thinking_modes(
 
 def run_lineage(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
     """Record which models, data and recipe made the student's weights."""
-    from persea.pipeline.check_stage import nonempty
-    from persea.report.lineage import lineage_record
+    from persea.pipeline.lineage_stage import write_lineage
 
-    models = context.models
-    verdict = write_notice(context.recipe, context.folder, folder)
-    unwritable = nonempty("unwritable_texts", context.unwritable_texts)
-    if unwritable:
-        unwritable["max_unwritable_share"] = context.recipe.check.max_unwritable_share
-    record = lineage_record(
-        context.folder / "train" / "student",
-        models.lineage_parent(BASE),
-        [models.lineage_parent(name) for name in models.teacher_names],
-        context.recipe.hash,
-        {"units": digest_json([u.name for u in context.capture_units])} | unwritable,
-        context.cast,
-        verdict,
-    )
-    record["training"] = {"learning_rate": models.learning_rate}
-    storage.write_json(folder / "lineage.json", record)
+    write_lineage(context, folder)
 
 
 def run_report(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
     """Write the report page, the model card and report.json."""
     from persea.report.page import write_report
 
-    lm_eval_files = {name: Path(f) for name, f in context.recipe.evaluation.lm_eval_results.items()}
-    write_report(context.folder, lm_eval_files, folder)
+    given = {name: Path(f) for name, f in context.recipe.evaluation.lm_eval_results.items()}
+    write_report(context.folder, results_files(context.folder) | given, folder)
 
 
 STAGES: tuple[Stage, ...] = (

@@ -10,7 +10,7 @@ from pathlib import Path
 from persea.cache.answer_filter import QuestionKey, question_key
 from persea.chat.messages import Conversation, ThinkingEffort
 from persea.chat.renderer import ChatRenderer
-from persea.config.schema import BenchmarkSection, CorpusSection, TeacherSection
+from persea.config.schema import BenchmarkSection, CorpusSection, TaskSection, TeacherSection
 from persea.data.formats import ReadReport, read_prompts
 from persea.data.prompts import MalformedLine, Prompt, assign_efforts
 from persea.data.tables import TableRow, iter_hub_table
@@ -23,6 +23,7 @@ from persea.tasks import benchmarks as benchmark_tasks
 from persea.tasks import generated
 from persea.tasks.benchmarks.benchmark import Benchmark, BenchmarkSource, GradingOptions
 from persea.tasks.benchmarks.readers import HUB_PREFIX
+from persea.tasks.own_tasks import load_own_task, load_task_file
 from persea.tasks.task import Split, Task, TaskItem
 from persea.teachers.teacher import Teacher
 
@@ -116,18 +117,56 @@ def load_benchmarks(
     )
 
 
+def load_own_tasks(
+    sections: Sequence[TaskSection],
+    task_files: Sequence[Path],
+    judge: SafetyJudge | None,
+    options: GradingOptions,
+) -> tuple[benchmark_tasks.LoadedBenchmark, ...]:
+    """Read a recipe's own tasks, and the Python files of the command line.
+
+    Args:
+        sections: The recipe's `tasks`.
+        task_files: Python files with questions and a grader.
+        judge: Grades the tasks of `metric: judge`.
+        options: Limits of the graders.
+
+    Raises:
+        DataError: A file is broken. The message names file and line.
+        MissingRequirementError: A package or the sandbox is missing.
+        RefusedError: The judge is of a teacher's family.
+    """
+    skills = [section.skill for section in sections]
+    if judge and any(section.metric == "judge" for section in sections):
+        benchmark_tasks.safety.refuse_related_judge(judge.family, judge.teacher_families)
+    return (
+        *(
+            load_own_task(
+                section,
+                section.skill if skills.count(section.skill) == 1 else f"{section.skill}-{k}",
+                options,
+                judge.ask if judge else None,
+            )
+            for k, section in enumerate(sections)
+        ),
+        *(load_task_file(path, options) for path in task_files),
+    )
+
+
 def measured_tasks(
     skill_names: Sequence[str], benchmarks: Sequence[benchmark_tasks.LoadedBenchmark]
 ) -> tuple[Task, ...]:
     """Return the tasks to measure: the skills of the corpus, then the benchmarks' own tasks.
 
-    A skill is measured by the benchmarks that are assigned to it, otherwise by its generator.
+    A skill is measured by the benchmarks that are assigned to it, otherwise by its generator; a
+    skill with neither is not measured.
     """
     by_name = {task.name: task for task in benchmark_tasks.benchmark_tasks(benchmarks)}
     return (
         *(
             by_name.pop(name) if name in by_name else generated.find_generated_task(name)
             for name in skill_names
+            if name in by_name or name in generated.GENERATED_NAMES
         ),
         *by_name.values(),
     )

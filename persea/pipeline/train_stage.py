@@ -18,11 +18,13 @@ from persea.errors import PerseaError
 from persea.losses import HiddenStates, Loss, LossOutput, build_loss
 from persea.models.loading import set_threads
 from persea.pipeline.model_refs import silence_transformers
+from persea.pipeline.progress import WARNING_PREFIX
 from persea.pipeline.run_context import RunContext
 from persea.training import checkpoint as checkpoints
 from persea.training.dataset import Batch, DistillDataset, build_dataset
 from persea.training.distributed.launcher import launch_processes, send_to_launcher
 from persea.training.distributed.world import World
+from persea.training.divergence import DivergenceWatch
 from persea.training.example import ExampleMaker
 from persea.training.example_store import ExampleStore, selected_answers
 from persea.training.loop import run_training_loop
@@ -109,7 +111,8 @@ def _train_spawned_rank(
     def progress(fraction: float, words: str) -> None:
         nonlocal last_message
         now = time.monotonic()
-        if not world.rank and (now - last_message > MIN_MESSAGE_INTERVAL_S or fraction == 1):
+        is_due = now - last_message > MIN_MESSAGE_INTERVAL_S or fraction == 1
+        if not world.rank and (is_due or words.startswith(WARNING_PREFIX)):
             last_message = now
             send_to_launcher(launcher, (fraction, words))
 
@@ -169,6 +172,13 @@ def train_rank(
         out = _batch_loss(student, batch, loss_fn, weights)
         return out, group_stats(batch, out)
 
+    watch = DivergenceWatch()
+
+    def report_step(step: int, line: Mapping[str, Any]) -> None:
+        if warning := watch.observe(line):
+            progress(step / t.steps, f"{WARNING_PREFIX}{warning}")
+        progress(step / t.steps, format_step(line))
+
     student.model.train()
     progress(done, f"step {round(done * t.steps) + 1:,} of {t.steps:,}")
     run_training_loop(
@@ -177,9 +187,7 @@ def train_rank(
         TrainingSettings.from_section(t, context.recipe.seed, context.models.learning_rate),
         folder,
         inputs,
-        _with_tracker(
-            context, folder, lambda step, line: progress(step / t.steps, format_step(line))
-        ),
+        _with_tracker(context, folder, report_step),
         world=world,
         batch_source=rollouts,
         resume=context.launch_options.resume,

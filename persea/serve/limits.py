@@ -8,6 +8,7 @@ import asyncio
 import hmac
 import ipaddress
 import json
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -54,6 +55,7 @@ class ServerLimits:
     max_logprobs: int = 64
 
 
+SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 # All bodies that are being read together have at most this many times the limit of one.
 MAX_BUFFERED_BODIES = 8
 RETRY_AFTER_HEADERS = ((b"retry-after", b"1"),)
@@ -219,13 +221,30 @@ class AccessLimitMiddleware:
                         await send_error(send, 429, reason, RETRY_AFTER_HEADERS)
                         return None
                     if not message.get("more_body", False):
-                        return b"".join(parts)
+                        return await _refuse_half_characters(b"".join(parts), send)
         except TimeoutError:
             reason = f"the body did not arrive within {self.limits.io_timeout_s:g} s"
             await send_error(send, 408, reason)
             return None
         finally:
             self.num_buffered_bytes -= size
+
+
+async def _refuse_half_characters(body: bytes, send: Send) -> bytes | None:
+    """Return the body; None if a text in it holds half a surrogate pair, which has no bytes.
+
+    Python reads such a text from JSON, and fails wherever the text is first encoded.
+    """
+    if SURROGATE_ESCAPE.search(body) is None:
+        return body
+    try:
+        json.dumps(json.loads(body), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        await send_error(send, 422, "a text holds half a surrogate pair, which is no character")
+        return None
+    except (ValueError, RecursionError):
+        pass  # not JSON: the application refuses it
+    return body
 
 
 def _replay_body(body: bytes, receive: Receive) -> Receive:

@@ -89,7 +89,7 @@ class Routes:
     async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
         """Return the token ids of a text."""
         self._refuse_other_model(body.model)
-        ids = await asyncio.to_thread(self.served_model.encode_prompt, body.prompt)
+        ids = await self.served_model.encode_text(body.prompt)
         answer: dict[str, Any] = {
             "count": len(ids),
             "max_model_len": self.served_model.max_context_tokens or None,
@@ -109,8 +109,7 @@ class Routes:
                 remedy="let it continue a text: /v1/completions",
             )
         conversation = body.to_conversation(self.renderer.family)
-        rendered = await asyncio.to_thread(self.renderer.render_prompt, conversation)
-        prompt = rendered.ids_T.tolist()
+        prompt = await self.served_model.render_conversation(conversation)
         max_new_tokens = self.served_model.resolve_max_new_tokens(
             prompt,
             body.max_completion_tokens or body.max_tokens,
@@ -201,9 +200,7 @@ class Routes:
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         """Continue a text or token ids."""
         self._refuse_other_model(body.model)
-        prompts = [
-            await asyncio.to_thread(self.served_model.encode_prompt, p) for p in body.prompts
-        ]
+        prompts = [await self.served_model.encode_text(p) for p in body.prompts]
         self._check_num_logprobs(body.logprobs, "logprobs")
         self._check_num_logprobs(body.prompt_logprobs, "prompt_logprobs")
         limits = [

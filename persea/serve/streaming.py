@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from codecs import getincrementaldecoder
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +16,7 @@ import torch
 from persea.chat.family import DecodedPieces
 from persea.chat.messages import (
     ContentPart,
+    Conversation,
     FinishReason,
     Text,
     Thinking,
@@ -26,6 +29,9 @@ from persea.errors import DataError
 from persea.serve.scheduler import MAX_LOGPROB_ELEMENTS, ModelScheduler
 from persea.teachers.engines import Sampling
 from persea.teachers.engines.transformers import TransformersEngine
+
+MAX_BYTES_PER_TOKEN = 32  # of a whole prompt; Thai and Khmer reach 10
+MAX_PROMPT_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +49,7 @@ class ServedModel:
     renderer: ChatRenderer
     engine: TransformersEngine
     max_context_tokens: int
+    _text_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @cached_property
     def scheduler(self) -> ModelScheduler:
@@ -111,6 +118,50 @@ class ServedModel:
                 remedy="shorten the prompt, or request fewer",
             )
         return new
+
+    def refuse_long_text(self, num_bytes: int) -> None:
+        """Refuse a prompt that is too long for the model's positions, before it is tokenized.
+
+        Tokenizing takes a hundred times the memory of a text.
+
+        Args:
+            num_bytes: Bytes of the prompt's texts in UTF-8.
+
+        Raises:
+            DataError: The prompt is too long.
+        """
+        positions = self.max_context_tokens
+        limit = min(MAX_PROMPT_BYTES, positions * MAX_BYTES_PER_TOKEN or MAX_PROMPT_BYTES)
+        if num_bytes > limit:
+            raise DataError(
+                f"a prompt of {num_bytes:,} bytes; at most {limit:,} fit",
+                where="prompt",
+                remedy="shorten it",
+            )
+
+    async def encode_text(self, prompt: str | Sequence[int]) -> list[int]:
+        """Return the token ids of a prompt; one text at a time is tokenized.
+
+        Raises:
+            DataError: The prompt is too long, or `encode_prompt` refuses it.
+        """
+        if not isinstance(prompt, str):
+            return self.encode_prompt(prompt)
+        self.refuse_long_text(len(prompt.encode(errors="replace")))
+        async with self._text_lock:
+            return await asyncio.to_thread(self.encode_prompt, prompt)
+
+    async def render_conversation(self, conversation: Conversation) -> list[int]:
+        """Return the token ids of a conversation; one at a time is tokenized.
+
+        Raises:
+            DataError: The conversation is too long, or the template refuses it.
+        """
+        self.refuse_long_text(len(json.dumps(conversation.to_json(), ensure_ascii=False).encode()))
+        async with self._text_lock:
+            rendered = await asyncio.to_thread(self.renderer.render_prompt, conversation)
+        ids: list[int] = rendered.ids_T.tolist()
+        return ids
 
     def encode_prompt(self, prompt: str | Sequence[int]) -> list[int]:
         """Return the token ids of a prompt, given as text or ids.

@@ -208,7 +208,9 @@ def extend_vocabulary(
     teacher: TokenTeacher | None = None,
     with_joined_marks: bool = False,
 ) -> VocabExtension:
-    """Learn new tokens for a model from text files. Writes nothing and reads no weights.
+    """Learn new tokens for a model from text files. Writes nothing.
+
+    No weights of the model are read. Those of the teacher are read if its likely tokens are needed.
 
     Args:
         source: The model.
@@ -258,8 +260,8 @@ def extend_vocabulary(
     merges = learn()
     known = old.backend.get_vocab(with_added_tokens=True)
     if teacher and teacher.scores_texts and _num_new(merges, known) < num_tokens:
-        for text in texts:
-            expected = count_expected_tokens(teacher, text.training_lines, progress)
+        files = [one.training_lines for one in texts]
+        for expected in count_expected_tokens(teacher, files, progress):
             add_counts(word_counts, count_expected_words(backend, teacher.vocabulary, expected))
         merges = learn()
     joins_marks = spec["pre_tokenizer"] != old_spec["pre_tokenizer"]

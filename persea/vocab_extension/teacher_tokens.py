@@ -92,16 +92,17 @@ def make_wanted(teacher: Vocabulary) -> Callable[[str], bool]:
 
 def count_expected_tokens(
     teacher: TokenTeacher,
-    texts: Sequence[str],
+    files: Sequence[Sequence[str]],
     progress: Callable[[str, float, str], None],
-) -> dict[int, float]:
-    """Return token id -> the sum of the teacher's probabilities of it over some texts.
+) -> list[dict[int, float]]:
+    """Return for each file: token id -> the sum of the teacher's probabilities of it.
 
-    The teacher reads at most MAX_SCORED_BYTES of the texts, in windows of WINDOW_TOKENS.
+    The teacher reads at most MAX_SCORED_BYTES of each file, in windows of WINDOW_TOKENS. Lines that
+    its tokenizer does not reproduce are left out.
 
     Args:
         teacher: The teacher; its weights are loaded for this call.
-        texts: The texts.
+        files: The lines of each file.
         progress: Called with the step, the fraction done and a message.
 
     Raises:
@@ -109,14 +110,8 @@ def count_expected_tokens(
     """
     import torch
 
-    where = teacher.source.model
-    windows, num_bytes = list[list[int]](), 0
-    for text in texts:
-        if num_bytes >= MAX_SCORED_BYTES or not teacher.vocabulary.can_write(text.encode()):
-            continue
-        num_bytes += len(text.encode())
-        ids = teacher.vocabulary.encode(text)
-        windows += [ids[k : k + WINDOW_TOKENS] for k in range(0, len(ids), WINDOW_TOKENS)]
+    where, start_ids = teacher.source.model, list(teacher.start_ids)
+    windows = [(k, ids) for k, lines in enumerate(files) for ids in _windows(teacher, lines)]
     progress("score", 0.0, where)
     on_gpu = torch.cuda.is_available()
     model = read_weights(teacher.source, where, dtype="auto" if on_gpu else torch.float32)
@@ -128,16 +123,38 @@ def count_expected_tokens(
             where=where,
             remedy="tokenizer and model do not belong together",
         )
-    expected_W = torch.zeros(num_rows, device=model.device)
+    expected_FW = torch.zeros(len(files), num_rows, device=model.device)
     with torch.no_grad():
-        for k, ids in enumerate(windows):
-            inputs = torch.tensor([[*teacher.start_ids, *ids]], device=model.device)
-            first = max(0, len(teacher.start_ids) - 1)
-            logits_TW = model(inputs).logits[0, first:-1].float()
-            expected_W += torch.softmax(logits_TW, -1).sum(0)
-            progress("score", (k + 1) / len(windows), f"{k + 1} of {len(windows)} windows")
-    likely = (expected_W >= MIN_EXPECTED_COUNT).nonzero().flatten().tolist()
-    return {i: float(expected_W[i]) for i in likely if i < len(teacher.vocabulary)}
+        for done, (k, ids) in enumerate(windows, 1):
+            inputs = torch.tensor([start_ids + ids], device=model.device)
+            logits_TW = model(inputs).logits[0, max(0, len(start_ids) - 1) : -1].float()
+            expected_FW[k] += torch.softmax(logits_TW, -1).sum(0)
+            progress("score", done / len(windows), f"{done} of {len(windows)} windows")
+    size = min(num_rows, len(teacher.vocabulary))
+    return [
+        {i: float(expected_W[i]) for i in torch.nonzero(likely_W).flatten().tolist()}
+        for expected_W in expected_FW[:, :size].cpu()
+        for likely_W in (expected_W >= MIN_EXPECTED_COUNT,)
+    ]
+
+
+def _windows(teacher: TokenTeacher, lines: Sequence[str]) -> list[list[int]]:
+    windows, num_bytes = list[list[int]](), 0
+    for line in lines:
+        if num_bytes >= MAX_SCORED_BYTES:
+            break
+        if ids := _encode(teacher.vocabulary, line):
+            num_bytes += len(line.encode())
+            windows += [ids[k : k + WINDOW_TOKENS] for k in range(0, len(ids), WINDOW_TOKENS)]
+    return windows
+
+
+def _encode(vocabulary: Vocabulary, text: str) -> list[int]:
+    """Return the tokens of a text; none if the tokenizer does not reproduce it."""
+    try:
+        return vocabulary.encode(text)
+    except DataError:
+        return []
 
 
 def count_expected_words(
@@ -199,8 +216,8 @@ def teacher_ids_of(
             text = raw.decode()
         except UnicodeDecodeError:
             continue
-        if teacher.can_write(raw):
-            found[i] = tuple(teacher.encode(text))
+        if ids := _encode(teacher, text):
+            found[i] = tuple(ids)
     return found
 
 

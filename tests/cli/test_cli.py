@@ -32,6 +32,8 @@ import yaml
 import persea as package
 from persea import cli
 from persea.cli.options import count_available_cores
+from persea.config.bundled import portable_recipe
+from persea.config.recipe import load_recipe
 from persea.errors import RunInterrupted
 
 os.environ.setdefault(
@@ -287,7 +289,13 @@ def test_recipes_are_listed_and_shown(tmp_path: Path) -> None:
     assert names == sorted(p.stem for p in (ROOT / "recipes").glob("*.yaml"))
     assert all(len(line.split()) > 3 for line in listed.out.splitlines())
     shown = command("recipes", "show", "quickstart", folder=tmp_path)
-    assert shown == Ended(0, (ROOT / "recipes" / "quickstart.yaml").read_text(), "")
+    text = (ROOT / "recipes" / "quickstart.yaml").read_text()
+    assert shown == Ended(0, portable_recipe(text), "")
+    (tmp_path / "mine.yaml").write_text(shown.out)
+    mine = load_recipe(tmp_path / "mine.yaml")
+    assert mine.name == "mine"
+    assert Path(mine.student.model).is_dir()
+    assert mine.teachers[0].name == "qwen-sapling"
 
 
 def test_validate_says_name_and_hash(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def test_a_fingerprint_changes_with_any_byte(copy: Path):
         broken = bytearray(whole)
         broken[at] ^= 1
         (copy / name).write_bytes(broken)
-        assert fingerprint(source, "w") != before, name
+        with suppress(DataError):  # broken JSON
+            assert fingerprint(source, "w") != before, name
         (copy / name).write_bytes(whole)
     assert fingerprint(source, "w") == before
     (copy / "model.safetensors").rename(copy / "other.safetensors")

@@ -38,6 +38,10 @@ CHANGING |= {
     "persea",
     "positions_per_second",
     "tokens_per_second",
+    "files",
+    "stages",
+    "persea_source",
+    "seal",
 }
 
 

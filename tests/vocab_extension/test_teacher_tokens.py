@@ -98,7 +98,8 @@ def test_a_teacher_scores_texts():
     teacher = open_token_teacher(source, "ridge", True, "teacher")
     assert [teacher.vocabulary.control_names[i] for i in teacher.start_ids] == ["<end_of_turn>"]
     text = "The answer is 12. " * 20
-    counts = count_expected_tokens(teacher, [text], quiet)
+    counts, none = count_expected_tokens(teacher, [[text], []], quiet)
+    assert none == {}
     size = len(teacher.vocabulary.encode(text))
     assert 0.9 * size < sum(counts.values()) <= size + 1e-3
     assert all(0 <= i < len(teacher.vocabulary) for i in counts)

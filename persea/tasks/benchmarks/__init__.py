@@ -7,9 +7,9 @@ docs/sets.md and one test: see docs/new_task.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from persea.chat.messages import Message
 from persea.config.schema import BenchmarkSection, CorpusSection, GradingSection
@@ -33,6 +33,9 @@ from persea.tasks.benchmarks.benchmark import (
 from persea.tasks.generated import GENERATED_TASKS
 from persea.tasks.sandbox.sandbox import SandboxLimits, open_sandbox
 from persea.tasks.task import Grade, Split, Task, TaskItem
+
+if TYPE_CHECKING:
+    from persea.config.recipe import Recipe
 
 BENCHMARKS: tuple[Benchmark, ...] = (
     *languages.BENCHMARKS,
@@ -94,6 +97,8 @@ def refuse_unknown_names(
     corpus: Sequence[CorpusSection],
     where: str,
     has_held_out_texts: bool = False,
+    own_skills: Collection[str] = (),
+    settled_skills: Collection[str] = (),
 ) -> None:
     """Check the names of benchmarks and skills in a recipe. Opens no file.
 
@@ -103,6 +108,8 @@ def refuse_unknown_names(
         where: File of the recipe, for the message.
         has_held_out_texts: Whether the recipe names `evaluation.texts`. A skill that is taught
             from texts alone may then have any name: these texts measure it, and no task.
+        own_skills: Skills that the recipe's own tasks measure.
+        settled_skills: Skills whose teacher needs no measurement.
 
     Raises:
         RecipeError: If a benchmark is unknown, or else if a skill of the corpus is; one line for
@@ -120,6 +127,7 @@ def refuse_unknown_names(
     ]
     if not wrong:
         skills = [
+            *own_skills,
             *(t.name for t in GENERATED_TASKS),
             *(r.skill or known[r.benchmark].skill or r.benchmark for r in refs),
         ]
@@ -127,12 +135,15 @@ def refuse_unknown_names(
         wrong = [
             (
                 f"corpus.{k}.skill",
-                f"unknown skill {part.skill!r}",
-                suggest_choice(part.skill, skills),
+                f"unknown skill {part.skill!r}"
+                if part.generate
+                else f"nothing measures the skill {part.skill!r}, to choose between its teachers",
+                _remedy_for_skill(part, skills),
             )
             for k, part in enumerate(corpus)
             if part.skill not in skills
             and not (has_held_out_texts and part.skill not in with_prompts)
+            and not (part.skill in settled_skills and not part.generate)
         ]
     errors = [
         RecipeError(message, where=f"{where}: {key}", remedy=remedy)
@@ -140,6 +151,42 @@ def refuse_unknown_names(
     ]
     if errors:
         raise errors[0] if len(errors) == 1 else RecipeError("\n".join(map(str, errors)))
+
+
+def refuse_unmeasured_skills(recipe: Recipe, where: str, own_skills: Collection[str] = ()) -> None:
+    """Check the names of benchmarks and skills in a recipe. Opens no file.
+
+    Any word is a skill if a task of the recipe measures it, or if its teacher needs no measurement:
+    it is pinned, or the only one.
+
+    Args:
+        recipe: The recipe.
+        where: File of the recipe, for the message.
+        own_skills: Skills of tasks in Python files.
+
+    Raises:
+        RecipeError: A benchmark or a skill is unknown; one line for each.
+    """
+    teachers = [t for t in recipe.teachers if not t.reference]
+    refuse_unknown_names(
+        recipe.evaluation.benchmarks,
+        recipe.corpus,
+        where,
+        bool(recipe.evaluation.texts),
+        {*own_skills, *(task.skill for task in recipe.tasks)},
+        recipe.skills if len(teachers) == 1 else recipe.audition.pinned,
+    )
+
+
+def _remedy_for_skill(part: CorpusSection, skills: Sequence[str]) -> str:
+    near = suggest_choice(part.skill, skills)
+    if part.generate or near.startswith("did you mean"):
+        return near
+    return (
+        f"add `tasks: [{{skill: {part.skill}, file: held-out.jsonl, metric: contains}}]` "
+        f"(docs/howto/own_tasks.md), or pin a teacher: `audition: {{pinned: {{{part.skill}: "
+        "NAME}}`"
+    )
 
 
 def grading_options(section: GradingSection) -> GradingOptions:

@@ -11,6 +11,7 @@ import warnings
 from functools import partial
 
 from persea.chat.messages import Message
+from persea.errors import DataError
 from persea.tasks.benchmarks.benchmark import (
     Benchmark,
     BenchmarkItems,
@@ -102,7 +103,7 @@ def mbpp(source: BenchmarkSource) -> BenchmarkItems:
             f"{description}\nWrite it in Python, in one ```python block. "
             f"It must pass this test:\n{tests[0]}"
         )
-        function_name = _tested_function(tests[0], row)
+        function_name = tested_function(tests[0], row.location)
         return benchmark_item(
             "mbpp",
             _with_row_id(row, "task_id"),
@@ -115,10 +116,18 @@ def mbpp(source: BenchmarkSource) -> BenchmarkItems:
     return collect_items(map(one, read_benchmark_rows(source, read_json_lines)), source)
 
 
-def _tested_function(test: str, row: BenchmarkRow) -> str:
+def tested_function(test: str, where: str) -> str:
     """Return the tested function: the first call that is no builtin, or else the first call, as an
     answer may define `sum`.
+
+    Args:
+        test: Python asserts.
+        where: Their place, for error messages.
+
+    Raises:
+        DataError: They are not Python, or call no function.
     """
+    remedy = "correct or delete the row"
     try:
         calls = [
             n.func.id
@@ -126,9 +135,11 @@ def _tested_function(test: str, row: BenchmarkRow) -> str:
             if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
         ]
     except (SyntaxError, ValueError) as error:
-        raise row.data_error(f"a test is not Python: {test[:60]!r}") from error
+        raise DataError(f"a test is not Python: {test[:60]!r}", where=where, remedy=remedy) from (
+            error
+        )
     if not calls:
-        raise row.data_error(f"a test calls no function: {test[:60]!r}")
+        raise DataError(f"a test calls no function: {test[:60]!r}", where=where, remedy=remedy)
     return next((c for c in calls if not hasattr(builtins, c)), calls[0])
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from persea.chat.messages import Conversation, Tool, ToolCall
 from persea.data.prompts import Prompt
 from persea.errors import DataError
-from persea.storage import parse_strict_json
+from persea.storage import parse_strict_json, read_input_bytes
 from persea.tasks.benchmarks.benchmark import BenchmarkItems, BenchmarkSource
 from persea.tasks.task import TaskItem
 
@@ -116,7 +116,7 @@ def read_text(path: str) -> str:
         DataError: If the file cannot be read or is not UTF-8; the message names the line.
     """
     try:
-        data = Path(path).read_bytes()
+        data = read_input_bytes(Path(path))
     except OSError as error:
         raise DataError(
             f"cannot read the benchmark: {error.strerror}",

@@ -46,6 +46,23 @@ ANSWER_PHRASE = re.compile(
 )
 
 
+ALTERNATIVE = re.compile(
+    r"\s*(?:,?\s*\b(?:or|oder|atau|hoặc)\b|或者?|または|หรือ|또는)\s*", re.IGNORECASE
+)
+
+
+def has_two_numbers(answer: str, language: str) -> bool:
+    """Return whether a final answer offers two different numbers, such as "7 or 8".
+
+    Example:
+        >>> has_two_numbers("7 or 8.", "en"), has_two_numbers("18 dollars for 3 days", "en")
+        (True, False)
+    """
+    offered = [find_numbers(part) for part in ALTERNATIVE.split(answer)]
+    values = [possible_values(found[0], language) for found in offered if found]
+    return len(values) > 1 and any(not values[0] & other for other in values[1:])
+
+
 def extract_final_answer(text: str) -> str:
     r"""Return the final answer of a text; "" if it gives none.
 
@@ -159,6 +176,8 @@ def grade_number(
     )
     end = extract_final_answer(answer.text)
     numbers = find_numbers(end) if end else find_numbers(answer.text)[-1:]
+    if has_two_numbers(end, language):
+        return binary_grade(False, f"two final numbers: {end[:60]}")
     if numbers:
         # After a mark the first number counts (18 dollars for 3 days), unless an equation leads to
         # the last.

@@ -1,13 +1,14 @@
 """Run untrusted programs in Linux namespaces with limits, or refuse to run them.
 
 There is no weaker mode: where this machine cannot build the whole isolation, `open_sandbox` refuses
-with the reason and the remedy (exit 7). A self-test tries to escape in twelve ways before the first
-program runs. isolate.py builds the isolation; docs/sandbox.md lists its limits and how programs are
-tested.
+with the reason and the remedy (exit 7). A self-test tries to escape in fifteen ways before the
+first program runs. isolate.py builds the isolation; docs/sandbox.md lists its limits and how
+programs are tested.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import select
@@ -26,11 +27,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from persea.errors import MissingRequirementError
+from persea.tasks.sandbox.isolate import SYS_KEYCTL
 
 # The user of programs if persea runs as root: the kernel exempts root from the limit on processes.
 NOBODY_UID = 65534
 WATCHDOG_GRACE_S = 5.0  # after the supervisor's own time limit, before the supervisor is killed too
 REAP_TIMEOUT_S = 1.0  # for the supervisor to end after its last status line
+SESSION_KEYRING_ID = (0, -3, 0)  # arguments of keyctl: the id of the session keyring, if any
 MAX_HIDDEN_PATHS = 100  # entries of the home folder that the self-test looks for
 ISOLATE_SCRIPT = Path(__file__).with_name("isolate.py")
 SANDBOX_REMEDY = (
@@ -328,6 +331,8 @@ def _bwrap_command(settings: dict[str, Any]) -> list[str]:
         "--unshare-user",
         "--disable-userns",
         "--as-pid-1",
+        "--hostname",
+        "sandbox",
         "--cap-drop",
         "ALL",
         "--clearenv",
@@ -360,7 +365,7 @@ def _bwrap_command(settings: dict[str, Any]) -> list[str]:
 
 ESCAPE_PROBE = r"""
 import ctypes, json, os, resource, socket, sys
-host, port, hidden = {host!r}, {port!r}, {hidden!r}
+host, port, hidden, keyring, keyctl = {host!r}, {port!r}, {hidden!r}, {keyring!r}, {keyctl!r}
 def fails(act):
     try:
         act()
@@ -404,6 +409,9 @@ results = dict(
     namespaces=fails(unshare),
     memory=fails(lambda: bytearray({memory})),
     size=fails(big),
+    keyring=keyring <= 0 or libc.syscall(keyctl, 0, -3, 0) != keyring,
+    hostname=socket.gethostname() == "sandbox",
+    root_entries=set(os.listdir("/")) <= {entries!r},
     forks=fails(many),
 )
 print(json.dumps(results))
@@ -432,6 +440,9 @@ def verify_isolation(sandbox: Sandbox) -> None:
             file=limits.max_file_bytes,
             processes=limits.max_processes,
             memory=limits.memory_bytes,
+            keyring=ctypes.CDLL(None).syscall(SYS_KEYCTL, *SESSION_KEYRING_ID),
+            keyctl=SYS_KEYCTL,
+            entries={"dev", "tmp", *(p.split("/")[1] for p in (*needed, *_root_symlinks()))},
         )
         result = sandbox.run(probe)
     try:
@@ -452,15 +463,15 @@ def verify_isolation(sandbox: Sandbox) -> None:
 def open_sandbox(limits: SandboxLimits = SandboxLimits()) -> Sandbox:
     """Return a sandbox that passed its self-test; tested once in a process for each set of limits.
 
-    Own namespaces are tried first, then bubblewrap if it is installed.
+    Bubblewrap is tried first if it is installed, then own namespaces.
 
     Raises:
         MissingRequirementError: If neither isolates programs on this machine (exit 7).
     """
     reasons = []
     kinds = (
-        Isolation.NAMESPACES,
         *((Isolation.BUBBLEWRAP,) if shutil.which("bwrap") else ()),
+        Isolation.NAMESPACES,
     )
     for isolation in kinds:
         sandbox = Sandbox(isolation, os.path.realpath(sys.executable), limits)

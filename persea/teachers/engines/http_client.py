@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from persea.errors import RefusedError, TeacherError
 from persea.teachers.engines import EngineFailure
+from persea.teachers.engines.redaction import redact_text, redact_value
 from persea.teachers.engines.response_validation import (
     RETRYABLE_STATUS_CODES,
     MalformedResponseError,
@@ -34,6 +35,7 @@ MAX_RETRY_AFTER_S = 300.0
 # Delay before the second attempt where the server names none; doubled for each further attempt.
 INITIAL_BACKOFF_S = 0.5
 MAX_BACKOFF_S = 30.0
+MAX_SHOWN_BODY_CHARS = 300  # of an error that a server sent
 MAX_RESPONSE_BYTES = 256 << 20  # 32k positions with 20 tokens each are 60 MB of JSON
 # The server is overloaded, or starts: the same request is repeated for as long as it may take.
 UNAVAILABLE_STATUS_CODES = frozenset({429, 502, 503})
@@ -295,9 +297,13 @@ class HttpClient:
     def _raise_server_error(self, reason: str, remedy: str) -> NoReturn:
         raise TeacherError(self.redact(reason), where=f"{self.name}, {self.url}", remedy=remedy)
 
+    def _redact_value(self, value: Any, request: Request[T]) -> Any:
+        """Remove the API key from a response; pieces too, where it holds no teacher's text."""
+        return redact_value(value, self.api_key, with_pieces=request.body is None)
+
     def redact(self, text: str) -> str:
         """Remove the API key from a text, in case the server repeated it."""
-        return text.replace(self.api_key, "***") if self.api_key else text
+        return redact_text(text, self.api_key)
 
     async def _attempt(self, client: httpx2.AsyncClient, request: Request[T]) -> T:
         import httpx2
@@ -311,12 +317,13 @@ class HttpClient:
             ):
                 await self._raise_for_status(response)
                 if request.event_has_token is None:
-                    body = parse_json(await _read_body(response))
+                    body = self._redact_value(parse_json(await _read_body(response)), request)
                     refuse_error_body(body)
                     return request.parse_response(body)
                 events: list[Any] = []
                 num_token_events = 0
-                async for event in _iter_events(response, request.event_is_final):
+                async for raw_event in _iter_events(response, request.event_is_final):
+                    event = self._redact_value(raw_event, request)
                     refuse_error_body(event)
                     events.append(event)
                     if request.event_has_token(event):
@@ -366,7 +373,8 @@ class HttpClient:
                 raise MalformedResponseError("a compressed answer, which was not requested")
             return
         code = response.status_code
-        body = (await _read_body(response))[:300].decode(errors="replace")
+        whole = (await _read_body(response)).decode(errors="replace")
+        body = self.redact(whole)[:MAX_SHOWN_BODY_CHARS]
         reason = f"status {code}: {body}"
         if code in RETRYABLE_STATUS_CODES:
             raise RetryableError(

@@ -13,6 +13,12 @@ from persea.tasks.sandbox.sandbox import Isolation, open_sandbox, verify_isolati
 
 WEAKENED = {  # protection that the self-test must report -> text of isolate.py and its replacement
     "capabilities": ('PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no', 'PR_SET_DUMPABLE, 0, 0, 0, 0), "no'),
+    "keyring": ("        leave_session()\n", ""),
+    "hostname": ('LIBC.sethostname(b"sandbox", 7)', "0"),
+    "root_entries": (
+        'os.mkdir(root + "/tmp")',
+        'os.mkdir(root + "/tmp"), os.mkdir(root + "/session")',
+    ),
     "forks": ('limits["max_processes"] + 2', "500"),
     "memory": ('limits["memory_bytes"]', "1 << 40"),
     "size": ('limits["max_file_bytes"]', "1 << 30"),
