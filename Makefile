@@ -15,7 +15,8 @@
 # make bench-bias   how far each method moves a perfect student (10 to 20 minutes; installs TRL for its GOLD)
 # make bench-objectives   every method with trained models on real text, size xs (hours; resumes; installs TRL)
 # make bench-extension  tokens a byte of real tokenizers with more tokens, by language (minutes; needs PERSEA_DATA; downloads SmolLM2 and Gemma 3 270M, 330 MB)
-# make templates    renders every chat template of PERSEA_DATA, TRL and transformers as transformers does (3 minutes)
+# make templates    renders every chat template of PERSEA_DATA, TRL and transformers as transformers does, and says which are not
+#                   the recorded ones (5 minutes)
 # make export       GGUF files of the saplings in a real llama.cpp: prompt ids, template and greedy tokens equal transformers'
 # make engines      real servers as teachers: vLLM, llama.cpp (PERSEA_GGUF names its model), transformers serve, persea serve
 #                   (about 20 minutes after downloads of 2 GB)
@@ -122,6 +123,7 @@ bench-extension: .venv/persea
 
 templates: .venv/persea
 	$(BIN)/pip install -q 'trl==1.16.*'
+	$(BIN)/python bench/known_templates.py
 	$(BIN)/python bench/templates.py
 
 export: .venv/persea

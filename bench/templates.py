@@ -5,7 +5,8 @@
 Templates: those of PERSEA_DATA/templates, of the installed packages trl and transformers, and every
 *.jinja below each FOLDER. No template is part of persea. Each gets a small byte-level tokenizer
 with the control tokens that it writes; the end of text is the first of END_TOKENS in its text. For
-every template CONVERSATIONS are rendered at every effort that persea finds:
+every template 60 conversations are rendered at every effort that persea finds, and three with tool
+calls and results where persea finds tools:
 
     equal      both renderings have the same ids, and the answer is parsed back
     refused    persea refuses, with a reason: the whole template, or one conversation
@@ -44,6 +45,9 @@ from persea.chat.messages import (
     Text,
     Thinking,
     ThinkingEffort,
+    Tool,
+    ToolCall,
+    ToolResult,
 )
 from persea.chat.renderer import ChatRenderer
 from persea.errors import DataError
@@ -79,6 +83,8 @@ END_TOKENS = (
     "</assistant>",
     "</s>",
 )
+# Tokens that end an answer of calls, as the generation_config.json of their models declares them.
+MORE_ENDS = ("<|observation|>", "<|eom_id|>")
 CONTROL_PATTERN = re.compile(
     r"<[|｜][^<>{}'\"\s|｜]{1,40}[|｜]>|<[|][^<>{}'\"\s|]{1,20}>|<[^<>{}'\"\s|]{1,20}[|]>|<\|\"\|>"
     r"|</?(?:think(?::opensource)?|seed:[a-z]+|mm:think|start_of_turn|end_of_turn|end_of_utterance|assistant|"
@@ -93,6 +99,12 @@ PRETOKEN_PATTERN = (
 MAX_REPLACED = 24  # characters of markers that persea writes with other white space
 # Written in pieces, such as '<|' + role + '|>'.
 ROLE_TOKENS = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|tool|>", "<|observation|>")
+TOOL = Tool(
+    "get_weather",
+    "Weather.",
+    '{"type": "object", "properties": {"city": {"type": "string"}, "n": {"type": "integer"}}}',
+)
+TOOL_CALL = ToolCall("get_weather", '{"city": "ဘန်ကောက် 7", "n": 7}')
 TEXTS = (
     "Hello",
     " two  words ",
@@ -130,6 +142,9 @@ def make_tokenizer_folder(folder: Path, template: str) -> Path:
     tokenizer.add_tokens([AddedToken(n, special=True, normalized=False) for n in names])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
+    ends = [end, *(t for t in MORE_ENDS if t in names)]
+    ids = [tokenizer.token_to_id(t) for t in ends]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "bos_token": bos}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "chat_template.jinja").write_text(template)
@@ -162,6 +177,21 @@ def conversations(effort: ThinkingEffort, thinks: bool) -> Iterator[Conversation
             yield Conversation(messages, effort)
 
 
+def tool_conversations(effort: ThinkingEffort, thinks: bool) -> Iterator[Conversation]:
+    """Yield a call as answer, an answer behind a result, and a call behind a result."""
+    thought = (Thinking("A tool."),) if thinks and effort is not ThinkingEffort.NONE else ()
+    question = Message(Role.USER, (Text("How?"),))
+    call = Message(Role.ASSISTANT, (*thought, TOOL_CALL))
+    result = Message(Role.TOOL, (ToolResult(TOOL_CALL.name, '{"rain": "é"}'),))
+    answer = Message(Role.ASSISTANT, (*thought, Text("It rains.")))
+    for messages in (
+        (question, call),
+        (question, call, result, answer),
+        (question, call, result, call),
+    ):
+        yield Conversation(messages, effort, (TOOL,))
+
+
 @dataclass
 class Outcome:
     """What became of one template.
@@ -169,6 +199,7 @@ class Outcome:
     Attributes:
         family: The family that persea chose; "" where the template is refused.
         efforts: Its efforts.
+        tools: Whether it has tools.
         counts: equal, refused, different -> conversations.
         reason: The first refusal or difference.
         seconds: Time to load the renderer, without the tokenizer's training.
@@ -176,6 +207,7 @@ class Outcome:
 
     family: str = ""
     efforts: tuple[str, ...] = ()
+    tools: bool = False
     counts: Counter[str] = field(default_factory=Counter)
     reason: str = ""
     seconds: float = 0.0
@@ -199,7 +231,11 @@ def measure(name: str, template: str, folder: Path) -> Outcome:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for effort in renderer.family.efforts:
         thinks = bool(renderer.family.thought_ends)
-        for conversation in conversations(effort, thinks):
+        given = list(conversations(effort, thinks))
+        if renderer.family.is_tool_text_verbatim is not None:
+            outcome.tools = True
+            given += tool_conversations(effort, thinks)
+        for conversation in given:
             kind, reason = compare(renderer, tokenizer, conversation)
             outcome.counts[kind] += 1
             if kind != "equal" and (not outcome.reason or kind == "different"):
@@ -222,12 +258,10 @@ def compare(renderer: ChatRenderer, tokenizer: Any, conversation: Conversation) 
     onward = replace(
         conversation, messages=(*conversation.messages, Message(Role.USER, (Text("And?"),)))
     )
-    for given, is_prompt in (
-        (question, True),
-        (conversation, False),
-        (trimmed, False),
-        (onward, False),
-    ):
+    renderings = [(question, True), (conversation, False), (trimmed, False)]
+    if not retained.calls:  # results must follow calls
+        renderings.append((onward, False))
+    for given, is_prompt in renderings:
         messages, kwargs = renderer.family.template_inputs(given)
         try:
             theirs.append(
@@ -246,7 +280,7 @@ def compare(renderer: ChatRenderer, tokenizer: Any, conversation: Conversation) 
     own = ids.ids_T.tolist()
     closed = [own, own[:-1]] if own[-1] in renderer.stop_ids else [own]
     # A template that leaves the last answer open ends it before the next question.
-    is_same = own == theirs[3][: len(own)] or any(
+    is_same = own == theirs[-1][: len(own)] or any(
         is_same_conversation(tokenizer, each, theirs[0], full)
         for full in theirs[1:3]
         for each in closed
@@ -258,9 +292,10 @@ def compare(renderer: ChatRenderer, tokenizer: Any, conversation: Conversation) 
     )
     wanted = retained
     got = Message(Role.ASSISTANT, parts)
-    if finish is not FinishReason.STOP or (got.text, got.thinking) != (
+    if finish is not FinishReason.STOP or (got.text, got.thinking, got.calls) != (
         wanted.text,
         wanted.thinking,
+        wanted.calls,
     ):
         return "different", f"parsed as {parts} {finish}"
     return "equal", ""
@@ -315,10 +350,12 @@ def main() -> None:
             outcome = measure(name, text, Path(scratch) / name.replace("/", "-"))
             kind = "refused template" if not outcome.family else "followed template"
             totals.update({kind: 1, **outcome.counts})
+            totals["followed template with tools"] += outcome.tools
             totals["templates with a difference"] += outcome.counts["different"] > 0
             results[name] = {
                 "family": outcome.family,
                 "efforts": outcome.efforts,
+                "tools": outcome.tools,
                 **outcome.counts,
                 "reason": outcome.reason,
                 "seconds": round(outcome.seconds, 2),

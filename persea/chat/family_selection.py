@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from persea.chat.families import candidate_families, get_families
 from persea.chat.families.generic import GENERIC_FAMILY_NAME, infer_family
+from persea.chat.families.generic_tools import infer_tools
 from persea.chat.families.hybrid import has_thinking_switch, make_hybrid_family
 from persea.chat.family import Family
 from persea.chat.probing import EncodeText, prove_family_once
 from persea.chat.renderer import ChatRenderer
 from persea.chat.text_runs import refuse_tokens_without_row, split_runs
-from persea.chat.tool_notation import find_notations
 from persea.errors import DataError
 from persea.tokenization.logit_rows import tokens_without_row
 from persea.tokenization.name_pattern import compile_names
@@ -82,15 +82,19 @@ def choose_family(
             where=where,
             remedy="write a file for this family, see docs/new_family.md",
         )
-    if inferred.has_text_parts or has_switch:
+    if has_switch:
         return without_tools
-    for notation in find_notations(response_template, renderer.template_text):
-        family = replace(inferred, notation=notation).to_family()
-        with_tools = replace(without_tools, family=family)
+    best, best_refused = without_tools, proof.num_refused + MAX_REFUSED_WITH_TOOLS + 1
+    for known in infer_tools(
+        inferred, renderer.template, renderer.template_text, response_template
+    ):
+        with_tools = replace(without_tools, family=known.to_family(), template=known.template)
         again = prove_family_once(with_tools, encode)
-        if not again.difference and again.num_refused <= proof.num_refused + MAX_REFUSED_WITH_TOOLS:
-            return with_tools
-    return without_tools
+        if not again.difference and again.num_refused < best_refused:
+            best, best_refused = with_tools, again.num_refused
+        if best_refused <= proof.num_refused:
+            break
+    return best
 
 
 def _refuse_tokens_without_row(renderer: ChatRenderer) -> None:

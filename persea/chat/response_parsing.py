@@ -85,13 +85,9 @@ class AnswerForm:
     def split(self, text: str) -> tuple[str, str] | None:
         """Return (thought, answer), which may contain control tokens; None if it is malformed."""
         thought, rest = "", text
-        opened = text.lstrip()
-        is_written = bool(self.opening.text) and opened.startswith(self.opening.text)
-        if is_written:
-            opened = opened[len(self.opening.text) :].removeprefix(self.opening.after)
-        if self.closing.text and (is_written or self.is_opened):
-            # Some servers repeat the opening of the prompt.
-            thought, closed, rest = (opened if is_written else text).partition(self.closing.text)
+        opened = self.after_opening(text)
+        if self.closing.text and opened is not None:
+            thought, closed, rest = opened.partition(self.closing.text)
             if not closed:
                 return None
             thought = thought.removesuffix(self.closing.before)
@@ -103,6 +99,16 @@ class AnswerForm:
         else:
             rest = rest.removeprefix(self.lead)
         return thought, rest.removesuffix(self.tail)
+
+    def after_opening(self, text: str) -> str | None:
+        """Return the text behind the opening of a thought; None if no thought is open.
+
+        Some servers repeat the opening of the prompt.
+        """
+        bare = text.lstrip()
+        if self.opening.text and bare.startswith(self.opening.text):
+            return bare[len(self.opening.text) :].removeprefix(self.opening.after)
+        return text if self.is_opened else None
 
     def find_ambiguity(self, thought: str, answer: str) -> str:
         """Return the marker that a text contains as plain text; "" if the texts are parsed back."""

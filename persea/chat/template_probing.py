@@ -9,7 +9,7 @@ strip rules    the white space that the template strips, by the place of a messa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -240,17 +240,37 @@ def _probe_strip_rule(
         )
 
     turn, name = turns[index], "thought" if place.is_thought else f"{place.role.value}'s text"
+
+    def render_text(text: str) -> str:
+        changed = replace(turn, thought=text) if place.is_thought else replace(turn, text=text)
+        return render(changed)
+
     placeholder = turn.thought if place.is_thought else turn.text
-    before, found, after = render(turn).partition(placeholder)
+    return find_strip_rule(render_text, placeholder, name, probe.refuse)
+
+
+def find_strip_rule(
+    render: Callable[[str], str],
+    placeholder: str,
+    name: str,
+    refuse: Callable[[str], DataError],
+) -> StripRule:
+    """Return the white space that a template strips from one text, probed around a letter.
+
+    Args:
+        render: Text -> the rendering with it.
+        placeholder: A text that the template treats as any other.
+        name: The text's name in error messages.
+        refuse: Message -> the error that persea cannot follow the template.
+    """
+    before, found, after = render(placeholder).partition(placeholder)
     if not found or placeholder in after:
-        raise probe.refuse(f"drops or repeats the {name}")
+        raise refuse(f"drops or repeats the {name}")
     retained = []
     for white_space in WHITESPACE_PROBES:
-        text = f"{white_space}x{white_space[::-1]}"
-        changed = replace(turn, thought=text) if place.is_thought else replace(turn, text=text)
-        rendered = render(changed)
+        rendered = render(f"{white_space}x{white_space[::-1]}")
         if not rendered.startswith(before) or not rendered.endswith(after):
-            raise probe.refuse(f"changes with the white space around the {name}")
+            raise refuse(f"changes with the white space around the {name}")
         retained.append(rendered[len(before) : len(rendered) - len(after)])
     for left in STRIP_CHARS_CHOICES:
         for right in STRIP_CHARS_CHOICES:
@@ -259,4 +279,4 @@ def _probe_strip_rule(
                 for white_space in WHITESPACE_PROBES
             ]:
                 return StripRule(left, right)
-    raise probe.refuse(f"rewrites the {name} {f'{WHITESPACE_PROBES[0]}x'!r} to {retained[0]!r}")
+    raise refuse(f"rewrites the {name} {f'{WHITESPACE_PROBES[0]}x'!r} to {retained[0]!r}")

@@ -1,8 +1,8 @@
 """Tool calls of inferred families, parsed by transformers' declarative response templates.
 
 A model's tokenizer may ship a `response_template`. Where it ships none, two notations that many
-models share are tried; the proof by rendering (`persea.chat.probing`) decides whether one is the
-model's.
+models share are tried, then the one that probing finds (`persea.chat.call_probing`); the proof by
+rendering (`persea.chat.probing`) decides whether one is the model's.
 """
 
 from __future__ import annotations
@@ -62,6 +62,11 @@ class ToolNotation:
 
     name: str
     response_template: Mapping[str, Any]
+
+    @property
+    def texts(self) -> str:
+        """All literal texts, in which control tokens are looked for."""
+        return str(self.response_template)
 
     @property
     def has_typed_values(self) -> bool:

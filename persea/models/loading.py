@@ -24,8 +24,8 @@ from persea.chat.family import UNKNOWN_FAMILY
 from persea.chat.family_selection import choose_family
 from persea.chat.messages import PINNED_DATE
 from persea.chat.renderer import ChatRenderer
-from persea.chat.template import compile_template, default_template
-from persea.chat.template_containment import refuse_endless_template
+from persea.chat.template import default_template
+from persea.chat.template_containment import open_template
 from persea.errors import DataError
 from persea.models import hub
 from persea.models.chat_templates import (
@@ -292,11 +292,10 @@ def load_renderer(
     if is_text_model(source, template_text, vocabulary, where):
         text_family, rendering = make_text_family(vocabulary, special)
         return ChatRenderer(text_family, vocabulary, rendering, "", template_date, special)
-    refuse_endless_template(template_text, special, where)
-    template = compile_template(template_text, special, template_date, where)
+    template = open_template(template_text, special, template_date, where)
     if source.thinking and not has_thinking_switch(template):
         template_text = add_thinking_switch(template_text, vocabulary)
-        template = compile_template(template_text, special, template_date, where)
+        template = open_template(template_text, special, template_date, where)
 
     def eos_tokens() -> set[str]:
         names = {vocabulary.control_names.get(i, "") for i in eos_token_ids(source, where)}
@@ -430,7 +429,7 @@ def read_weights(source: ModelSource, where: str, **load_kwargs: Any) -> Any:
     refuse_remote_code(folder, where)
     refuse_impossible_weights(folder, where)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             trust_remote_code=False,
             use_safetensors=True,
@@ -445,6 +444,7 @@ def read_weights(source: ModelSource, where: str, **load_kwargs: Any) -> Any:
             where=where,
             remedy="the folder needs config.json and model.safetensors of a causal model",
         ) from error
+    model, info = loaded
     refuse_partial_load(
         sorted(info["missing_keys"]),
         sorted(info["unexpected_keys"]),

@@ -15,16 +15,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from persea.chat.call_grammar import CallGrammar
+from persea.chat.call_probing import CallUse
 from persea.chat.families.qwen import last_question_index
-from persea.chat.families.tool_format import (
-    messages_to_dicts,
-    tools_to_json_schema,
-    verbatim_except_calls,
-)
+from persea.chat.families.tool_format import tools_to_json_schema
 from persea.chat.family import DecodedPieces, Family, edit_texts, keep_calls_as_parsed
 from persea.chat.messages import (
     ContentPart,
@@ -46,9 +44,16 @@ from persea.chat.response_parsing import (
     pieces_to_string,
 )
 from persea.chat.template import ChatTemplate, read_names
+from persea.chat.template_completion import INSERTED_THOUGHT_KEY, complete_last_answer
 from persea.chat.template_probes import TemplateProbe, Turn, make_messages
-from persea.chat.template_probing import NO_STRIP, Place, TemplateBehaviour, probe_template
-from persea.chat.thought_probing import EffortBehaviour, PromptTail
+from persea.chat.template_probing import (
+    NO_STRIP,
+    Place,
+    StripRule,
+    TemplateBehaviour,
+    probe_template,
+)
+from persea.chat.thought_probing import EffortBehaviour
 from persea.chat.tool_notation import ToolNotation
 from persea.errors import DataError
 from persea.tokenization.name_pattern import compile_names
@@ -56,9 +61,8 @@ from persea.tokenization.vocabulary import Vocabulary
 
 GENERIC_FAMILY_NAME = "generic"
 # Raised when the renderings of inferred families change: it is part of their digest.
-GENERIC_VERSION = "2"
+GENERIC_VERSION = "3"
 DROPPED_THOUGHT = "."
-INSERTED_THOUGHT_KEY = "persea_thought"  # no template reads it
 
 
 def infer_family(
@@ -112,6 +116,7 @@ class InferredFamily:
         where: The place for error messages.
         has_text_parts: Whether texts are lists of parts, as templates for pictures take them.
         notation: How the model writes tool calls; None without tools.
+        calls: How the template takes and ends them.
     """
 
     behaviour: TemplateBehaviour
@@ -120,7 +125,8 @@ class InferredFamily:
     eos_tokens: tuple[str, ...]
     where: str
     has_text_parts: bool
-    notation: ToolNotation | None = None
+    notation: ToolNotation | CallGrammar | None = None
+    calls: CallUse = field(default_factory=CallUse)
 
     def to_family(self) -> Family:
         """Return the family."""
@@ -129,11 +135,13 @@ class InferredFamily:
             name=GENERIC_FAMILY_NAME,
             signature_token="",
             efforts=tuple(effort for effort, _ in self.behaviour.efforts),
-            stop_tokens=(stop, *(t for t in self.eos_tokens if t != stop)),
+            stop_tokens=tuple(
+                dict.fromkeys((stop, *filter(None, [self.calls.stop]), *self.eos_tokens))
+            ),
             normalise=self.normalise,
             template_inputs=self.template_inputs,
             parse=self.parse,
-            is_tool_text_verbatim=verbatim_except_calls if notation else None,
+            is_tool_text_verbatim=self.calls.is_verbatim if notation else None,
             resolve_calls=notation.resolve if notation else keep_calls_as_parsed,
             thought_ends=self.thought_ends,
             template_version=" ".join([GENERIC_VERSION, *([notation.name] if notation else [])]),
@@ -151,6 +159,7 @@ class InferredFamily:
             DataError: The template treats this conversation in another way than the probes.
         """
         self._refuse_text_before_calls(conversation)
+        of_calls = self.calls.text_rule or NO_STRIP
         given = self._drop_thoughts(conversation)
         rules = dict(self.behaviour.strip_rules)
         last = len(given.messages) - 1
@@ -158,6 +167,8 @@ class InferredFamily:
         def edit(k: int, m: Message, p: ContentPart) -> str:
             if isinstance(p, ToolResult):
                 return p.text
+            if m.calls and isinstance(p, Text):
+                return of_calls(p.text)
             after_system = k > 0 and given.messages[k - 1].role is Role.SYSTEM
             place = Place(
                 m.role,
@@ -184,16 +195,21 @@ class InferredFamily:
         if not conversation.messages:
             return
         answer = conversation.messages[-1]
-        if answer.role is not Role.ASSISTANT or answer.text:
+        if answer.role is not Role.ASSISTANT or (answer.text and not answer.calls):
             return
         question = replace(conversation, messages=conversation.messages[:-1])
         written = self._render(conversation).removeprefix(self._render(question))
-        written = written.partition(self.behaviour.stop_token)[0]
+        stop = self.calls.stop if answer.calls else ""
+        written = written.partition(stop or self.behaviour.stop_token)[0]
         parts = self._parse_coded(self._code(written), conversation.effort)
         if parts is not None:
             parts = self.to_family().resolve_calls(parts, conversation.tools)
         parsed = None if parts is None else Message(Role.ASSISTANT, parts)
-        if parsed is None or parsed.text.strip() or parsed.calls != answer.calls:
+        if answer.calls:
+            is_equal = parsed is not None and _is_same_answer(parsed, answer)
+        else:
+            is_equal = parsed is not None and not parsed.calls and not parsed.text.strip()
+        if not is_equal:
             raise DataError(
                 "the chat template writes these calls so that they cannot be parsed back"
                 if answer.calls
@@ -203,10 +219,12 @@ class InferredFamily:
             )
 
     def _refuse_text_before_calls(self, conversation: Conversation) -> None:
-        if any(m.calls and m.text.strip() for m in conversation.messages):
+        if self.calls.text_rule is None and any(
+            m.calls and m.text.strip() for m in conversation.messages
+        ):
             raise DataError(
-                "a message has text and tool calls; persea does not know how this template trims "
-                "the text",
+                "a message has text and tool calls, and the chat template writes no text before "
+                "calls that can be parsed back",
                 where=self.where,
                 remedy="leave the conversation out",
             )
@@ -242,14 +260,22 @@ class InferredFamily:
             )
         self._refuse_ambiguous_answer(conversation)
         key = behaviour.thought_key or INSERTED_THOUGHT_KEY
-        last, messages = len(conversation.messages) - 1, []
+        last, index = len(conversation.messages) - 1, 0
+        messages: list[dict[str, Any]] = []
+        pending: list[tuple[str, int]] = []
         for k, m in enumerate(conversation.messages):
+            if m.role is Role.TOOL:
+                messages += self.calls.form.results(m, pending)
+                continue
             turn = Turn(m.role, m.text, self._thought_of(m, conversation.effort, k == last))
-            made = make_messages([turn], key, self.has_text_parts)
-            if m.role is Role.TOOL or m.calls:
-                own = messages_to_dicts(Conversation((m,)))
-                made = own if m.role is Role.TOOL else [made[0] | own[0]]
-            messages += made
+            (made,) = make_messages([turn], key, self.has_text_parts)
+            if m.calls:
+                own = self.calls.form.message(m.calls, m.text, index)
+                has_content = m.text or isinstance(made["content"], list)
+                made |= own | ({"content": made["content"]} if has_content else {})
+                pending += [(c.name, index + n) for n, c in enumerate(m.calls)]
+                index += len(m.calls)
+            messages.append(made)
         tools = tools_to_json_schema(conversation.tools)
         switches = dict(self.at(conversation.effort).switches)
         return messages, switches | ({"tools": tools} if tools else {})
@@ -316,7 +342,7 @@ class InferredFamily:
         """Return the surrogate of each control token in the template text around answers."""
         texts = [self.behaviour.answer_suffix]
         if self.notation is not None:
-            texts.append(str(self.notation.response_template))
+            texts.append(self.notation.texts)
         for _, behaviour in self.behaviour.efforts:
             texts.append(behaviour.opening)
             for answer in (behaviour.plain, behaviour.thinking):
@@ -332,7 +358,8 @@ class InferredFamily:
 
     def _parse_coded(self, text: str, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
         """Parse an answer with surrogates for its control tokens."""
-        parsed = self.answer_forms[effort].split(text)
+        form = self.answer_forms[effort]
+        parsed = form.split(text) or self._split_before_calls(form, text)
         if parsed is None or has_control_token(parsed[0]):
             return None
         rules = dict(self.behaviour.strip_rules)
@@ -346,6 +373,19 @@ class InferredFamily:
             answer = (Text(rules.get(place, NO_STRIP)(parsed[1])),)
         return (Thinking(thought), *answer) if thought else answer
 
+    def _split_before_calls(self, form: AnswerForm, text: str) -> tuple[str, str] | None:
+        """Return (thought, calls) where calls have other text before them than a plain answer."""
+        if not isinstance(self.notation, CallGrammar):
+            return None
+        head = self._code(self.notation.head_marker)
+        opened = form.after_opening(text)
+        end = self._code(self.calls.thought_end).strip()
+        if opened is not None and end:
+            thought, found, rest = opened.partition(end)
+            if found and rest.lstrip().startswith(head):
+                return thought, rest
+        return ("", text) if text.lstrip().startswith(head) and not form.is_opened else None
+
     def _parse_calls(self, text: str) -> tuple[ContentPart, ...] | None:
         """Return [text] calls, or the text alone; None if it is malformed."""
         if self.notation is None or self.is_plain(text):
@@ -357,7 +397,8 @@ class InferredFamily:
         content, calls = parsed
         if not calls:
             return None if has_control_token(text) else (Text(text),)
-        return (Text(content.strip()), *calls) if content.strip() else calls
+        content = (self.calls.text_rule or StripRule(None, None))(content)
+        return (Text(content), *calls) if content else calls
 
     def is_plain(self, text: str) -> bool:
         """Return whether a text has no control token although the notation of calls has some."""
@@ -367,9 +408,7 @@ class InferredFamily:
     def has_control_calls(self) -> bool:
         """Whether the notation of calls has control tokens of this tokenizer."""
         notation = self.notation
-        return notation is not None and (
-            self.control_pattern.search(str(notation.response_template)) is not None
-        )
+        return notation is not None and (self.control_pattern.search(notation.texts) is not None)
 
     @cached_property
     def thought_ends(self) -> tuple[DecodedPieces, ...]:
@@ -389,57 +428,12 @@ class InferredFamily:
         return (tuple(pieces),)
 
 
-def _has_thinking_part(content: Any) -> bool:
-    return isinstance(content, list) and content[0]["type"] == "thinking"
-
-
-def complete_last_answer(
-    template: ChatTemplate, behaviour: TemplateBehaviour, where: str
-) -> ChatTemplate:
-    """Return the template with last answers that begin with the prompt and end with the stop token.
-
-    Args:
-        template: The compiled chat template.
-        behaviour: The results of probing.
-        where: The place for error messages.
-    """
-    efforts = [b for _, b in behaviour.efforts]
-    key = behaviour.thought_key
-
-    def render(messages: list[dict[str, Any]], add_generation_prompt: bool, **switches: Any) -> str:
-        text = template(messages=messages, add_generation_prompt=add_generation_prompt, **switches)
-        if add_generation_prompt or not messages or messages[-1]["role"] != Role.ASSISTANT.value:
-            return text
-        answer = messages[-1]
-        thought = answer.get(INSERTED_THOUGHT_KEY, "")
-        has_thought = bool(thought or answer.get(key) or _has_thinking_part(answer["content"]))
-        current = next(
-            (b for b in efforts if all(switches.get(k) == v for k, v in b.switches)), efforts[-1]
-        )
-        last = current.thinking if has_thought else current.plain
-        if last is None:
-            raise DataError(
-                "the chat template does not write an answer without a thought where its prompt "
-                "ends",
-                where=where,
-                remedy="give the answer its thought, or leave the conversation out",
-            )
-        tail = last.tail
-        if tail != PromptTail():
-            prompt = template(messages=messages[:-1], add_generation_prompt=True, **switches)
-            shared = prompt.removesuffix(tail.lacking) + tail.instead
-            if not prompt.endswith(tail.lacking) or not text.startswith(shared):
-                raise DataError(
-                    "the answer is not rendered where the generation prompt ends",
-                    where=where,
-                    remedy="leave the conversation out",
-                )
-            text = prompt + tail.inserted.replace("{thought}", thought) + text[len(shared) :]
-        if behaviour.closes_last_answer:
-            return text
-        return text + behaviour.answer_suffix + behaviour.stop_token
-
-    return render
+def _is_same_answer(parsed: Message, answer: Message) -> bool:
+    return (parsed.text, parsed.thinking, parsed.calls) == (
+        answer.text,
+        answer.thinking,
+        answer.calls,
+    )
 
 
 def describe_limitations(

@@ -15,6 +15,7 @@ whose arguments would be parsed back differently is refused when it is rendered.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from typing import Any
@@ -70,12 +71,26 @@ def _apply_schema_types(call: ToolCall, tools: tuple[Tool, ...]) -> ToolCall | N
 def _parse_value(text: str) -> Any:
     if text in PYTHON_LITERALS:
         return PYTHON_LITERALS[text]
+    for read in (json.loads, _read_python) if text[:1] in ("{", "[") else (json.loads,):
+        try:
+            value = read(text)
+            canonical_json(json.dumps({"value": value}))
+            return value
+        except (ValueError, TypeError, RecursionError, MemoryError):
+            continue
+    return text
+
+
+def _read_python(text: str) -> Any:
+    """Return a mapping or list as Jinja prints it.
+
+    Raises:
+        ValueError: It is none.
+    """
     try:
-        value = json.loads(text)
-        canonical_json(json.dumps({"value": value}))
-        return value
-    except (ValueError, RecursionError):
-        return text
+        return ast.literal_eval(text)
+    except SyntaxError as error:
+        raise ValueError(str(error)) from error
 
 
 def refuse_ambiguous_calls(conversation: Conversation, where: str) -> None:

@@ -19,6 +19,11 @@ def verbatim_except_calls(part: ContentPart) -> bool:
     return not isinstance(part, ToolCall)
 
 
+def verbatim_plain_results(part: ContentPart) -> bool:
+    """Return True for results that JSON does not escape, and False for calls."""
+    return not isinstance(part, ToolCall) and verbatim_unless_escaped(part)
+
+
 def verbatim_unless_escaped(part: ContentPart) -> bool:
     """Return True unless JSON escapes the result: the template writes results as JSON strings."""
     return (
