@@ -335,7 +335,7 @@ PATH_KEYS = ("check.texts", "evaluation.lm_eval_results", "evaluation.lm_eval_in
 def _is_path(text: str, path: KeyPath, folder: Path) -> bool:
     """Return whether a value is a local path: always for files, by its form for models."""
     if ".".join(map(str, path[:2])) in PATH_KEYS:
-        return True
+        return bool(text)
     if path[:2] == ("evaluation", "benchmarks") and path[-1] in ("file", "answers"):
         return text not in MODEL_KEYWORDS
     if path == ("capture", "store"):

@@ -440,7 +440,7 @@ def read_weights(source: ModelSource, where: str, **load_kwargs: Any) -> Any:
     refuse_remote_code(folder, where)
     refuse_impossible_weights(folder, where)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             trust_remote_code=False,
             use_safetensors=True,
@@ -455,6 +455,7 @@ def read_weights(source: ModelSource, where: str, **load_kwargs: Any) -> Any:
             where=where,
             remedy="the folder needs config.json and model.safetensors of a causal model",
         ) from error
+    model, info = loaded
     refuse_partial_load(
         sorted(info["missing_keys"]),
         sorted(info["unexpected_keys"]),
