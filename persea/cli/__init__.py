@@ -17,6 +17,7 @@ from persea import __version__
 # The order of these imports is the order of the verbs in `persea --help`.
 from persea.cli import run  # isort: skip
 from persea.cli import lineage  # isort: skip
+from persea.cli import doctor  # isort: skip
 from persea.cli import pilot  # isort: skip
 from persea.cli import extend  # isort: skip
 from persea.cli import cache  # isort: skip
@@ -33,6 +34,7 @@ __all__ = [
     "cache",
     "chat",
     "compare",
+    "doctor",
     "export",
     "extend",
     "lineage",

@@ -13,8 +13,9 @@ from pydantic_core import ErrorDetails
 
 from persea.config.foreign_keys import FOREIGN_KEYS, foreign_remedy
 from persea.config.renamed_keys import RENAMED_KEYS
+from persea.config.secrets import is_secret
 from persea.config.section import RecipeSection
-from persea.config.yaml_source import KeyPath, is_secret, suggest_choice
+from persea.config.yaml_source import KeyPath, suggest_choice
 
 
 @cache

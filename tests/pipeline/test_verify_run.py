@@ -15,8 +15,9 @@ from persea.report.lineage import read_lineage
 from tests.cli.test_cli import flowed, persea
 
 NUM_CHANGES = 50
-# Files that a live run writes, and checkpoints, which have digests of their own.
+# Files that a live run writes; and folders of intermediate files, which have digests of their own.
 LIVE = {"status.json", "lock"}
+INTERMEDIATE = {"checkpoints", "examples"}
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def covered_files(run: Path) -> list[Path]:
         if path.is_file()
         and path.stat().st_size
         and path.name not in LIVE
-        and "checkpoints" not in path.parts
+        and not INTERMEDIATE & set(path.parts)
     ]
 
 
