@@ -225,7 +225,13 @@ def main() -> None:
         for name, load in ways.items():
             if needed is not None and name not in needed:
                 continue
-            vocabularies[name] = load_vocabulary(load(), name)
+            try:
+                vocabularies[name] = load_vocabulary(load(), name)
+            except DataError as error:
+                result["tokenizers"][name] = {"refused": error.message[:200]}
+                print(name, result["tokenizers"][name], flush=True)
+                write()
+                continue
             if not partly or name in (options.open or ()):
                 result["tokenizers"][name] = encode_all(
                     vocabularies[name], lines, options.open_lines

@@ -243,7 +243,7 @@ class CheckSection(RecipeSection):
         "lacks a byte of them, else refused",
     )
     min_named_mass: float = Field(
-        default=0.1,
+        default=0.05,
         ge=0,
         le=1,
         description="least share of the probability that the events of a server's listed tokens "

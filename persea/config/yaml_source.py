@@ -335,11 +335,11 @@ PATH_KEYS = ("check.texts", "evaluation.lm_eval_results", "evaluation.lm_eval_in
 def _is_path(text: str, path: KeyPath, folder: Path) -> bool:
     """Return whether a value is a local path: always for files, by its form for models."""
     if ".".join(map(str, path[:2])) in PATH_KEYS:
-        return True
+        return bool(text)
     if path[:2] == ("evaluation", "benchmarks") and path[-1] in ("file", "answers"):
         return text not in MODEL_KEYWORDS
     if path == ("capture", "store"):
-        return bool(text)
+        return bool(text)  # empty = the default
     if path[:2] == ("evaluation", "texts") and path[-1] == "texts":
         return True
     if path[0] not in ("student", "teachers", "corpus", "tasks") or text in MODEL_KEYWORDS:

@@ -69,13 +69,20 @@ def open_tekken(file: Path, where: str) -> Any:
     AutoTokenizer would return mistral-common's own class, which has no tokenizer.json form.
 
     Raises:
-        DataError: The file is damaged.
+        DataError: The file is damaged, or is a first tekken without its control tokens, which
+            mistral-common has.
     """
     from transformers import PreTrainedTokenizerFast
     from transformers.integrations.mistral.tokenizer import MistralConverter
 
     try:
         tokenizer = MistralConverter(str(file)).converted()
+    except ImportError as error:
+        raise DataError(
+            f"{file.name} lists no control tokens; they are in the package mistral-common",
+            where=where,
+            remedy="pip install mistral-common, or use a newer tekken.json",
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{file.name} is no tekken file: {error!r}", where=where, remedy="fetch it again"

@@ -35,10 +35,18 @@ def write_lineage(context: RunContext, folder: Path) -> None:
             "stages": earlier_stage_keys(context),
             "scores": _scores(context),
             "training": {"learning_rate": models.learning_rate},
-        },
+        }
+        | _conditional_entries(context),
     )
     storage.write_json_with_checksum(folder / RECORD_FILE, record)
     storage.write_json_with_checksum(folder / SOURCES_FILE, _sources(context))
+
+
+def _conditional_entries(context: RunContext) -> dict[str, Any]:
+    """Return the defaults that follow the student's size, and digests of task files, if any."""
+    task_files = {str(f): storage.digest_file(f) for f in context.task_files}
+    entries = {"size_defaults": context.size_defaults, "task_files": task_files}
+    return {name: value for name, value in entries.items() if value}
 
 
 def earlier_stage_keys(context: RunContext) -> dict[str, str]:

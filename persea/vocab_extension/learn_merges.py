@@ -222,18 +222,36 @@ def learn_merges(
             merges.append(pair)
             ranks.setdefault(pair, len(ranks))
             touched = where.pop(pair)
+            is_new = token not in known_tokens
             for k in touched:
                 count(k, -1)
-                parts[k] = apply_all_merges(parts[k], ranks)
+                # only a merge that makes a known token may enable older merges
+                parts[k] = (
+                    merge_pair(parts[k], pair) if is_new else apply_all_merges(parts[k], ranks)
+                )
                 count(k, 1)
             for new in {new for k in touched for new in pairwise(parts[k])}:
                 if counts[new] > queued.get(new, 0):
                     queued[new] = counts[new]
                     heapq.heappush(heap, (-counts[new], _ReverseOrderedPair(new)))
-            num_new += token not in known_tokens
+            num_new += is_new
             known_tokens.add(token)
             on_token(num_new)
     return merges
+
+
+def merge_pair(parts: Sequence[str], pair: Merge) -> list[str]:
+    """Merge every occurrence of one pair in the parts of a word, from left to right."""
+    out: list[str] = []
+    k = 0
+    while k < len(parts):
+        if k + 1 < len(parts) and (parts[k], parts[k + 1]) == pair:
+            out.append(parts[k] + parts[k + 1])
+            k += 2
+        else:
+            out.append(parts[k])
+            k += 1
+    return out
 
 
 def apply_all_merges(parts: Sequence[str], ranks: Mapping[Merge, int]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,18 @@ def test_tekken_json_opens(tmp_path: Path):
     shift = len(vocabulary) - expected.get_vocab_size()
     ids = expected.encode("你好x世界 the cat").ids
     assert vocabulary.encode("你好x世界 the cat") == [i + shift for i in ids]
+
+
+@pytest.mark.skipif(find_spec("mistral_common") is not None, reason="mistral-common is installed")
+def test_a_first_tekken_names_its_package(tmp_path: Path):
+    """Mistral's first tekken.json lists no control tokens."""
+    folder, _ = tekken(tmp_path)
+    content = json.loads((folder / "tekken.json").read_text())
+    del content["special_tokens"]
+    (folder / "tekken.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="lists no control tokens") as caught:
+        load_renderer(str(folder))
+    assert "pip install mistral-common" in caught.value.remedy
 
 
 def test_a_sentencepiece_model_names_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -27,6 +27,7 @@ from persea.vocab_extension.learn_merges import (
     extend_tokenizer_spec,
     learn_merges,
     measure_tokenization_cost,
+    merge_pair,
     old_ids_of_new_tokens,
     read_merge_training_texts,
     refuse_changed_tokens,
@@ -203,6 +204,12 @@ def test_a_short_file_counts_as_much_as_a_long_one():
 
 
 # ---- texts ---------------------------------------------------------------------------------------
+
+
+@given(parts=st.lists(st.sampled_from("ab"), max_size=12), pair=st.sampled_from(["ab", "aa"]))
+def test_one_pair_is_merged_as_by_all_merges(parts: list[str], pair: str):
+    left, right = pair
+    assert merge_pair(parts, (left, right)) == apply_all_merges(parts, {(left, right): 0})
 
 
 def test_a_tenth_is_held_out_and_nothing_is_learned_on_it(tmp_path: Path):

@@ -1,0 +1,71 @@
+"""Handshakes with recorded behaviour of real servers: what is refused names what helps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from persea.errors import TeacherError
+from tests.servers import Answer, Script, events, playing
+from tests.teachers.engines.test_token_server import QUICK, QWEN, Truth, endpoint, no_sleep
+
+# What vLLM 0.32 answers, status 400.
+TOO_MANY = "Requested prompt logprobs of 64, which is greater than max allowed: 20"
+TOO_LONG = (
+    "This model's maximum context length is 16 tokens. However, you requested 1 output tokens and "
+    "your prompt contains at least 16 input tokens"
+)
+
+
+def refused(script: Script) -> str:
+    with playing(script), pytest.raises(TeacherError, match="the handshake failed") as caught:
+        endpoint(script.url, QWEN, manners=replace(QUICK, max_attempts=2), sleep=no_sleep)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("message", "remedy"), [(TOO_MANY, "--max-logprobs"), (TOO_LONG, "--max-model-len")]
+)
+def test_an_option_that_vllm_lacks_is_named(message: str, remedy: str) -> None:
+    truth = Truth()
+
+    def says(path: str, body: Any) -> Any:
+        if path == "/inference/v1/generate":
+            error = f'{{"error": {{"message": "{message}", "code": 400}}}}'
+            return Answer(error.encode(), 400)
+        return truth(path, body)
+
+    told = refused(Script(says))
+    assert message[:40] in told and remedy in told
+    assert told.count("->") == 1
+
+
+def test_processed_log_probabilities_name_the_mode() -> None:
+    """With --logprobs-mode processed_logprobs, top_k leaves -inf, which vLLM writes as -9999."""
+    truth = Truth()
+
+    def says(path: str, body: Any) -> Any:
+        said = truth(path, body)
+        if path == "/inference/v1/generate" and not body.get("stream"):
+            cut = {k: dict(v, logprob=-9999.0) for k, v in said["prompt_logprobs"][-1].items()}
+            return said | {"prompt_logprobs": [*said["prompt_logprobs"][:-1], cut]}
+        return said
+
+    assert "--logprobs-mode raw_logprobs" in refused(Script(says))
+
+
+def test_a_proxy_that_drops_ids_from_streams_fails_the_handshake() -> None:
+    """litellm 1.108 does so, and passes everything else on."""
+    truth = Truth()
+
+    def says(path: str, body: Any) -> Any:
+        if path == "/inference/v1/generate" and body.get("stream"):
+            return events(
+                {"choices": [{"text": "a", "finish_reason": None}]},
+                {"choices": [{"text": "", "finish_reason": "stop"}]},
+            )
+        return truth(path, body)
+
+    assert "0 tokens with finish reason 'stop'" in refused(Script(says))
