@@ -78,6 +78,12 @@ class ModelRef(RecipeSection):
         description="a .jinja file with the chat template of a model that has none, or instead of "
         "its own",
     )
+    attn_implementation: str = Field(
+        default="",
+        pattern=r"^([a-z][a-z0-9_]*)?$",
+        description="attention of transformers: eager, sdpa, flash_attention_2, flex_attention; "
+        "empty = its choice",
+    )
     sizes: RandomModelSection | None = Field(
         default=None, description="size of the weights of `model: random`"
     )
@@ -152,7 +158,22 @@ class LoraSection(RecipeSection):
     targets: tuple[str, ...] = Field(
         default=("q_proj", "k_proj", "v_proj", "o_proj"),
         min_length=1,
-        description="names of the adapted matrices",
+        description="names of the adapted matrices; [all-linear] = every linear layer but the head",
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout before the added matrices")
+    use_rslora: bool = Field(
+        default=False, description="multiply the added matrices by alpha / sqrt(rank) instead"
+    )
+    use_dora: bool = Field(
+        default=False, description="learn the magnitude of each weight's columns apart (DoRA)"
+    )
+    quantize: Literal["none", "8bit", "4bit"] = Field(
+        default="none",
+        description="bits of the frozen weights in the training (QLoRA); needs a CUDA GPU and "
+        "bitsandbytes. The adapters are merged into the weights as they are stored",
+    )
+    modules_to_save: tuple[str, ...] = Field(
+        default=(), description="names of modules that are trained whole beside the adapters"
     )
 
 

@@ -8,6 +8,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from persea.config.optimization import OptimizerName, SavedDtype, WeightDecayOn
 from persea.config.section import BY_SIZE, MAX_COUNT, RecipeSection, check_contradictions
 
 
@@ -223,7 +224,25 @@ class TrainingSection(RecipeSection):
         description="put several short conversations into one row, without attention between "
         "them, instead of padding",
     )
-    weight_decay: float = Field(default=0.01, ge=0, le=1, description="AdamW's weight decay")
+    optim: OptimizerName = Field(
+        default=OptimizerName.ADAMW,
+        description="optimiser: adamw_torch, adamw_torch_fused, adamw_8bit (needs bitsandbytes and "
+        "a GPU), or muon (matrices of the layers; AdamW steps the other weights)",
+    )
+    weight_decay: float = Field(default=0.01, ge=0, le=1, description="the optimiser's decay")
+    weight_decay_on: WeightDecayOn = Field(
+        default=WeightDecayOn.MATRICES,
+        description="weights that decay: matrices = all but norms and biases; all = every weight",
+    )
+    torch_compile: bool = Field(
+        default=False,
+        description="compile the student's forward pass; needs a C++ compiler, and some minutes "
+        "at the first steps",
+    )
+    save_dtype: SavedDtype = Field(
+        default=SavedDtype.AUTO,
+        description="type of the saved weights: auto = the type that its base is stored in",
+    )
     max_grad_norm: float = Field(
         default=1.0, gt=0, le=MAX_COUNT, description="gradients are clipped to this norm"
     )

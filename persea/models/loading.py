@@ -39,7 +39,7 @@ from persea.models.gguf_header import find_gguf
 from persea.models.gguf_model import gguf_header, model_folder, tokenizer_folder
 from persea.models.gguf_tokenizer import refuse_other_tokens, stop_token_ids
 from persea.models.kept_tokenizer import OpenedTokenizer, open_tokenizer
-from persea.models.placement import placement_kwargs
+from persea.models.placement import compute_device, placement_kwargs
 from persea.models.random_init import random_init
 from persea.models.run_student import refuse_changed_student
 from persea.models.tokenizer_containment import refuse_endless_tokenizer
@@ -66,6 +66,8 @@ class ModelSource:
         quantize: "8bit", "4bit" or "mxfp4" for fewer bits a weight on a GPU; "none" = as stored.
         offload: Keep in main memory the weights that do not fit on the GPU.
         chat_template: A file with a chat template, instead of the model's own; "" = its own.
+        attn_implementation: Attention of transformers, such as "flash_attention_2"; "" = its
+            choice.
     """
 
     model: str
@@ -77,6 +79,7 @@ class ModelSource:
     quantize: str = "none"
     offload: bool = False
     chat_template: str = ""
+    attn_implementation: str = ""
 
     @property
     def is_random(self) -> bool:
@@ -380,7 +383,7 @@ def num_logits_in_config(source: ModelSource, where: str) -> int:
 
 
 def load_model(source: ModelSource, renderer: ChatRenderer, where: str) -> PreTrainedModel:
-    """Load a causal language model in evaluation mode: float32 on a CPU, the stored dtype on a GPU.
+    """Load a causal language model in evaluation mode: float32 on a CPU, else the stored dtype.
 
     120 billion weights in float32 fit on no GPU.
 
@@ -391,12 +394,20 @@ def load_model(source: ModelSource, renderer: ChatRenderer, where: str) -> PreTr
     import torch
 
     placement = placement_kwargs(source.quantize, source.offload, where)
+    device = compute_device()
+    attention = (
+        {"attn_implementation": source.attn_implementation} if source.attn_implementation else {}
+    )
     model: Any
     if source.is_random:
         model = random_init(renderer.family.name, len(renderer.vocabulary), dict(source.sizes))
     else:
         model = read_weights(
-            source, where, dtype="auto" if torch.cuda.is_available() else torch.float32, **placement
+            source,
+            where,
+            dtype=torch.float32 if device.type == "cpu" else "auto",
+            **placement,
+            **attention,
         )
     num_logits = model.get_output_embeddings().weight.shape[0]
     if num_logits < len(renderer.vocabulary):
@@ -406,7 +417,7 @@ def load_model(source: ModelSource, renderer: ChatRenderer, where: str) -> PreTr
             remedy="tokenizer and model do not belong together",
         )
     if not placement:  # otherwise from_pretrained has placed the weights
-        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model = model.to(device)
     loaded: PreTrainedModel = model.eval()
     return loaded
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from persea.errors import MissingRequirementError
+
+if TYPE_CHECKING:
+    import torch
 
 # Packages besides transformers. Without them transformers would load an MXFP4 model in 16 bits,
 # four times as large, so persea refuses instead.
@@ -17,6 +20,17 @@ QUANTIZATION_PACKAGES = {
 }
 FOUR_BIT_TYPE = "nf4"  # the weights of bitsandbytes' 4-bit format
 MIN_MXFP4_CAPABILITY = (7, 5)
+
+
+def compute_device() -> torch.device:
+    """Return the accelerator of this machine (CUDA, MPS, XPU ...), or the CPU."""
+    import torch
+
+    if torch.accelerator.is_available():
+        found = torch.accelerator.current_accelerator()
+        if found is not None:
+            return found
+    return torch.device("cpu")
 
 
 def placement_kwargs(quantize: str, offload: bool, where: str) -> dict[str, Any]:

@@ -43,10 +43,12 @@ class ModelSize:
     def num_adapter_parameters(self, rank: int, targets: tuple[str, ...]) -> int:
         """Return the weights of LoRA: a matrix [out, in] gets [rank, in] and [out, rank]."""
         adapted = {f"{target}.weight" for target in targets}
+        every_layer = "all-linear" in targets
         return sum(
             rank * sum(shape)
             for name, shape in self.shapes
             if ".".join(name.split(".")[-2:]) in adapted
+            or (every_layer and len(shape) == 2 and ".layers." in f".{name}")
         )
 
 

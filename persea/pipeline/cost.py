@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from persea.data.prompts import Prompt
+from persea.models.placement import compute_device
 from persea.models.sizes import ModelSize
 from persea.pipeline.remote_teachers import is_remote
 
@@ -78,7 +79,7 @@ def measure_matmul_speed() -> tuple[float, str]:
     """
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = compute_device().type
     width = CALIBRATION_WIDTH
     a = torch.ones((width, width), device=device)
     best, start = float("inf"), time.perf_counter()

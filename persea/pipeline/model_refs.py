@@ -73,6 +73,7 @@ def model_source(ref: ModelRef) -> ModelSource:
         sizes,
         isinstance(ref, StudentSection) and ref.thinking,
         chat_template=ref.chat_template,
+        attn_implementation=ref.attn_implementation,
     )
     if isinstance(ref, TeacherSection):
         return replace(source, quantize=ref.quantize, offload=ref.offload)
@@ -218,6 +219,7 @@ class ModelRefs:
                     self.renderers[t.name].digest,
                     t.effort,
                     *generation_identity(t),
+                    *([t.attn_implementation] if t.attn_implementation else []),
                 ]
             )
             for t in self.recipe.teachers
@@ -257,6 +259,7 @@ class ModelRefs:
                 fingerprint(model_source(self.recipe.student), STUDENT),
                 self.student_renderer.digest,
                 self.recipe.student.model_dump(include={"adapt", "lora"}),
+                *([attention] if (attention := self.recipe.student.attn_implementation) else []),
             ]
         )
 
@@ -405,14 +408,20 @@ class ModelRefs:
         from persea.training.student import ComputeOptions, LoraSettings, load_student
 
         ref, training = self.recipe.student, self.recipe.training
-        lora = LoraSettings(ref.lora.rank, ref.lora.alpha, ref.lora.targets) if ref.lora else None
+        source, lora = model_source(ref), None
+        if ref.lora:
+            source = replace(source, quantize=ref.lora.quantize)
+            lora = LoraSettings(**ref.lora.model_dump(exclude={"quantize"}))
         return load_student(
-            model_source(ref),
+            source,
             self.student_renderer,
             lora,
             self.recipe.seed,
             ComputeOptions(
-                training.precision == "bfloat16", training.gradient_checkpointing, training.packing
+                training.precision == "bfloat16",
+                training.gradient_checkpointing,
+                training.packing,
+                training.torch_compile,
             ),
         )
 
@@ -455,7 +464,7 @@ class ModelRefs:
 
     def max_positions(self, name: str) -> int:
         """Return the positions of a model that is evaluated; 0 if they are not known."""
-        if name not in self.renderers:
+        if name in (STUDENT, BASE):  # opens no renderer: a context with one cannot be sent
             return max_positions(model_source(self.recipe.student), STUDENT)
         ref = self.teacher_ref(name)
         return 0 if ref.endpoint else max_positions(model_source(ref), name)

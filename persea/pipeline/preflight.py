@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from persea.config.optimization import OptimizerName
 from persea.errors import DataError, RecipeError
 from persea.evaluation.answering import refuse_choice_items
 from persea.pipeline import preflight_data
@@ -9,7 +10,11 @@ from persea.pipeline.lm_eval_stage import refuse_impossible_lm_eval
 from persea.pipeline.run_context import RunContext
 from persea.pipeline.stage_keys import audition_inputs, stage_key, train_inputs
 from persea.tasks.task import Split
-from persea.training.distributed.world import refuse_on_policy_processes, refuse_too_many_processes
+from persea.training.distributed.world import (
+    ParallelStrategy,
+    refuse_on_policy_processes,
+    refuse_too_many_processes,
+)
 from persea.training.trackers import refuse_missing_tracker
 
 ASKING_STAGES = ("", "check", "audition", "capture", "train")
@@ -161,8 +166,10 @@ def refuse_impossible_training(context: RunContext) -> None:
     """Raise if the training cannot start as it was launched.
 
     Raises:
-        RecipeError: The batch cannot be split over that many processes, or a loss is unknown.
-        MissingRequirementError: The package of `training.report_to` is not installed.
+        RecipeError: The batch cannot be split over that many processes, a loss is unknown, or the
+            optimiser cannot be sharded.
+        MissingRequirementError: The package of `training.report_to` or `training.optim` is not
+            installed.
         DataError: The checkpoint of --resume does not exist.
     """
     training = context.training
@@ -177,6 +184,7 @@ def refuse_impossible_training(context: RunContext) -> None:
             [t.name for t in context.recipe.teachers if t.endpoint and t.endpoint.max_total_tokens],
         )
     refuse_missing_tracker(training.report_to)
+    _refuse_unusable_optimizer(training.optim, context.launch_options.parallel, num_processes)
     if training.loss:
         from persea.losses import build_loss  # imports torch
 
@@ -186,6 +194,21 @@ def refuse_impossible_training(context: RunContext) -> None:
         from persea.training.checkpoint import find_checkpoint
 
         find_checkpoint(context.folder / "train", context.launch_options.resume)
+
+
+def _refuse_unusable_optimizer(
+    name: OptimizerName, parallel: ParallelStrategy, num_processes: int
+) -> None:
+    if name is OptimizerName.ADAMW_8BIT:
+        from persea.training.optimizers import require_adamw_8bit  # imports torch
+
+        require_adamw_8bit()
+    if name is OptimizerName.MUON and num_processes > 1 and parallel is ParallelStrategy.FSDP:
+        raise RecipeError(
+            "Muon needs whole matrices, and fsdp gives each process a part",
+            where="training.optim",
+            remedy="--shard ddp, or `optim: adamw_torch`",
+        )
 
 
 def refuse_missing_logprobs(context: RunContext) -> None:

@@ -23,10 +23,10 @@ STAGE_VERSIONS = {
     "check": 2,
     "audition": 2,
     "capture": 1,
-    "train": 2,
+    "train": 3,
     "evaluate": 1,
     "lineage": 4,
-    "report": 2,
+    "report": 3,
 }
 STAGE_NAMES = tuple(STAGE_VERSIONS)
 

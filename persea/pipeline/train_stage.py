@@ -14,6 +14,7 @@ from persea import storage
 from persea.cache.answer_filter import without_rejected
 from persea.cache.capture import assign_prompts, open_teacher_caches
 from persea.cache.reader import AnswerSource, CacheReader
+from persea.config.optimization import SavedDtype
 from persea.errors import PerseaError
 from persea.losses import HiddenStates, Loss, LossOutput, build_loss
 from persea.models.loading import set_threads
@@ -30,10 +31,12 @@ from persea.training.example_store import ExampleStore, selected_answers
 from persea.training.loop import run_training_loop
 from persea.training.loss_balancing import Group, GroupStats
 from persea.training.on_policy.rollouts import Rollouts, build_rollouts
+from persea.training.optimizers import build_optimizer
 from persea.training.settings import TrainingSettings
 from persea.training.trackers import open_tracker
 
 if TYPE_CHECKING:
+    import torch
     from torch.distributed import Store  # type: ignore[attr-defined]
 
     from persea.alignment.event_map import EventMap
@@ -78,7 +81,17 @@ def train_in_processes(
         newest = checkpoints.find_checkpoint(folder, checkpoints.RESUME_AUTO)
         assert newest is not None  # the last step is always saved
         checkpoints.load_checkpoint(newest, inputs, student.trainable_parameters, None, World())
-    student.save(folder / "student")
+    student.save(folder / "student", _saved_dtype(context, student))
+
+
+def _saved_dtype(context: RunContext, student: StudentModel) -> torch.dtype | None:
+    import torch
+
+    wanted = context.training.save_dtype
+    if wanted is SavedDtype.AUTO:
+        return student.stored_dtype
+    dtype: torch.dtype = getattr(torch, wanted.value)
+    return dtype
 
 
 def follow_first_rank(
@@ -172,6 +185,7 @@ def train_rank(
         out = _batch_loss(student, batch, loss_fn, weights)
         return out, group_stats(batch, out)
 
+    settings = TrainingSettings.from_section(t, context.recipe.seed, context.models.learning_rate)
     watch = DivergenceWatch()
 
     def report_step(step: int, line: Mapping[str, Any]) -> None:
@@ -184,7 +198,7 @@ def train_rank(
     run_training_loop(
         student.trainable_parameters,
         step_loss,
-        TrainingSettings.from_section(t, context.recipe.seed, context.models.learning_rate),
+        settings,
         folder,
         inputs,
         _with_tracker(context, folder, report_step),
@@ -194,6 +208,7 @@ def train_rank(
         evaluate=partial(held_out_loss, student, held_out, world, loss_fn) if held_out else None,
         watch=rollouts.observe if rollouts else None,
         on_part=lambda steps_done, words: progress(steps_done / t.steps, words),
+        optimizer=build_optimizer(student.trainable_parameters, settings, student.embedding_ids),
     )
     if not world.rank:
         counts = dataset.stats.to_json() | {"held_out": len(held_out) if held_out else 0}

@@ -23,6 +23,8 @@ from persea.report.text import (
 
 # With more skills or teachers than this, a sentence names the extremes instead of listing all.
 MAX_LISTED = 4
+ALL_SKILLS = "all"  # the key of the mean in bits_per_byte
+MIN_LOST_BITS_PER_BYTE = 0.02  # smaller losses are not named
 
 
 NOTHING_MEASURED = (
@@ -75,6 +77,8 @@ def claims(evaluation: EvaluationRecord, comparisons: Sequence[SkillComparison])
         _comparison_sentence(versus_base, "its base model"),
         _regression_sentence(evaluation),
     ]
+    if worse := _bits_sentence(evaluation):
+        sentences.append(worse)
     if len(comparisons[0].teachers) > 1:
         sentences.append(_coverage_sentence(comparisons))
     num_errors = sum(s.grader_errors for s in evaluation.scores if not s.language)
@@ -84,6 +88,32 @@ def claims(evaluation: EvaluationRecord, comparisons: Sequence[SkillComparison])
             "each counts as wrong, with its reason in evaluate/examples.jsonl."
         )
     return tuple(sentences)
+
+
+def _bits_sentence(evaluation: EvaluationRecord) -> str:
+    """Return a sentence: where the student predicts reference answers worse than its base."""
+    student = evaluation.bits_per_byte.get(evaluation.student, {})
+    base = evaluation.bits_per_byte.get(evaluation.base, {})
+    worse = sorted(
+        (
+            (student[skill] - base[skill], skill)
+            for skill in student
+            if skill in base and skill != ALL_SKILLS
+        ),
+        reverse=True,
+    )
+    listed = [
+        f"{skill} ({base[skill]:.2f} to {student[skill]:.2f})"
+        for lost, skill in worse
+        if lost > MIN_LOST_BITS_PER_BYTE
+    ]
+    if not listed:
+        return ""
+    return (
+        "The student predicts the reference answers worse than its base model does, in bits per "
+        f"byte: {join_list(listed)}. A student that answers in its teachers' words can score "
+        "higher and yet find the reference's words less likely."
+    )
 
 
 def _coverage_sentence(comparisons: Sequence[SkillComparison]) -> str:

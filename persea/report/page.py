@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ from persea.report.thinking_section import read_thinking_modes, render_thinking_
 from persea.tasks.task import PairedComparison, Score
 
 EXAMPLES_PER_SKILL = 4
+CONTENTS_MARK = "[[contents]]"
 MAX_TEXT_CHARS = 1200  # of a question or an answer on the page
 LINEAGE_KEYS = ["name", "licence", "model", "family", "revision", "fingerprint"]
 # Keys of a pair in check.json and their column titles; other keys get their own name as title.
@@ -205,6 +206,25 @@ def _render_template(template: str, context: dict[str, Any]) -> bytes:
     ).encode()
 
 
+def _with_contents(page: bytes) -> bytes:
+    """Replace CONTENTS_MARK by a link to each section that the page has."""
+    headings = re.findall(rb'<h2 id="([\w-]+)">(.*?)</h2>', page)
+    links = b"".join(
+        b'<li><a href="#%b">%b</a></li>' % (name, title.partition(b":")[0])
+        for name, title in headings
+    )
+    return page.replace(CONTENTS_MARK.encode(), links, 1)
+
+
+def _by_student_score(
+    student: str, table: Mapping[str, Mapping[str, Score]]
+) -> list[tuple[str, Mapping[str, Score]]]:
+    """Return the rows of a table of languages, the student's lowest score first."""
+    return sorted(
+        table.items(), key=lambda row: row[1][student].value if student in row[1] else 2.0
+    )
+
+
 def write_report(
     run_folder: Path,
     lm_eval_files: Mapping[str, Path] | None = None,
@@ -236,7 +256,7 @@ def write_report(
     comparisons = compare_skills(files.evaluation, where)
     context = _template_context(files, comparisons, lm_eval_results, texts)
     context["thinking_section"] = render_thinking_section(modes)
-    page = _render_template("page.html.jinja", context)
+    page = _with_contents(_render_template("page.html.jinja", context))
     card = _render_template("model_card.md.jinja", context)
     summary = report_summary(files, comparisons, lm_eval_results)
     folder = out_folder or run_folder / "report"
@@ -299,6 +319,8 @@ def _template_context(
         "lineage_text": json.dumps(files.lineage_json, indent=1, ensure_ascii=False),
         "front_matter": model_card_front_matter(files, texts),
         "run_name": card_title(files),
+        "CONTENTS_MARK": CONTENTS_MARK,
+        "by_student_score": partial(_by_student_score, evaluation.student),
         "difference_order": difference_order,
         "swatch": lambda name: Markup(svg.swatch(evaluation.mark(name))),
         "check_columns": check_columns(files.pairs or ()),

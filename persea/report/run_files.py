@@ -104,6 +104,7 @@ class GradedExample:
     answer: str
     finish: str
     verdict: Verdict
+    calls: tuple[dict[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

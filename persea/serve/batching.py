@@ -20,6 +20,7 @@ import torch
 from torch.nn.functional import pad
 
 from persea.errors import PerseaError, TeacherError
+from persea.serve.constrained import JsonConstraint
 from persea.teachers.engines import Sampling
 from persea.teachers.engines.transformers import (
     TransformersEngine,
@@ -53,6 +54,7 @@ class Generation:
         stop_ids: Tokens that end the answer.
         max_new_tokens: Longest answer, in tokens.
         sampling: How tokens are drawn.
+        constraint: Which tokens may follow; None = all.
         ids: Tokens so far.
         error: Why the answer could not be generated.
         is_cancelled: Whether nobody wants the answer any more.
@@ -62,6 +64,7 @@ class Generation:
     stop_ids: Sequence[int]
     max_new_tokens: int
     sampling: Sampling
+    constraint: JsonConstraint | None = None
     ids: list[int] = field(default_factory=list)
     error: Exception | None = None
     is_cancelled: bool = False
@@ -91,7 +94,11 @@ class Generation:
         except TeacherError as error:
             self.error = error
             return
+        if self.constraint is not None:
+            logits_W = self.constraint.allow(logits_W)
         self.ids.append(sample_token(logits_W, self.sampling, self._generator))
+        if self.constraint is not None:
+            self.constraint.accept(self.ids[-1])
 
 
 @dataclass(eq=False)

@@ -13,7 +13,9 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
 
+from persea.chat.messages import Conversation
 from persea.errors import DataError
+from persea.serve.constrained import JsonConstraint
 from persea.serve.events import (
     chat_events,
     completion_events,
@@ -134,9 +136,14 @@ class Routes:
             )
             for _ in samplings
         ]
+        stop_ids = self._stop_ids(body.ignore_eos, None)
         streams = [
             self.served_model.stream_tokens(
-                prompt, self._stop_ids(body.ignore_eos, None), max_new_tokens, sampling
+                prompt,
+                stop_ids,
+                max_new_tokens,
+                sampling,
+                await self._constraint(body, conversation),
             )
             for sampling in samplings
         ]
@@ -156,6 +163,15 @@ class Routes:
             self._response_fields("chat.completion", "chatcmpl")
             | {"choices": choices, "usage": usage}
         )
+
+    async def _constraint(
+        self, body: ChatCompletionRequest, conversation: Conversation
+    ) -> JsonConstraint | None:
+        """Return the constraint of an answer; None for text."""
+        schema = body.response_format.answer_schema if body.response_format else None
+        if schema is None:
+            return None
+        return await asyncio.to_thread(self.served_model.constraints.make, schema, conversation)
 
     async def _chat_choice(
         self,

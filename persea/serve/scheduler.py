@@ -19,6 +19,7 @@ import torch
 
 from persea.errors import TeacherError
 from persea.serve.batching import ContinuousBatch, Generation
+from persea.serve.constrained import JsonConstraint
 from persea.teachers.engines import Sampling
 from persea.teachers.engines.transformers import TransformersEngine
 
@@ -78,6 +79,7 @@ class ModelScheduler:
         stop_ids: Sequence[int],
         max_new_tokens: int,
         sampling: Sampling,
+        constraint: JsonConstraint | None = None,
     ) -> AsyncGenerator[list[int], None]:
         """Generate an answer beside all others, and yield its tokens as they come.
 
@@ -88,7 +90,7 @@ class ModelScheduler:
         """
         if max_new_tokens < 1:
             return
-        answer = _Answer(Generation(prompt, stop_ids, max_new_tokens, sampling))
+        answer = _Answer(Generation(prompt, stop_ids, max_new_tokens, sampling, constraint))
         self._waiting.append(answer)
         self._start()
         sent = 0

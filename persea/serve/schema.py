@@ -6,6 +6,7 @@ that never change an answer (`metadata`, `service_tier`) are ignored.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,6 +15,7 @@ from persea.chat.family import Family
 from persea.chat.messages import Conversation, Role, ThinkingEffort
 from persea.data.openai_messages import parse_messages, parse_tools
 from persea.errors import DataError
+from persea.serve.constrained import ANY_OBJECT
 from persea.teachers.engines import Sampling
 
 TokenId: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -202,10 +204,37 @@ class ToolDefinition(StrictRequestModel):
     function: FunctionDefinition
 
 
-class ResponseFormat(StrictRequestModel):
-    """Form of an answer: text."""
+class JsonSchema(StrictRequestModel):
+    """A JSON schema with a name."""
 
-    type: Literal["text"]
+    name: str = "answer"
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(StrictRequestModel):
+    """Form of an answer: text, a JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @property
+    def answer_schema(self) -> Mapping[str, Any] | None:
+        """Schema of the answer; None for text.
+
+        Raises:
+            DataError: The schema is missing.
+        """
+        if self.type == "json_object":
+            return ANY_OBJECT
+        if self.type == "json_schema" and self.json_schema is None:
+            raise DataError(
+                "json_schema is missing",
+                where="response_format",
+                remedy="send json_schema: {name, schema}",
+            )
+        return self.json_schema.schema_ if self.json_schema else None
 
 
 class ChatTemplateKwargs(StrictRequestModel):

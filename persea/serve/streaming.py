@@ -26,6 +26,7 @@ from persea.chat.messages import (
 )
 from persea.chat.renderer import ChatRenderer
 from persea.errors import DataError
+from persea.serve.constrained import ConstraintFactory, JsonConstraint
 from persea.serve.scheduler import MAX_LOGPROB_ELEMENTS, ModelScheduler
 from persea.teachers.engines import Sampling
 from persea.teachers.engines.transformers import TransformersEngine
@@ -62,9 +63,15 @@ class ServedModel:
         stop_ids: Sequence[int],
         max_new_tokens: int,
         sampling: Sampling,
+        constraint: JsonConstraint | None = None,
     ) -> AsyncGenerator[list[int], None]:
         """Yield generated tokens, several where they come fast. See ModelScheduler."""
-        return self.scheduler.generate(prompt, stop_ids, max_new_tokens, sampling)
+        return self.scheduler.generate(prompt, stop_ids, max_new_tokens, sampling, constraint)
+
+    @cached_property
+    def constraints(self) -> ConstraintFactory:
+        """Makes the constraints of answers that must be JSON."""
+        return ConstraintFactory(self.renderer)
 
     async def compute_logprobs(self, ids: Sequence[int]) -> torch.Tensor:
         """Compute natural-log probabilities [T - 1, W]: row t is the prediction of token t + 1.

@@ -66,6 +66,10 @@ def seed_all(seed: int, rank: int) -> None:
     random.seed(f"{seed} {rank}")
 
 
+def _accelerator() -> torch.device | None:
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
 def rng_state() -> dict[str, Any]:
     """Return the state of every random generator of this process."""
     kind, keys, *rest = np.random.get_state(legacy=True)
@@ -75,7 +79,10 @@ def rng_state() -> dict[str, Any]:
         "numpy": (str(kind), words, *rest),
         "python": random.getstate(),
     }
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    device = _accelerator()
+    if device is None:
+        return state
+    return state | {device.type: torch.get_device_module(device).get_rng_state()}
 
 
 def restore_rng_state(state: Mapping[str, Any]) -> None:
@@ -85,8 +92,9 @@ def restore_rng_state(state: Mapping[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    device = _accelerator()
+    if device is not None and device.type in state:
+        torch.get_device_module(device).set_rng_state(state[device.type])
 
 
 # --- whole and sharded ---
@@ -420,8 +428,10 @@ def load_checkpoint(
             parameter.copy_(_shard_like(value, parameter))
     if optimizer is not None:
         moments = state["optimizer"]
+        # numbered by the order of the groups, which need not be that of the parameters
+        ordered = [p for group in optimizer.param_groups for p in group["params"]]
         moments["state"] = {
-            k: {name: _shard_like(v, parameters[k]).clone() for name, v in values.items()}
+            k: {name: _shard_like(v, ordered[k]).clone() for name, v in values.items()}
             for k, values in moments["state"].items()
         }  # copies: the memory-mapped file may be deleted before the optimiser is
         optimizer.load_state_dict(moments)

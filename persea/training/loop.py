@@ -26,6 +26,7 @@ from persea.training.checkpoint_writer import (
 from persea.training.distributed.world import World
 from persea.training.loss_balancing import Group, GroupStats
 from persea.training.metrics_log import MetricsLog
+from persea.training.optimizers import build_optimizer
 from persea.training.settings import TrainingSettings
 from persea.training.step_watch import PartCallback, StepWatch
 from persea.training.stop_signals import StepAbandoned, StopSignals, collect_stop_signals
@@ -128,6 +129,7 @@ def run_training_loop(
     evaluate: Callable[[], Mapping[str, float]] | None = None,
     watch: Callable[[Mapping[str, float]], StepVerdict] | None = None,
     on_part: PartCallback = lambda steps_done, words: None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
     """Minimise the loss for `settings.steps` steps, from the newest checkpoint of the same inputs.
 
@@ -155,6 +157,7 @@ def run_training_loop(
         watch: called with the metrics of every applied step, the same in all processes. Weights
             after a suspect step are not saved, unless they are the last.
         on_part: called with the progress inside a step that takes longer than a second.
+        optimizer: steps the parameters; None = the one that the settings name.
 
     Raises:
         RefusedError: if the checkpoint belongs to other inputs, if a step has no supervised
@@ -162,13 +165,7 @@ def run_training_loop(
             loss is not finite, or if `watch` has a problem.
         RunInterrupted: after SIGTERM or SIGINT to any process, with the state saved.
     """
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=settings.learning_rate,
-        betas=settings.adam_betas,
-        eps=settings.adam_epsilon,
-        weight_decay=settings.weight_decay,
-    )
+    optimizer = optimizer or build_optimizer(parameters, settings)
     checkpoints.seed_all(settings.seed, world.rank)
     state = _resume(folder, inputs, parameters, optimizer, world, batch_source, resume)
     log = MetricsLog(folder / "metrics.jsonl")

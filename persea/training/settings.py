@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from persea.config.optimization import OptimizerName, WeightDecayOn
 from persea.config.schema import LossBalancing, LRSchedule, TrainingSection
 from persea.training import loss_balancing as balance
 from persea.training.loss_balancing import Group, GroupScale, GroupStats
@@ -36,6 +37,8 @@ class TrainingSettings:
         min_learning_rate_ratio: last learning rate relative to the peak.
         adam_betas: AdamW's decay of the mean gradient and of the mean squared gradient.
         adam_epsilon: AdamW's epsilon.
+        optim: name of the optimiser.
+        weight_decay_on: weights that decay.
     """
 
     steps: int
@@ -58,6 +61,8 @@ class TrainingSettings:
     min_learning_rate_ratio: float = MIN_LEARNING_RATE_RATIO
     adam_betas: tuple[float, float] = (0.9, 0.98)
     adam_epsilon: float = 1e-8
+    optim: OptimizerName = OptimizerName.ADAMW
+    weight_decay_on: WeightDecayOn = WeightDecayOn.MATRICES
 
     @classmethod
     def from_section(
@@ -91,6 +96,8 @@ class TrainingSettings:
             min_learning_rate_ratio=section.min_learning_rate_ratio,
             adam_betas=(section.adam_beta1, section.adam_beta2),
             adam_epsilon=section.adam_epsilon,
+            optim=section.optim,
+            weight_decay_on=section.weight_decay_on,
         )
 
     def learning_rate_at_step(self, step: int) -> float:

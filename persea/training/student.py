@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,8 +16,15 @@ from safetensors import SafetensorError
 from persea.chat.renderer import ChatRenderer
 from persea.errors import DataError, MissingRequirementError, RefusedError, StorageError
 from persea.losses import LMHead
-from persea.models.loading import ModelSource, load_model, local_tokenizer_folder
+from persea.models.identity import model_name
+from persea.models.loading import (
+    ModelSource,
+    download_model,
+    load_model,
+    local_tokenizer_folder,
+)
 from persea.models.tokenizer_files import copy_tokenizer_files
+from persea.models.weight_shapes import read_stored_dtype
 from persea.training.distributed.world import ParallelStrategy, World
 from persea.training.lm_head import (
     LogitScaling,
@@ -30,6 +38,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
+
+
 @dataclass(frozen=True)
 class LoraSettings:
     """Low-rank adapters (Hu et al. 2021).
@@ -37,12 +48,21 @@ class LoraSettings:
     Attributes:
         rank: rank of the added matrices.
         alpha: the added matrices are scaled by alpha / rank.
-        targets: names of the adapted projections.
+        targets: names of the adapted projections; ("all-linear",) = every linear layer but the
+            head.
+        dropout: dropout before the added matrices.
+        use_rslora: scale by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732).
+        use_dora: learn the magnitude of each column apart (Liu et al. 2024, arXiv 2402.09353).
+        modules_to_save: names of modules that are trained whole beside the adapters.
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
+    dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,11 +75,13 @@ class ComputeOptions:
             third more time.
         packing: put several short texts into one row, without attention between them, instead of
             padding.
+        torch_compile: compile the forward pass with torch.compile.
     """
 
     bf16: bool = False
     gradient_checkpointing: bool = False
     packing: bool = False
+    torch_compile: bool = False
 
 
 class HiddenStateModule(torch.nn.Module):
@@ -109,7 +131,8 @@ class StudentModel:
         renderer: chat renderer of the model.
         source: where the model comes from.
         options: how a step is computed.
-        forward_module: the distributed forward pass; None in one process.
+        forward_module: the distributed or compiled forward pass; None = the plain one.
+        stored_dtype: type that the base's weights are stored in; None = unknown, or random.
     """
 
     model: PreTrainedModel
@@ -117,6 +140,7 @@ class StudentModel:
     source: ModelSource
     options: ComputeOptions = field(default=ComputeOptions())
     forward_module: torch.nn.Module | None = None
+    stored_dtype: torch.dtype | None = None
 
     @property
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
@@ -175,9 +199,12 @@ class StudentModel:
             world: this process among all processes.
             parallel: DDP or FSDP.
         """
+        forward: Any = HiddenStateModule(self.model, self.options)
+        if self.options.torch_compile:
+            # the length of a batch changes from step to step
+            forward = torch.compile(forward, dynamic=True)
         if world.size == 1:
-            return self
-        forward = HiddenStateModule(self.model, self.options)
+            return replace(self, forward_module=forward) if self.options.torch_compile else self
         if parallel is ParallelStrategy.DDP:
             from torch.nn.parallel import DistributedDataParallel
 
@@ -198,20 +225,42 @@ class StudentModel:
         fully_shard(forward, mesh=mesh)
         return replace(self, forward_module=forward)
 
-    def save(self, folder: Path) -> None:
+    @property
+    def embedding_ids(self) -> frozenset[int]:
+        """`id` of the weights of embedding and head, which Muon leaves to AdamW."""
+        modules = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        return frozenset(id(p) for m in modules if m is not None for p in m.parameters())
+
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Save a Hugging Face folder: weights (adapters merged), config, tokenizer, chat template.
+
+        Adapters are saved too, in `adapter` beside the folder.
+
+        Args:
+            folder: the folder to write.
+            dtype: of the saved weights; None = the one that they were trained in.
 
         Raises:
             StorageError: if the folder cannot be written.
         """
         model: Any = self.model
-        if getattr(model, "peft_config", None):
-            import copy
-
-            model = copy.deepcopy(model).merge_and_unload()
         origin = local_tokenizer_folder(self.source, "student")
         try:
-            model.save_pretrained(folder)
+            if getattr(model, "peft_config", None):
+                import copy
+
+                adapter = folder.with_name("adapter")
+                _save_adapter(model, adapter, self.source)
+                if self.source.quantize == "none":
+                    model = copy.deepcopy(model).merge_and_unload()
+                else:  # into the weights as they are stored, not as the training rounded them
+                    model = _merge_into_stored(self.source, self.renderer, adapter)
+            # copies: a training may go on with the weights
+            weights = None if dtype is None else _cast_weights(model, dtype)
+            model.save_pretrained(folder, state_dict=weights)
+            if dtype is not None:
+                _write_key(folder / "config.json", "dtype", str(dtype).removeprefix("torch."))
+            _allow_by_umask(folder)
             if origin is not None:
                 copy_tokenizer_files(origin, folder)
             _save_stop_ids(folder / "generation_config.json", self.renderer.stop_ids)
@@ -229,6 +278,43 @@ class StudentModel:
             ).save_pretrained(folder)
         if self.source.thinking or self.source.chat_template:
             _save_chat_template(folder, self.renderer.template_text)
+
+
+def _cast_weights(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return the model's weights; those of floating point in another type."""
+    return {
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in model.state_dict().items()
+    }
+
+
+def _write_key(path: Path, key: str, value: str) -> None:
+    """Change one key of a JSON file."""
+    config = json.loads(path.read_text(encoding="utf-8")) | {key: value}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _merge_into_stored(source: ModelSource, renderer: ChatRenderer, adapter: Path) -> Any:
+    from peft import PeftModel
+
+    base: Any = load_model(replace(source, quantize="none"), renderer, "student")
+    return PeftModel.from_pretrained(base.float(), adapter).merge_and_unload()
+
+
+def _save_adapter(model: Any, folder: Path, source: ModelSource) -> None:
+    """Save adapters as PEFT does, with the hub name of their base and no folder of this machine."""
+    model.save_pretrained(folder)
+    _write_key(folder / "adapter_config.json", "base_model_name_or_path", model_name(source.model))
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
+    _allow_by_umask(folder)
+
+
+def _allow_by_umask(folder: Path) -> None:
+    """Give saved weights the mode of any new file; safetensors makes them private."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o666 & ~mask)
 
 
 def _save_chat_template(folder: Path, template_text: str) -> None:
@@ -256,6 +342,35 @@ def _save_stop_ids(path: Path, stop_ids: Sequence[int]) -> None:
             + "\n",
             encoding="utf-8",
         )
+
+
+def _stored_dtype(source: ModelSource) -> torch.dtype | None:
+    if source.is_random:
+        return None
+    folder = download_model(source, "student")  # the weights are there: they were loaded
+    name = read_stored_dtype(folder)
+    dtype: torch.dtype | None = getattr(torch, name) if name else None
+    return dtype
+
+
+def _refuse_tied_targets(model: Any, lora: LoraSettings) -> None:
+    """Raise if adapters would change one of two tied weights, embedding and head.
+
+    Merged into the saved student, they would change both.
+    """
+    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [name for name, module in model.named_modules() if module in embeddings]
+    for key, wanted in (("targets", lora.targets), ("modules_to_save", lora.modules_to_save)):
+        hit = [n for n in names if any(n == w or n.endswith(f".{w}") for w in wanted)]
+        if hit:
+            raise RefusedError(
+                f"embedding and head of this student are one weight, and {hit[0]} would change in "
+                "the training for one of them only",
+                where=f"student.lora.{key}",
+                remedy=f"leave {hit[0].rpartition('.')[2]} out, or write `adapt: full`",
+            )
 
 
 def load_student(
@@ -292,13 +407,24 @@ def load_student(
             raise MissingRequirementError(
                 "adapt: lora needs peft", where="student", remedy="pip install peft"
             ) from error
+        _refuse_tied_targets(model, lora)
+        if source.quantize != "none":
+            from peft import prepare_model_for_kbit_training
+
+            model = prepare_model_for_kbit_training(
+                model, use_gradient_checkpointing=options.gradient_checkpointing
+            )
         try:
             model = get_peft_model(
                 model,
                 LoraConfig(
                     r=lora.rank,
                     lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a float works too
-                    target_modules=list(lora.targets),
+                    target_modules=ALL_LINEAR if ALL_LINEAR in lora.targets else list(lora.targets),
+                    lora_dropout=lora.dropout,
+                    use_rslora=lora.use_rslora,
+                    use_dora=lora.use_dora,
+                    modules_to_save=list(lora.modules_to_save) or None,
                     task_type="CAUSAL_LM",
                 ),
             )
@@ -316,7 +442,7 @@ def load_student(
                 remedy="gradient_checkpointing: false",
             )
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    student = StudentModel(model, renderer, source, options)
+    student = StudentModel(model, renderer, source, options, stored_dtype=_stored_dtype(source))
     assert student._logit_scaling  # raises here, not at the first step, if it cannot be trained
     if options.packing:
         refuse_packing(model, len(renderer.vocabulary), "training.packing")

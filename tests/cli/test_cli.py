@@ -72,6 +72,9 @@ TINY: dict[str, Any] = {
         "warmup_steps": 2,
         "checkpoint_every": 3,
         "log_every": 2,
+        # the golden digests are of these
+        "weight_decay_on": "all",
+        "save_dtype": "float32",
     },
     "evaluation": {"items": 8, "max_new_tokens": 48},
 }

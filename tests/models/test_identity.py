@@ -11,6 +11,7 @@ import pytest
 
 from persea.chat.renderer import ChatRenderer
 from persea.errors import DataError
+from persea.models.hub import resolve_commit
 from persea.models.identity import file_stats, fingerprint, model_warnings
 from persea.models.loading import ModelSource
 from tests.conftest import Speaker
@@ -72,11 +73,15 @@ def test_a_hub_model_is_identified_by_its_commit(
         "huggingface_hub.hf_hub_download",
         lambda model, name, revision: str(tmp_path / "snapshots" / commit[0] / name),
     )
+    resolve_commit.cache_clear()
     branch = ModelSource("some/model", revision="main")
     first = fingerprint(branch, "w")
     assert first == fingerprint(ModelSource("some/model", revision="1" * 40), "w")
     commit[0] = "2" * 40
+    assert fingerprint(branch, "w") == first  # resolved once in a process
+    resolve_commit.cache_clear()
     assert fingerprint(branch, "w") != first
+    resolve_commit.cache_clear()
 
 
 def test_file_stats_change_when_a_file_is_written(copy: Path) -> None:

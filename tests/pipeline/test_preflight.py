@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from persea.config.optimization import OptimizerName
 from persea.config.schema import OnPolicySection, TrainingSection
 from persea.errors import MissingRequirementError, PerseaError, RecipeError
 from persea.pipeline.preflight import refuse_impossible_training, refuse_missing_logprobs
@@ -61,6 +62,18 @@ def river(
             river(TrainingSection(report_to="trackio")),
             MissingRequirementError,
             "trackio, which is not installed",
+        ),
+        (
+            river(
+                TrainingSection(optim=OptimizerName.MUON), LaunchOptions(2, ParallelStrategy.FSDP)
+            ),
+            RecipeError,
+            "Muon needs whole matrices",
+        ),
+        (
+            river(TrainingSection(optim=OptimizerName.ADAMW_8BIT)),
+            MissingRequirementError,
+            "optim: adamw_8bit needs",
         ),
     ],
 )

@@ -74,6 +74,9 @@ def test_the_page_in_a_browser(page: Path, tmp_path: Path, look: str) -> None:
     width, dark, paper = LOOKS[look]
     with browser() as one:
         one.open(page, width, dark, paper)
+        height = one.asked("document.documentElement.scrollHeight")
+        assert paper or height <= (6 * 900 if width >= 1200 else 8 * 900)  # as it opens
+        one.asked("document.querySelectorAll('details').forEach(one => { one.open = true })")
         picture = one.picture(tmp_path / "page.png")
         assert one.complaints() == []
         assert one.requests() == [page.resolve().as_uri()]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from persea.report.claims import claims
+from persea.report.run_files import read_run_files
+from persea.report.skill_comparison import compare_skills
 from tests.report.test_page import (
     ABILITY,
     TEACHERS,
@@ -116,3 +120,16 @@ def test_many_skills_are_summarised_as_a_range(run: Path) -> None:
         "the student retains between 25 % (tools, its lowest) and 112 % (poems) of the best "
         "teacher's score on six skills." in words_of(page_of(run))
     )
+
+
+def test_bits_that_got_worse_are_named(run: Path) -> None:
+    path = run / "evaluate" / "evaluation.json"
+    value = json.loads(path.read_text())
+    bits = value["bits_per_byte"]
+    bits["avocado"]["code"], bits["llama-base"]["code"] = 1.0, 0.36
+    bits["avocado"]["safety"] = bits["llama-base"]["safety"] + 0.01
+    path.write_text(json.dumps(value))
+    files = read_run_files(run).evaluation
+    sentences = claims(files, compare_skills(files, "x"))
+    (sentence,) = [s for s in sentences if "bits per byte" in s]
+    assert "in bits per byte: code (0.36 to 1.00)." in sentence and "safety" not in sentence

@@ -644,6 +644,8 @@ def test_page_is_well_formed_and_self_contained(whole: Path) -> None:
         "use",
     }
     for tag, attributes in page.seen:
+        if tag == "a" and attributes.get("href", "").startswith("#"):  # the list of contents
+            continue
         assert not {
             "src",
             "href",
@@ -939,3 +941,23 @@ def test_card_keeps_folders_of_this_disk_to_itself(run: Path) -> None:
 def test_the_report_needs_no_torch() -> None:
     code = "import sys, persea.report.page; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_runs_name_comes_first_and_a_list_of_contents(whole: Path) -> None:
+    page = (whole / "report" / "index.html").read_text(encoding="utf-8")
+    assert "<h1>avocado</h1>" in page and "[[contents]]" not in page
+    ids = re.findall(r'<h2 id="([\w-]+)">', page)
+    contents = page[page.index("<nav") : page.index("</nav>")]
+    assert re.findall(r'href="#([\w-]+)"', contents) == ids
+    assert page.count('<details class="fold">') == page.count("</h2></summary>") >= 6
+
+
+def test_tool_calls_are_shown(run: Path) -> None:
+    path = run / "evaluate" / "examples.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    first = next(x for x in lines if x["model_name"] == "avocado")
+    first |= {"answer": "", "calls": [{"name": "get_tide", "arguments": '{"at": "<Oban>"}'}]}
+    lines[lines.index(next(x for x in lines if x["model_name"] == "avocado"))] = first
+    path.write_text("".join(json.dumps(x) + "\n" for x in lines))
+    page = page_of(run)
+    assert "get_tide({&#34;at&#34;: &#34;&lt;Oban&gt;&#34;})" in page

@@ -96,7 +96,7 @@ def test_page_card_and_json_hold_the_texts(tmp_path: Path) -> None:
     write_texts(run)
     page = write_report(run).read_text()
     assert '<h2 id="texts">Held-out texts</h2>' in page
-    assert "<h1>Bits per byte on held-out texts: 2 of 3 languages gained" in page
+    assert '<p class="headline">Bits per byte on held-out texts: 2 of 3 languages gained' in page
     assert 'aria-labelledby="held-out-texts-t held-out-texts-d"' in page
     card = (run / "report" / "README.md").read_text()
     assert "## Held-out texts" in card and "| all languages |" in card

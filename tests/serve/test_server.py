@@ -519,7 +519,7 @@ HEAD = {"authorization": "Bearer a-secret"}
             {
                 "model": "llama-sapling",
                 "messages": [{"role": "user", "content": "x"}],
-                "response_format": {"type": "json_object"},
+                "response_format": {"type": "xml"},
             },
             422,
             "response_format",

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+import shutil
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
@@ -21,6 +22,7 @@ from persea.chat.messages import Conversation, Text, ThinkingEffort
 from persea.errors import DataError, RefusedError, StorageError
 from persea.losses import event_kl_loss_from_hidden
 from persea.models.loading import ModelSource, load_model, load_renderer
+from persea.models.weight_shapes import read_stored_dtype
 from persea.training.student import (
     ComputeOptions,
     HiddenStateModule,
@@ -360,3 +362,106 @@ def test_a_wrapped_forward_gives_the_head_its_gradient(how: str, tied: bool, gro
         )
         > 0
     )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"targets": ("all-linear",)},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"dropout": 0.1, "modules_to_save": ("norm",)},
+    ],
+)
+def test_options_of_adapters_reach_peft_and_are_saved(
+    tmp_path: Path, changes: dict[str, object]
+) -> None:
+    one = student(lora=replace(LORA, **changes))
+    asked = spoken(one)
+    for p in one.trainable_parameters:
+        p.data += 0.01
+    one.model.eval()
+    with torch.no_grad():
+        logits = one.logits(*asked)
+        one.save(tmp_path / "student")
+        saved = student_of(tmp_path / "student").logits(*asked)
+    assert torch.allclose(saved, logits, atol=1e-3)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "llama-sapling"
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    for key, value in changes.items():
+        name = {"targets": "target_modules", "dropout": "lora_dropout"}.get(key, key)
+        if key != "targets":
+            assert config[name] == (list(value) if isinstance(value, tuple) else value)
+        else:
+            assert set(config[name]) >= {"gate_proj", "q_proj", "down_proj"}
+
+
+def student_of(folder: Path) -> StudentModel:
+    source = ModelSource(str(folder))
+    one = load_student(source, load_renderer(source, "student"), None)
+    one.model.eval()
+    return one
+
+
+def test_saved_adapters_are_the_student_on_its_base(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    one = student(lora=LORA)
+    for p in one.trainable_parameters:
+        p.data += 0.01
+    one.model.eval()
+    asked = spoken(one)
+    one.save(tmp_path / "student")
+    base = load_model(ModelSource(str(SAPLINGS / "llama-sapling")), one.renderer, "student")
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        again = replace(one, model=adapted).logits(*asked)
+        assert torch.allclose(again, one.logits(*asked), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"targets": ("embed_tokens",)},
+        {"targets": ("q_proj", "lm_head")},
+        {"modules_to_save": ("embed_tokens",)},
+    ],
+)
+def test_adapters_on_one_of_two_tied_weights_are_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(RefusedError, match="embedding and head of this student are one weight"):
+        student(lora=replace(LORA, **changes))
+
+
+def test_the_student_is_saved_in_the_type_it_came_in_and_others_may_read_it(
+    tmp_path: Path,
+) -> None:
+    one = student()
+    assert one.stored_dtype is torch.bfloat16
+    one.save(tmp_path / "student", one.stored_dtype)
+    assert read_stored_dtype(tmp_path / "student") == "bfloat16"
+    assert json.loads((tmp_path / "student/config.json").read_text())["dtype"] == "bfloat16"
+    assert next(one.model.parameters()).dtype is torch.float32
+    mode = (tmp_path / "student" / "model.safetensors").stat().st_mode & 0o777
+    assert mode == (tmp_path / "student" / "config.json").stat().st_mode & 0o777
+
+
+def test_a_tokenizer_of_vocab_and_merges_is_saved_too(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(SAPLINGS / "qwen-sapling", base)
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"] | {t["content"]: t["id"] for t in tokenizer["added_tokens"]}
+    (base / "vocab.json").write_text(json.dumps(vocab))
+    merges = (m if isinstance(m, str) else " ".join(m) for m in tokenizer["model"]["merges"])
+    (base / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    added = {
+        str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in tokenizer["added_tokens"]
+    }
+    config |= {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added}
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    (base / "tokenizer.json").unlink()
+    source = ModelSource(str(base))
+    renderer = load_renderer(source, "student")
+    load_student(source, renderer, None).save(tmp_path / "student")
+    assert load_renderer(ModelSource(str(tmp_path / "student")), "x").digest == renderer.digest

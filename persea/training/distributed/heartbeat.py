@@ -70,11 +70,13 @@ def join_process_group(world: World, *, launcher_reports: bool = False) -> Itera
     import torch
     from torch import distributed as dist
 
-    gpu = torch.cuda.is_available()
-    if gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    backend = "gloo"
+    if kind is not None:
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = f"cpu:gloo,{kind.type}:{dist.get_default_backend_for_device(kind.type)}"
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if gpu else "gloo",
+        backend,
         init_method="env://",
         rank=world.rank,
         world_size=world.size,
