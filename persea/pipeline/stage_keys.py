@@ -37,8 +37,8 @@ POST_EVALUATION_KEYS = {
 }
 # keys of `evaluation` that matter only if lm-eval runs
 LM_EVAL_KEYS = {"lm_eval", "lm_eval_include", "lm_eval_limit"}
-# keys of `training` that set how often a training is saved, logged and shown, and change no weight
-OBSERVATION_KEYS = {"report_to", "log_every", "checkpoint_every", "eval_steps"}
+# keys of `training` about what is saved, logged and shown, which change no weight
+OBSERVATION_KEYS = {"report_to", "log_every", "checkpoint_every", "eval_steps", "store_examples"}
 # keys of `training` that are in the number of steps
 RESOLVED_KEYS = {"num_train_epochs", "warmup_ratio"}
 # key -> its name in records and checkpoints, where it was renamed since
