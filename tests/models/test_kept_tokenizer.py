@@ -100,12 +100,12 @@ def test_a_damaged_or_foreign_file_is_written_anew(
     copy: Path, llama: tuple[Path, ChatRenderer], home: Path, loads: list[str], damage: str
 ):
     first = load_renderer(str(copy))
-    (path,) = home.iterdir()
+    (path,) = kept_in(home)
     data = path.read_bytes()
     if damage == "foreign":  # another tokenizer's file under this name, whole in itself
         configure(copy, tokenizer_config={"more": 1})
         load_renderer(str(copy))
-        (other,) = set(home.iterdir()) - {path}
+        (other,) = set(kept_in(home)) - {path}
         path.write_bytes(other.read_bytes())
         shutil.copyfile(llama[0] / "tokenizer_config.json", copy / "tokenizer_config.json")
     else:
