@@ -37,7 +37,6 @@ def river(
         tasks=(),
         seed=1,
         threads=1,
-        tasks=(),
     )
     done = {
         "train": {"outputs": {"student/model.safetensors": "s"} | (trained or {})},
