@@ -248,8 +248,12 @@ class StreamingAnswerParser:
         Tokens after a stop text are no part of the answer.
         """
         if not self.stop_texts:
-            self.ids += tokens[:-1]
-            return self.add_token(tokens[-1])
+            # parsed before the stop token too: a malformed answer keeps the text that came so far
+            body = [token for token in tokens if token not in self.renderer.stop_ids]
+            self.ids += body[:-1]
+            text = self.add_token(body[-1]) if body else {}
+            self.ids += tokens[len(body) :]
+            return text
         new = dict.fromkeys(self.emitted, "")
         for token in tokens:
             for key, text in self.add_token(token).items():

@@ -33,6 +33,7 @@ def river(
         evaluation=EvaluationSection(**(evaluation or {})),
         capture=CaptureSection(drop_wrong_answers=verify),
         check=CheckSection(**(check or {})),
+        tasks=(),
         seed=1,
         threads=1,
     )
@@ -61,7 +62,7 @@ def test_every_stage_has_inputs_of_its_own_name() -> None:
 @pytest.mark.parametrize(
     ("changed", "same"),
     [
-        (river({"report_to": "wandb", "log_every": 7, "checkpoint_every": 9}), True),
+        (river({"report_to": "wandb", "log_every": 7, "store_examples": False}), True),
         (river({"steps": 7}), False),
         (river({"eval_steps": 5}), False),
         (river(verify=True), False),

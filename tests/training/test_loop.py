@@ -156,10 +156,18 @@ def test_it_learns_and_writes_its_metrics(tmp_path: Path, uninterrupted: dict[st
 def test_it_is_adam_with_the_clipped_gradient_and_the_rate_of_the_step(tmp_path: Path) -> None:
     plain = replace(SETTINGS, max_grad_norm=0.5)
     one, other = run(tmp_path, plain), Toy()
-    optimizer = torch.optim.AdamW(other.parameters, betas=(0.9, 0.98), weight_decay=0.01)
+    matrices = [p for p in other.parameters if p.ndim > 1]
+    others = [p for p in other.parameters if p.ndim < 2]
+    assert matrices
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices}, *([{"params": others, "weight_decay": 0.0}] if others else [])],
+        betas=(0.9, 0.98),
+        weight_decay=0.01,
+    )
     torch.manual_seed(5 << 31)
     for step in range(12):
-        optimizer.param_groups[0]["lr"] = plain.learning_rate_at_step(step)
+        for group in optimizer.param_groups:
+            group["lr"] = plain.learning_rate_at_step(step)
         optimizer.zero_grad()
         other.loss_of(step)[0].loss.backward()
         norm = torch.sqrt(sum((p.grad**2).sum() for p in other.parameters))
