@@ -78,7 +78,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _raise_interrupted)
     signal.signal(signal.SIGINT, _raise_interrupted)
     try:
-        sys.exit(app(standalone_mode=False))
+        sys.exit(app(prog_name="persea", standalone_mode=False))
     except (PerseaError, RunInterrupted) as error:
         sys.stderr.write(f"persea: {error}\n")
         sys.exit(error.exit_code)

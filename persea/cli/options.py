@@ -31,7 +31,11 @@ class PanelOrderedGroup(TyperGroup):
         """Return the names of the verbs."""
         return sorted(
             self.commands,
-            key=lambda name: PANELS.index(str(self.commands[name].rich_help_panel)),  # type: ignore[attr-defined]
+            # typer puts verbs with verbs of their own last; the stage lineage is before the report
+            key=lambda name: (
+                PANELS.index(str(self.commands[name].rich_help_panel)),  # type: ignore[attr-defined]
+                name == "report",
+            ),
         )
 
 

@@ -402,7 +402,7 @@ def load_model(source: ModelSource, renderer: ChatRenderer, where: str) -> PreTr
     if source.is_random:
         model = random_init(renderer.family.name, len(renderer.vocabulary), dict(source.sizes))
     else:
-        model = read_weights(
+        model, _ = read_weights(
             source,
             where,
             dtype=torch.float32 if device.type == "cpu" else "auto",
@@ -422,11 +422,14 @@ def load_model(source: ModelSource, renderer: ChatRenderer, where: str) -> PreTr
     return loaded
 
 
-def read_weights(source: ModelSource, where: str, **load_kwargs: Any) -> Any:
+def read_weights(source: ModelSource, where: str, **load_kwargs: Any) -> tuple[Any, list[str]]:
     """Load a causal model from safetensors with these arguments of `from_pretrained`.
 
+    Returns:
+        The model, and the names of tensors beside it in its files, which are not loaded.
+
     Raises:
-        DataError: The model cannot be read.
+        DataError: The model cannot be read, or only in part (`refuse_partial_load`).
     """
     from transformers import AutoModelForCausalLM
 
@@ -456,13 +459,9 @@ def read_weights(source: ModelSource, where: str, **load_kwargs: Any) -> Any:
             remedy="the folder needs config.json and model.safetensors of a causal model",
         ) from error
     model, info = loaded
-    refuse_partial_load(
-        sorted(info["missing_keys"]),
-        sorted(info["unexpected_keys"]),
-        [name for name, _ in model.named_parameters()],
-        where,
-    )
-    return model
+    missing, left_out = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    refuse_partial_load(missing, left_out, [name for name, _ in model.named_parameters()], where)
+    return model, left_out
 
 
 def download_model(source: ModelSource, where: str, with_weights: bool = True) -> Path:

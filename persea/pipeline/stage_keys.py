@@ -142,10 +142,16 @@ def _training_inputs(context: RunContext) -> dict[str, Any]:
     return {RECORDED_NAMES.get(key, key): value for key, value in section.items()}
 
 
+def _student_files(context: RunContext) -> dict[str, str]:
+    """Return name -> sha256 of the student's files; the log beside them holds clock times."""
+    outputs = context.stages.read_record("train")["outputs"]
+    return {name: digest for name, digest in outputs.items() if name.startswith("student/")}
+
+
 def evaluate_inputs(context: RunContext) -> object:
     """Return the inputs of `evaluate`, as JSON: everything that its output depends on."""
     return [
-        context.stages.read_record("train")["outputs"],
+        _student_files(context),
         context.models.teacher_identities,
         context.items_digest(Split.TEST),
         context.recipe.evaluation.model_dump(
@@ -159,7 +165,7 @@ def evaluate_inputs(context: RunContext) -> object:
 def lineage_inputs(context: RunContext) -> object:
     """Return the inputs of `lineage`, as JSON: everything that its output depends on."""
     return [
-        context.stages.read_record("train")["outputs"],
+        _student_files(context),
         context.recipe.hash,
         context.cast.parts,
         context.cast.pinned,
@@ -172,5 +178,6 @@ def report_inputs(context: RunContext) -> object:
     """Return the inputs of `report`, as JSON: everything that its output depends on."""
     return [
         *(context.stages.read_record(stage)["key"] for stage in STAGE_NAMES[:-1]),
+        context.stages.read_record("train")["outputs"],
         context.lm_eval_digests(),
     ]

@@ -248,11 +248,13 @@ def run_pipeline(context: RunContext, progress: ProgressCallback, only_stage: st
             allow it. Raised when all output is written.
     """
     set_threads(context.recipe.threads)
-    with _say_if_slow(progress, only_stage or STAGES[0].name):
-        warnings = preflight.check_run(context, only_stage)
-    if only_stage in ("", *LICENSED_STAGES):
-        refuse_unlicensed(context.recipe, context.folder)
     with join_process_group(context.world):
+        warnings = list[str]()
+        if not context.world.rank:  # one process refuses for all
+            with _say_if_slow(progress, only_stage or STAGES[0].name):
+                warnings = preflight.check_run(context, only_stage)
+            if only_stage in ("", *LICENSED_STAGES):
+                refuse_unlicensed(context.recipe, context.folder)
         if only_stage in ("", "train"):
             preflight.refuse_impossible_training(context)
         if context.world.rank:  # the first process alone writes to the run folder

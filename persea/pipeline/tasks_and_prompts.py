@@ -162,11 +162,12 @@ def measured_tasks(
     skill with neither is not measured.
     """
     by_name = {task.name: task for task in benchmark_tasks.benchmark_tasks(benchmarks)}
+    generated_names = {task.name for task in generated.GENERATED_TASKS}
     return (
         *(
             by_name.pop(name) if name in by_name else generated.find_generated_task(name)
             for name in skill_names
-            if name in by_name or name in generated.GENERATED_NAMES
+            if name in by_name or name in generated_names
         ),
         *by_name.values(),
     )

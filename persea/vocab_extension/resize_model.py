@@ -152,8 +152,8 @@ def load_in_stored_dtype(source: ModelSource, where: str) -> PreTrainedModel:
     """Load a model in the dtypes of its files.
 
     Raises:
-        DataError: The weights cannot be read.
-        RefusedError: transformers does not load all weights, or loads some in another dtype.
+        DataError: The weights cannot be read, or are not those of the configuration.
+        RefusedError: transformers leaves out a weight, or loads one in another dtype.
     """
     import torch
     from safetensors import SafetensorError, safe_open
@@ -172,16 +172,12 @@ def load_in_stored_dtype(source: ModelSource, where: str) -> PreTrainedModel:
             f"cannot read its weights: {error}", where=where, remedy="fetch the model again"
         ) from error
     stored_dtypes = {dtype for dtype in stored.values() if dtype.startswith(("F", "BF"))}
-    model, loading_info = read_weights(
-        source,
-        where,
-        dtype=torch_dtypes.get("".join(stored_dtypes), "auto"),
-        output_loading_info=True,
+    model, left_out = read_weights(
+        source, where, dtype=torch_dtypes.get("".join(stored_dtypes), "auto")
     )
     state = model.state_dict()
     other = [
-        *loading_info["missing_keys"],
-        *loading_info["unexpected_keys"],
+        *left_out,
         *(
             name
             for name, dtype in stored.items()

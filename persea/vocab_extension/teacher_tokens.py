@@ -114,7 +114,7 @@ def count_expected_tokens(
     windows = [(k, ids) for k, lines in enumerate(files) for ids in _windows(teacher, lines)]
     progress("score", 0.0, where)
     on_gpu = torch.cuda.is_available()
-    model = read_weights(teacher.source, where, dtype="auto" if on_gpu else torch.float32)
+    model, _ = read_weights(teacher.source, where, dtype="auto" if on_gpu else torch.float32)
     model = model.to("cuda" if on_gpu else "cpu").eval()
     num_rows = model.get_output_embeddings().weight.shape[0]
     if any(teacher.vocabulary.bytes_W[num_rows:]):

@@ -232,6 +232,7 @@ def test_help_names_every_verb() -> None:
         "plan",
         "validate",
         "schema",
+        "doctor",
         "pilot",
         "extend",
         "recipes",
@@ -498,17 +499,14 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], int, str]] = {
     "no weights": (
         no_weights,
         3,
-        (
-            r"qwen-sapling: cannot load '.*broken': .* -> the folder needs config\.json and "
-            r"model\.safetensors .*"
-        ),
+        r"qwen-sapling: no model\.safetensors in broken -> give a folder with safetensors .*",
     ),
     "torn weights": (
         torn_weights,
         3,
         (
-            r"qwen-sapling: cannot load '.*broken': .* -> the folder needs config\.json and "
-            r"model\.safetensors .*"
+            r"qwen-sapling: broken/model\.safetensors is no safetensors file: the file is cut off"
+            r".* -> fetch the weights again, .*"
         ),
     ),
     "broken line": (

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from persea.errors import DataError
 from persea.models import licence
 from persea.models.licence import licence_of_card, licence_of_text, read_licence
 from persea.models.licence_text import ancestors_of_files
@@ -63,10 +64,17 @@ def test_the_card_counts_before_configuration_and_licence_file(tmp_path: Path):
     assert read_licence(source, "w") == "qwen-research"
 
 
-def test_a_broken_configuration_states_nothing(tmp_path: Path):
+def test_a_folder_with_a_broken_configuration_is_refused(tmp_path: Path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(DataError, match=r"config\.json is not JSON"):
+        read_licence(ModelSource(str(tmp_path)), "w")
+
+
+def test_broken_files_of_a_hub_model_state_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "config.json").write_text("{")
     (tmp_path / "README.md").write_bytes(b"\xff---\nlicense: mit\n---\n")
-    assert read_licence(ModelSource(str(tmp_path)), "w") == "unknown"
+    monkeypatch.setattr(licence, "download_hub_file", lambda _, name: tmp_path / name)
+    assert read_licence(ModelSource("google/gemma-3-1b-it"), "w") == "unknown"
 
 
 def test_a_hub_model_states_it_in_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

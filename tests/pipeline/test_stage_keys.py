@@ -26,6 +26,7 @@ def river(
     evaluation: dict[str, Any] | None = None,
     verify: bool = False,
     wrong: str = "w",
+    trained: dict[str, str] | None = None,
     check: dict[str, Any] | None = None,
 ) -> Any:
     recipe = SimpleNamespace(
@@ -38,7 +39,7 @@ def river(
         threads=1,
     )
     done = {
-        "train": {"outputs": {"student": "s"}},
+        "train": {"outputs": {"student/model.safetensors": "s"} | (trained or {})},
         "capture": {"outputs": {"rejected.json": wrong}},
     }
     return SimpleNamespace(
@@ -81,6 +82,13 @@ def test_how_often_a_student_is_evaluated_is_no_part_of_what_it_learned() -> Non
     """Only whether answers are held out is: with eval_steps = 0 none are."""
     some, other = (inputs.train_inputs(river({"eval_steps": n})) for n in (5, 7))
     assert some == other != inputs.train_inputs(river())
+
+
+def test_an_evaluation_is_of_the_students_files_and_not_of_the_time_of_its_training() -> None:
+    later = river(trained={"metrics.jsonl": "other seconds"})
+    other = river(trained={"student/model.safetensors": "another"})
+    assert inputs.evaluate_inputs(later) == inputs.evaluate_inputs(river())
+    assert inputs.evaluate_inputs(other) != inputs.evaluate_inputs(river())
 
 
 def test_what_verifying_left_out_is_part_of_what_was_learned() -> None:

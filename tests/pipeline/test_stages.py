@@ -59,7 +59,7 @@ def times(folder: Path) -> dict[str, int]:
     return {
         str(p.relative_to(folder)): p.stat().st_mtime_ns
         for p in folder.rglob("*")
-        if p.is_file() and p.name not in (*JOURNAL, "README.md", "NOTICE")  # lineage's own
+        if p.is_file() and p.name not in (*JOURNAL, "README.md", "NOTICE", "lineage.json")
     }
 
 

@@ -544,7 +544,7 @@ def test_a_reader_that_goes_ends_the_talk(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
-        (("runs/none",), 3, "no tokenizer in 'runs/none'"),
+        (("runs/none",), 3, "no model folder and no run 'runs/none' -> give a run folder"),
         (("./none",), 3, "no model folder './none'"),
         ((".",), 3, "no tokenizer in '.'"),
         ((OSS, "--think", "off"), 2, "--think: this model has no off"),

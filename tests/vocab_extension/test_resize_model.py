@@ -237,15 +237,11 @@ def test_quantised_weights_are_refused(copy: Path, texts: str, quantised: dict[s
         extend_vocabulary(ModelSource(str(copy)), [texts], 9, quiet)
 
 
-@pytest.mark.parametrize(
-    "way", ["one in another type", "one missing", "one more", "all in eight bits"]
-)
+@pytest.mark.parametrize("way", ["one in another type", "one more", "all in eight bits"])
 def test_weights_that_transformers_reads_otherwise_are_refused(copy: Path, way: str):
     weights = load_file(copy / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
-    if way == "one missing":
-        del weights[name]
-    elif way == "one more":
+    if way == "one more":
         weights["model.extra.weight"] = weights[name].clone()
     elif way == "one in another type":
         weights[name] = weights[name].float()
@@ -253,6 +249,24 @@ def test_weights_that_transformers_reads_otherwise_are_refused(copy: Path, way: 
         weights = {k: w.to(torch.float8_e4m3fn) for k, w in weights.items()}
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
     with pytest.raises(RefusedError, match=r"does not load \d+ of its weights as they are stored"):
+        load_in_stored_dtype(ModelSource(str(copy)), "here")
+
+
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [("one missing", "the files lack"), ("one more", "by its configuration the model has no")],
+)
+def test_weights_that_are_not_those_of_the_configuration_are_refused(
+    copy: Path, way: str, message: str
+):
+    weights = load_file(copy / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    if way == "one missing":
+        del weights[name]
+    else:
+        weights["model.layers.99.mlp.up_proj.weight"] = weights[name].clone()
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError, match=message):
         load_in_stored_dtype(ModelSource(str(copy)), "here")
 
 

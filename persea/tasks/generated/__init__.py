@@ -25,9 +25,6 @@ GENERATED_TASKS: tuple[Task, ...] = (
 )
 
 
-GENERATED_NAMES = frozenset(task.name for task in GENERATED_TASKS)
-
-
 def refuse_too_many_questions(corpus: Sequence[CorpusSection], where: str) -> None:
     """Check that the generators have as many training questions as a recipe asks for, at once.
 
