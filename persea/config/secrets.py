@@ -104,7 +104,7 @@ def _detectors() -> tuple[Any, ...]:
         from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
     except ImportError:
         return ()
-    kinds = get_mapping_from_secret_type_to_class()
+    kinds: dict[str, Any] = get_mapping_from_secret_type_to_class()
     return tuple(kind() for name, kind in kinds.items() if name not in UNUSED_DETECTORS)
 
 

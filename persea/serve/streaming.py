@@ -251,9 +251,9 @@ class StreamingAnswerParser:
             # parsed before the stop token too: a malformed answer keeps the text that came so far
             body = [token for token in tokens if token not in self.renderer.stop_ids]
             self.ids += body[:-1]
-            text = self.add_token(body[-1]) if body else {}
+            before_stop = self.add_token(body[-1]) if body else {}
             self.ids += tokens[len(body) :]
-            return text
+            return before_stop
         new = dict.fromkeys(self.emitted, "")
         for token in tokens:
             for key, text in self.add_token(token).items():
