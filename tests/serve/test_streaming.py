@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 import persea
@@ -19,13 +21,14 @@ def test_the_text_does_not_depend_on_how_many_tokens_come_at_once(name: str, who
     ids = tokens.ids_T[tokens.loss_mask_T].tolist()
     if not whole:
         ids = [*ids[: len(ids) // 3], renderer.stop_ids[0]]
-    said = set()
+    said, pieces = set(), Counter[str]()
     for size in (1, 2, 3, 5, len(ids)):
         parser = StreamingAnswerParser(renderer, ThinkingEffort.HIGH, ())
         texts = {"reasoning_content": "", "content": ""}
         for begin in range(0, len(ids), size):
             for key, text in parser.add_tokens(ids[begin : begin + size]).items():
                 texts[key] += text
+                pieces[key] += size == 1
         last, calls, finish = parser.finish()
         for key, text in last.items():
             texts[key] += text
@@ -34,3 +37,4 @@ def test_the_text_does_not_depend_on_how_many_tokens_come_at_once(name: str, who
     assert len(said) == 1
     ((thinking, content, _),) = said
     assert thinking and bool(content) == whole
+    assert not whole or min(pieces.values()) > 2  # thought aloud, not in one piece at its end
