@@ -128,20 +128,21 @@ def load_task_file(path: Path, options: GradingOptions) -> LoadedBenchmark:
         raise DataError("no such file", where=str(path), remedy="name a Python file after --tasks")
     try:
         module = runpy.run_path(str(path))
-        rows = list(module["items"]())
-        grade_row = module["grade"]
-    except KeyError as error:
-        raise DataError(
-            f"defines no {error.args[0]}()",
-            where=str(path),
-            remedy="define items() and grade(row, answer) (docs/howto/own_tasks.md)",
-        ) from error
+        missing = [name for name in ("items", "grade") if not callable(module.get(name))]
+        rows = [] if missing else list(module["items"]())
     except Exception as error:
         raise DataError(
             f"does not run: {type(error).__name__}: {error}",
             where=str(path),
             remedy="correct the file; python FILE shows the line",
         ) from error
+    if missing:
+        raise DataError(
+            f"defines no {missing[0]}()",
+            where=str(path),
+            remedy="define items() and grade(row, answer) (docs/howto/own_tasks.md)",
+        )
+    grade_row = module["grade"]
     skill = task_file_skill(path)
     source_digest = hashlib.sha256(path.read_bytes()).hexdigest()
     by_key = {json.dumps([k, source_digest]): row for k, row in enumerate(rows)}

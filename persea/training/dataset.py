@@ -360,9 +360,10 @@ def build_dataset(
 ) -> DistillDataset:
     """Build the dataset of several caches; see `DistillDataset` for arguments and errors.
 
-    `on_answer` is called after each answer with the number of answers read, and of all answers. A
-    cache of which no answer is left is no part of the mixture. With `example_folder`, examples of
-    the units of a cache are stored there, and read where they are; see example_store.py.
+    `on_answer` is called with the number of answers read, and of all answers: after each answer,
+    or after each unit whose examples are stored. A cache of which no answer is left is no part of
+    the mixture. With `example_folder`, examples of the units of a cache are stored there, and read
+    where they are; see example_store.py.
     """
     maker = ExampleMaker.create(renderer, event_maps, partial_tokens, teach_end)
     store = ExampleStore(example_folder, maker) if example_folder else None

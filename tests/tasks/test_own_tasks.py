@@ -126,6 +126,10 @@ def test_a_python_file(tmp_path: Path) -> None:
     [
         ("def items():\n    return []\n", r"defines no grade\(\)"),
         ("1 / 0\n", "does not run: ZeroDivisionError"),
+        (
+            "def items():\n    return [{}['prompt']]\ndef grade(row, answer):\n    return 1\n",
+            "does not run: KeyError: 'prompt'",
+        ),
         ("def items(:\n", "does not run: SyntaxError"),
     ],
 )
