@@ -30,7 +30,7 @@ from persea.distributions import (
 )
 from persea.errors import DataError, RefusedError
 from persea.evaluation.audition import Cast
-from persea.teachers.engines import EngineFailure
+from persea.teachers.engines import EngineFailure, Reducer
 from persea.teachers.teacher import Answer, Teacher
 from persea.tokenization.tokens import RenderedTokens
 
@@ -188,7 +188,14 @@ def capture_teacher(
             on_part(unit, 0.0)
             writer = teacher.reporting(partial(_report_writing, on_part, unit))
             renderable, quarantine = _split_renderable(unit.prompts, teacher)
-            answers = answer_or_score(renderable, writer, max_new_tokens, use_given_answers)
+            sparsifier = DistributionSparsifier(seed, tau, max_kl)
+            answers = answer_or_score(
+                renderable,
+                writer,
+                max_new_tokens,
+                use_given_answers,
+                partial(_reducer_of_prompts, sparsifier, teacher),
+            )
             quarantine += [
                 (a.prompt_id, a.failure_reason or CONTENT_FILTER_REASON)
                 for a in answers
@@ -201,7 +208,7 @@ def capture_teacher(
                 quarantine,
                 teacher,
                 folder,
-                DistributionSparsifier(seed, tau, max_kl),
+                sparsifier,
                 refuse_if_changed,
                 on_part,
             )
@@ -341,6 +348,36 @@ def _write_answers(
     )
 
 
+def _reducer_of_prompts(
+    sparsifier: DistributionSparsifier, teacher: Teacher, prompts: Sequence[Prompt]
+) -> Reducer | None:
+    """Return what samples the answers' distributions as they are generated; None if that is late.
+
+    The rest of a topk distribution is spread by the tokens of all answers, which are not there yet.
+    """
+    if sparsifier.max_kl is not None or not teacher.engine.capabilities.has_full_distributions:
+        return None
+    return sparsifier.for_answers(teacher.name, [p.id for p in prompts])
+
+
+def _generated_distributions(answer: Answer, tokens: RenderedTokens) -> SparseDistributions | None:
+    """Return the distributions that an answer was drawn from, if they are those of its tokens.
+
+    The rendered answer is what a student learns. It can differ from the generated tokens: a
+    template trims a text, and a tokenizer can write one text in several ways.
+    """
+    if answer.generated is None or answer.generated.distributions is None:
+        return None
+    assert answer.prompt_ids_T is not None
+    begin = len(answer.prompt_ids_T)
+    ids_T = np.concatenate([answer.prompt_ids_T, answer.generated.ids_T])
+    is_generated_T = (np.arange(len(tokens)) >= begin) & (np.arange(len(tokens)) < len(ids_T))
+    is_same = np.array_equal(tokens.ids_T[: len(ids_T)], ids_T) and np.array_equal(
+        tokens.loss_mask_T, is_generated_T
+    )
+    return answer.generated.distributions if is_same else None
+
+
 def _answer_distributions(
     unit: CaptureUnit,
     complete_answers: Sequence[tuple[Answer, RenderedTokens]],
@@ -353,27 +390,29 @@ def _answer_distributions(
         [t.ids_T for _, t in complete_answers],
         [t.loss_mask_T for _, t in complete_answers],
     )
-    if not teacher.engine.capabilities.has_full_distributions:
-        yield from teacher.engine.compute_sparse_distributions(ids, loss_masks)
-        return
     token_counts_W = np.zeros(len(teacher.renderer.vocabulary), np.int64)
     for one in ids:
         token_counts_W += np.bincount(one, minlength=len(token_counts_W))
-    parts: list[list[SparseDistributions]] = [[] for _ in complete_answers]
-    num_rows, num_scored = sum(int(mask.sum()) for mask in loss_masks), 0
-    for k, logprobs_NW in teacher.engine.iter_logprobs(ids, loss_masks):
-        num_scored += len(logprobs_NW)
-        parts[k].append(
-            sparsifier.sparsify(
-                unit.teacher,
-                *complete_answers[k],
-                logprobs_NW,
-                token_counts_W,
-                sum(map(len, parts[k])),
-            )
-        )
+    found: list[SparseDistributions | EngineFailure | None] = [
+        _generated_distributions(answer, tokens) for answer, tokens in complete_answers
+    ]
+    left = [k for k, one in enumerate(found) if one is None]
+    reducer = sparsifier.for_answers(
+        unit.teacher, [complete_answers[k][0].prompt_id for k in left], token_counts_W
+    )
+    parts: dict[int, list[SparseDistributions]] = {k: [] for k in left}
+    num_rows, num_scored = sum(int(loss_masks[k].sum()) for k in left), 0
+    for index, part in teacher.engine.reduce_distributions(
+        [ids[k] for k in left], [loss_masks[k] for k in left], reducer
+    ):
+        if isinstance(part, EngineFailure):
+            found[left[index]] = part
+            continue
+        num_scored += len(part)
+        parts[left[index]].append(part)
         on_scored(num_scored / max(1, num_rows))
-    yield from map(concat_distributions, parts)
+    for k, one in enumerate(found):
+        yield concat_distributions(parts[k]) if one is None else one
 
 
 # drop reason besides those of FinishReason: the prompt asks for thinking, and the answer has none.

@@ -36,7 +36,7 @@ from persea.errors import DataError, RefusedError
 from persea.evaluation.audition import Cast
 from persea.tasks.generated import LANGUAGES_TASK, REASONING_TASK
 from persea.tasks.task import Split
-from persea.teachers.engines import FULL_DISTRIBUTIONS, Engine
+from persea.teachers.engines import Engine
 from persea.teachers.teacher import Answer, Teacher
 from tests.cli.test_cli import tree, warm
 from tests.teachers.engines.test_transformers import engine, opened
@@ -47,12 +47,11 @@ ALONE = Cast({"languages": (("qwen-sapling", 1.0),), "reasoning": (("qwen-saplin
 
 
 @dataclass
-class Counting:
+class Counting(Engine):
     """An engine that notes which prompts it is asked."""
 
     real: Engine
     asked: list[bytes] = field(default_factory=list)
-    capabilities = FULL_DISTRIBUTIONS
 
     @property
     def capabilities(self) -> Any:
