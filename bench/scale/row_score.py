@@ -44,8 +44,7 @@ def prepare(arm: str, models: Path, folder: Path) -> Callable[[int], Any]:
 
     def capture(number: int) -> dict[str, float]:
         cast = Cast({"texts": (("gemma", 1.0),)}, ())
-        kind = {"tau": 0.02} if arm == "persea" else {"max_kl": 0.01}
-        settings = {**kind, "seed": 0}
+        settings = {"tau": 0.02, "seed": 0}
         some = documents(number)
         units = plan_units(some, cast, {"gemma": "weights"}, 64, {**settings, "n": number})
         stored = []
@@ -79,4 +78,4 @@ def prepare(arm: str, models: Path, folder: Path) -> Callable[[int], Any]:
             total += float(logits[0, 0])
         return {"tokens": len(wanted), "sum": total}
 
-    return capture if arm in ("persea", "topk") else bare
+    return capture if arm == "persea" else bare

@@ -37,7 +37,6 @@ ROWS = (
         "capture by scoring: Gemma 3 270M (262,144 tokens), 8 documents of about 92 tokens",
         (
             Arm("persea", "score", has_earlier_build=True),
-            Arm("topk", "score", has_earlier_build=True),
             Arm("hidden states, head at learned positions", "score"),
             Arm("model(...).logits", "score"),
         ),

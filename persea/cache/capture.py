@@ -411,8 +411,8 @@ def _answer_distributions(
         num_scored += len(part)
         parts[left[index]].append(part)
         on_scored(num_scored / max(1, num_rows))
-    for k, one in enumerate(found):
-        yield concat_distributions(parts[k]) if one is None else one
+    for k, result in enumerate(found):
+        yield concat_distributions(parts[k]) if result is None else result
 
 
 # drop reason besides those of FinishReason: the prompt asks for thinking, and the answer has none.

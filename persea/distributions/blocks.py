@@ -70,8 +70,13 @@ class BlockedLogits:
 
     def block_logprobs(self, row_P: torch.Tensor, block_P: torch.Tensor) -> torch.Tensor:
         """Return the log-probabilities of some blocks, float64 [P, K]."""
-        blocks_NBK = self.logits_NW.unflatten(1, (-1, BLOCK_TOKENS))
-        return blocks_NBK[row_P, block_P].double() - self.log_total_N[row_P][:, None]
+        logit_PK = self.block_values(row_P, block_P)
+        return logit_PK.double() - self.log_total_N[row_P][:, None]
+
+    def block_values(self, row_P: torch.Tensor, block_P: torch.Tensor) -> torch.Tensor:
+        """Return the logits of some blocks, [P, K]."""
+        found: torch.Tensor = _in_blocks(self.logits_NW)[row_P, block_P]
+        return found
 
     def token_logprobs(self, ids_N: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
         """Return the natural log-probability of one token of each position."""
@@ -143,6 +148,12 @@ def block_logits(
     )
 
 
+def _in_blocks(logits_NW: torch.Tensor) -> torch.Tensor:
+    """Return a view [N, B, K] of logits in whole blocks."""
+    n, width = logits_NW.shape
+    return logits_NW.view(n, width // BLOCK_TOKENS, BLOCK_TOKENS)
+
+
 def _sum_blocks(
     logits_NW: torch.Tensor,
     begin: int,
@@ -155,7 +166,7 @@ def _sum_blocks(
     import torch
 
     blocks = slice(begin // BLOCK_TOKENS, end // BLOCK_TOKENS)
-    part_NBK = logits_NW[:, begin:end].unflatten(1, (-1, BLOCK_TOKENS))
+    part_NBK = _in_blocks(logits_NW[:, begin:end])
     torch.amax(part_NBK, dim=-1, out=max_NB[:, blocks])
     shift_NB1 = max_NB[:, blocks, None].clamp(min=-1e30)  # a block of -inf alone has the sum 0
     minus = torch.sub(part_NBK, shift_NB1, out=scratch[:, : blocks.stop - blocks.start])

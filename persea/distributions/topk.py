@@ -24,6 +24,7 @@ GRID_SUM_TOLERANCE = MASS_TOLERANCE / 2  # of values on the codec's grid
 # Grid multiples between stored values: a position takes the coarsest that costs it no entry.
 GRID_MULTIPLES = (1, 4, 8, 16, 32, 64, 128)
 INITIAL_CANDIDATES = 32  # a position that needs more candidates gets four times as many
+MAX_CANDIDATES_AT_ONCE = 1 << 18  # 2 MiB of float64, and about a dozen arrays of them
 NEGLIGIBLE_MASS = 1e-9  # the rounding error of a float32 softmax
 MIN_FREQUENCY = 1e-300  # avoids a division by 0
 
@@ -91,22 +92,27 @@ def topk_blocks_within_kl(
     pending, num_candidates = np.arange(len(blocks)), INITIAL_CANDIDATES
     found = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64))]
     while len(pending):
-        id_RK, p_RK, sizes_R = _likely_tokens(blocks, pending, num_candidates)
-        is_candidate_RK = np.arange(id_RK.shape[1]) < sizes_R[:, None]
-        count_R, bins_RK = min_entries_within_kl(
-            p_RK,
-            np.where(is_candidate_RK, frequency_W[id_RK], 0),
-            id_RK == targets_N[pending][:, None],
-            mass_N[pending],
-            kl_to_frequency_N[pending],
-            max_kl,
-        )
-        done_R = (count_R > 0) & (count_R <= sizes_R)
-        if num_candidates >= blocks.vocab_size and not done_R.all():
-            raise AssertionError(f"a position with all its tokens stored has KL > {max_kl}")
-        r, k = np.nonzero((np.arange(id_RK.shape[1]) < count_R[:, None]) & done_R[:, None])
-        found.append((pending[r], id_RK[r, k], bins_RK[r, k]))
-        pending, num_candidates = pending[~done_R], num_candidates * 4
+        left = []
+        at_once = max(1, MAX_CANDIDATES_AT_ONCE // num_candidates)
+        for begin in range(0, len(pending), at_once):
+            rows = pending[begin : begin + at_once]
+            id_RK, p_RK, sizes_R = _likely_tokens(blocks, rows, num_candidates)
+            is_candidate_RK = np.arange(id_RK.shape[1]) < sizes_R[:, None]
+            count_R, bins_RK = min_entries_within_kl(
+                p_RK,
+                np.where(is_candidate_RK, frequency_W[id_RK], 0),
+                id_RK == targets_N[rows][:, None],
+                mass_N[rows],
+                kl_to_frequency_N[rows],
+                max_kl,
+            )
+            done_R = (count_R > 0) & (count_R <= sizes_R)
+            if num_candidates >= blocks.vocab_size and not done_R.all():
+                raise AssertionError(f"a position with all its tokens stored has KL > {max_kl}")
+            r, k = np.nonzero((np.arange(id_RK.shape[1]) < count_R[:, None]) & done_R[:, None])
+            found.append((rows[r], id_RK[r, k], bins_RK[r, k]))
+            left.append(rows[~done_R])
+        pending, num_candidates = np.concatenate(left), num_candidates * 4
     row, ids, bins = (np.concatenate(column) for column in zip(*found, strict=True))
     order = np.lexsort((ids, row))
     row, ids, bins = row[order], ids[order], bins[order]
@@ -125,11 +131,11 @@ def topk_blocks_within_kl(
 def _likely_tokens(
     blocks: BlockedLogits, rows: npt.NDArray[np.int64], num_candidates: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """Return the tokens of some positions from a probability on, the most likely first.
+    """Return the tokens of some positions from a logit on, the most likely first.
 
-    The probability is that of the block which is the `num_candidates`-th most likely by its best
-    token, so that at least as many tokens reach it, and their blocks are the only ones that are
-    read. All equals are included, so that the number of candidates decides nothing.
+    The logit is that of the `num_candidates`-th most likely token, or of the best token of the
+    `num_candidates`-th block, which at least as many tokens reach. All equals are included, so that
+    the number of candidates decides nothing.
 
     Returns:
         Ids and probabilities, [R, K] with zeros after the last, and the number of each position.
@@ -137,18 +143,18 @@ def _likely_tokens(
     import torch
 
     row_R = torch.from_numpy(rows).to(blocks.logits_NW.device)
-    max_RB = blocks.max_prob_NB[row_R]
-    num_blocks = max_RB.shape[1]
-    if num_candidates >= num_blocks:  # more than the best token of each block
-        least_R1 = torch.zeros(len(rows), 1, dtype=torch.float64, device=max_RB.device)
-        if num_candidates < blocks.vocab_size:
-            all_p = (blocks.logits_NW[row_R].double() - blocks.log_total_N[row_R][:, None]).exp()
-            least_R1 = all_p.topk(num_candidates, dim=1).values[:, -1:]
-    else:
-        least_R1 = max_RB.topk(num_candidates, dim=1).values[:, -1:]
+    max_RB = blocks.max_NB[row_R]
+    most_R1 = max_RB
+    if max_RB.shape[1] < num_candidates < blocks.vocab_size:
+        most_R1 = blocks.logits_NW[row_R]
+    kept = min(num_candidates, most_R1.shape[1])
+    least_R1 = most_R1.topk(kept, dim=1, sorted=False).values.amin(1, keepdim=True)
+    if num_candidates >= blocks.vocab_size:
+        least_R1 = torch.full_like(least_R1, -torch.inf)
     r_P, block_P = (max_RB >= least_R1).nonzero(as_tuple=True)
-    p_PK = blocks.block_logprobs(row_R[r_P], block_P).exp()
-    p, k = ((p_PK >= least_R1[r_P]) & (p_PK > 0)).nonzero(as_tuple=True)
+    logit_PK = blocks.block_values(row_R[r_P], block_P)
+    p_PK = (logit_PK.double() - blocks.log_total_N[row_R[r_P]][:, None]).exp()
+    p, k = ((logit_PK >= least_R1[r_P]) & (p_PK > 0)).nonzero(as_tuple=True)
     row, probs = r_P[p].cpu().numpy(), p_PK[p, k].cpu().numpy()
     ids = (block_P[p] * BLOCK_TOKENS + k).cpu().numpy()
     order = np.lexsort((ids, -probs, row))

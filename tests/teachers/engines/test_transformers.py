@@ -382,7 +382,9 @@ def test_the_models_own_generation_config_comes_back_also_after_an_exception(
 
     monkeypatch.setattr(model, "generate", fail)
     with pytest.raises(KeyboardInterrupt):
-        engine("qwen-sapling").generate(asked(renderer)[:1], renderer.stop_ids, 2)
+        engine("qwen-sapling").generate_rollouts(
+            asked(renderer)[:1], renderer.stop_ids, 2, temperature=1.0, seed=0
+        )
     assert model.generation_config is own
 
 
