@@ -232,7 +232,9 @@ class TokenServerEngine(ServerEngine):
     ) -> Request[SparseDistributions]:
         def parse(response: Any) -> SparseDistributions:
             return to_sparse_distributions(
-                self.wire_format.parse_logprobs_response(response, ids_T.tolist()),
+                self.wire_format.parse_logprobs_response(
+                    response, ids_T.tolist(), loss_mask_T.tolist()
+                ),
                 ids_T,
                 loss_mask_T,
                 self.num_top_logprobs,

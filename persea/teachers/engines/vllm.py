@@ -32,7 +32,7 @@ from persea.teachers.engines.response_validation import (
     MalformedResponseError,
     to_sparse_distributions,
 )
-from persea.teachers.engines.wire_formats import parse_vllm_prompt_logprobs
+from persea.teachers.engines.wire_formats import is_supervised, parse_vllm_prompt_logprobs
 
 if TYPE_CHECKING:
     import torch
@@ -97,15 +97,18 @@ class VllmEngine(Engine):
             if isinstance(output, EngineFailure):
                 yield output
                 continue
+            loss_mask = loss_mask_T.tolist()
             positions = [
-                None
-                if position is None
-                else {str(i): {"logprob": entry.logprob} for i, entry in position.items()}
-                for position in output.prompt_logprobs
+                {str(i): {"logprob": entry.logprob} for i, entry in position.items()}
+                if position is not None and is_supervised(loss_mask, t)
+                else None
+                for t, position in enumerate(output.prompt_logprobs)
             ]
             try:
                 yield to_sparse_distributions(
-                    parse_vllm_prompt_logprobs(list(output.prompt_token_ids), positions),
+                    parse_vllm_prompt_logprobs(
+                        list(output.prompt_token_ids), positions, loss_mask
+                    ),
                     ids_T,
                     loss_mask_T,
                     self.num_top_logprobs,

@@ -794,6 +794,7 @@ def test_sglang_streams_all_ids_or_the_new_ones() -> None:
             }
         },
         [7, 8],
+        [False, True],
     )
     rows = to_sparse_distributions(
         positions, np.array([7, 8], np.int32), np.array([False, True]), 2, 10
@@ -829,9 +830,11 @@ def test_an_openai_server_that_names_tokens_by_text_is_refused() -> None:
         ]
     }
     with pytest.raises(MalformedResponseError, match="text loses half characters"):
-        COMPLETIONS_FORMAT.parse_logprobs_response(said, [1, 2])
+        COMPLETIONS_FORMAT.parse_logprobs_response(said, [1, 2], [False, True])
     with pytest.raises(MalformedResponseError, match="dropped the log-probabilities"):
-        COMPLETIONS_FORMAT.parse_logprobs_response({"choices": [{"text": "x"}]}, [1, 2])
+        COMPLETIONS_FORMAT.parse_logprobs_response(
+            {"choices": [{"text": "x"}]}, [1, 2], [False, True]
+        )
 
 
 def test_a_chat_answer_is_put_together_and_half_characters_are_refused() -> None:
