@@ -90,7 +90,7 @@ class Questions:
         items = [i for task in GENERATED_TASKS for i in task.items(Split.TEST, 2, 0)]
         every = [i.prompt.conversation for i in items]
         self.conversations = [c for c in every if not c.tools]
-        here = TransformersEngine(
+        self.here = here = TransformersEngine(
             load_model(source, self.renderer, "model"), len(self.renderer.vocabulary)
         )
         self.prompts = [self.renderer.render_prompt(c).ids_T for c in self.conversations]
@@ -374,7 +374,7 @@ def prompt_key(body: dict[str, Any]) -> str:
 def local_run(folder: Path, model: Path) -> dict[str, Any]:
     """Return the same run's numbers by the engine in this process."""
     path = folder / "local"
-    process = start_run(path, model, "batch_size: 64")
+    process = start_run(path, model, "engine: local")
     if process.wait():
         raise RuntimeError(f"the local run failed: see {path / 'log'}")
     return read_scores(path)

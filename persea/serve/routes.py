@@ -381,7 +381,12 @@ class Routes:
             logprobs = await self.served_model.compute_logprobs(prompt)
             if params.prompt_logprobs is not None:
                 response["prompt_logprobs"] = await asyncio.to_thread(
-                    build_prompt_logprobs, self.renderer, prompt, logprobs, params.prompt_logprobs
+                    build_prompt_logprobs,
+                    self.renderer,
+                    prompt,
+                    logprobs,
+                    params.prompt_logprobs,
+                    params.detokenize,
                 )
             if params.prompt_logprob_token_ids is not None:
                 response["prompt_token_id_logprobs"] = encode_candidate_logprobs(

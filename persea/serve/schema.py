@@ -130,7 +130,7 @@ class TokenParams(SamplingFields):
     max_tokens: int | None = Field(default=None, ge=0)
     stop_token_ids: TokenIds | None = None
     ignore_eos: bool = False
-    detokenize: bool = False
+    detokenize: bool = True
     prompt_logprobs: int | None = Field(default=None, ge=0)
     prompt_logprob_token_ids: list[list[Annotated[int, Field(ge=-1, lt=1 << 31)]]] | None = Field(
         default=None, max_length=1 << 20

@@ -90,6 +90,21 @@ def test_prompts_come_as_lists_of_token_ids_and_every_token_is_scored() -> None:
     }
 
 
+def test_tokens_are_named_by_text_only_where_the_client_wants_text() -> None:
+    """vLLM 0.32 does so: `detokenize: false` leaves `decoded_token` null."""
+    ids = opened(NAME)[0].vocabulary.encode("To Vietnamese")
+    found = [
+        post(
+            "/inference/v1/generate",
+            token_ids=ids,
+            sampling_params={"max_tokens": 1, "prompt_logprobs": 2} | settings,
+        )["prompt_logprobs"][1]
+        for settings in ({}, {"detokenize": False})
+    ]
+    assert all(isinstance(entry["decoded_token"], str) for entry in found[0].values())
+    assert found[1] == {i: e | {"decoded_token": None} for i, e in found[0].items()}
+
+
 def test_an_answer_ends_before_a_stop_text_streamed_or_not() -> None:
     whole = post("/v1/completions", prompt="To Vietnamese: seventy-eight", max_tokens=24)
     text = whole["choices"][0]["text"]

@@ -7,6 +7,7 @@ vLLM 0.32 on a CPU; not run on a GPU yet.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -133,31 +134,33 @@ class VllmEngine(Engine):
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Compute whole distributions, one sequence at a time. See Engine.
 
-        vLLM lists all tokens of all positions as Python numbers, about 100 bytes each.
+        Each position takes 12 bytes a token of the vocabulary until the sequence is done.
         """
         import torch
 
         for index, (ids_T, loss_mask_T) in enumerate(zip(sequences, loss_masks, strict=True)):
-            (output,) = self._run_llm(
-                [ids_T],
-                max_tokens=1,
-                temperature=0.0,
-                prompt_logprobs=WHOLE_VOCABULARY,
-                flat_logprobs=True,
-            )
+            with _prompt_logprob_tensors() as tensors:
+                (output,) = self._run_llm(
+                    [ids_T],
+                    max_tokens=1,
+                    temperature=0.0,
+                    prompt_logprobs=WHOLE_VOCABULARY,
+                    flat_logprobs=True,
+                )
             if isinstance(output, EngineFailure):
                 raise TeacherError(
                     output.reason,
                     where=f"sequence {index}",
                     remedy="raise `max_model_len` in engine_options, or shorten the text",
                 )
-            flat = output.prompt_logprobs
             rows = np.flatnonzero(loss_mask_T)
             logprobs_NW = np.full((len(rows), self.vocab_size), -np.inf, np.float32)
             for row_W, t in zip(logprobs_NW, rows.tolist(), strict=True):
-                listed = slice(flat.start_indices[t], flat.end_indices[t])
-                ids = np.array(flat.token_ids[listed])
-                values = np.array(flat.logprobs[listed], np.float32)
+                ids, values = (
+                    _listed_tensors(tensors, t)
+                    if tensors
+                    else _listed_numbers(output.prompt_logprobs, t)
+                )
                 is_token = ids < self.vocab_size  # the others are padding of the embedding matrix
                 row_W[ids[is_token]] = values[is_token]
             rows_NW = torch.log_softmax(torch.from_numpy(logprobs_NW), dim=-1)
@@ -186,6 +189,47 @@ class VllmEngine(Engine):
             if len(prompts) == 1:
                 return [EngineFailure(f"vLLM refuses the prompt: {error}")]
         return [result for prompt in prompts for result in self._run_llm([prompt], **params)]
+
+
+@contextmanager
+def _prompt_logprob_tensors() -> Iterator[list[Any]]:
+    """Keep log-probabilities of prompts as the tensors that come from vLLM's workers.
+
+    vLLM makes Python numbers of them, about 100 bytes each, and has no option against it. The list
+    stays empty in a version that keeps them elsewhere.
+    """
+    tensors: list[Any] = []
+    name = "_update_prompt_logprobs"
+    processor = getattr(import_module("vllm.v1.engine.logprobs"), "LogprobsProcessor", None)
+    usual = getattr(processor, name, None)
+    if usual is None:
+        yield tensors
+        return
+    setattr(processor, name, lambda self, new: tensors.append(new))
+    try:
+        yield tensors
+    finally:
+        setattr(processor, name, usual)
+
+
+def _listed_tensors(
+    tensors: Sequence[Any], t: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Return ids and log-probabilities of the prediction of token t, from rows [T - 1, W + 1]."""
+    row = t - 1
+    for part in tensors:
+        if row < len(part.logprobs):
+            return part.logprob_token_ids[row].numpy(), part.logprobs[row].numpy()
+        row -= len(part.logprobs)
+    raise TeacherError(
+        "vLLM returned no distribution of a token", where=f"token {t}", remedy="use `engine: local`"
+    )
+
+
+def _listed_numbers(flat: Any, t: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Return the same from vLLM's lists of all positions."""
+    listed = slice(flat.start_indices[t], flat.end_indices[t])
+    return np.array(flat.token_ids[listed], np.int64), np.array(flat.logprobs[listed], np.float32)
 
 
 def load_vllm_engine(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ssl
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from persea.errors import TeacherError
+from persea.teachers.engines.http_client import HttpClient
 from tests.servers import Answer, Script, events, playing
 from tests.teachers.engines.test_token_server import QUICK, QWEN, Truth, endpoint, no_sleep
 
@@ -40,6 +42,16 @@ def test_an_option_that_vllm_lacks_is_named(message: str, remedy: str) -> None:
     told = refused(Script(says))
     assert message[:40] in told and remedy in told
     assert told.count("->") == 1
+
+
+def test_certificates_are_read_once_and_only_where_they_are_checked() -> None:
+    https, http = (HttpClient(f"{scheme}://x", "far") for scheme in ("HTTPS", "http"))
+    assert https._ssl_context.verify_mode == ssl.CERT_REQUIRED and https._ssl_context.check_hostname
+    assert https._ssl_context is https._ssl_context
+    assert https._ssl_context.cert_store_stats()["x509_ca"] > 0
+    assert http._ssl_context.cert_store_stats()["x509_ca"] == 0
+    bare = HttpClient("x:8000", "far")  # no scheme: checked, whatever becomes of it
+    assert bare._ssl_context.verify_mode == ssl.CERT_REQUIRED
 
 
 def test_processed_log_probabilities_name_the_mode() -> None:
