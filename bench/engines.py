@@ -63,7 +63,6 @@ from persea.teachers.engines.transformers import TransformersEngine  # noqa: E40
 RESULTS = ROOT / "bench" / "results" / "engines.json"
 STUDENT = ROOT / "saplings" / "llama-sapling"
 OTHER_TOKENIZER = ROOT / "saplings" / "gemma-sapling"
-NUM_KILLS = 3  # of the first protocol of a server; 1 of the others
 NUM_PROMPTS, UNIT = 100, 20
 RESTART_DELAY_S = 10
 MAX_NEW_TOKENS = 24
@@ -239,7 +238,7 @@ teachers:
     {endpoint}
 corpus:
   - {{skill: languages, generate: {prompts}}}
-audition: {{items: 8{pinned}}}
+audition: {{items: 8}}
 capture: {{max_new_tokens: {tokens}, prompts_per_unit: {unit}}}
 training: {{steps: 2}}
 evaluation: {{items: 8, max_new_tokens: {tokens}}}
@@ -263,8 +262,6 @@ def start_run(folder: Path, model: Path, endpoint: str) -> subprocess.Popen[byte
             prompts=NUM_PROMPTS,
             tokens=MAX_NEW_TOKENS,
             unit=UNIT,
-            # SmolLM2 knows none of the skill's languages: an audition would refuse it
-            pinned=", pinned: {languages: far}" if "SmolLM2" in model.name else "",
         )
     )
     command = [sys.executable, "-m", "persea.cli", "run", str(recipe), "--out", str(folder / "run")]
@@ -389,7 +386,7 @@ def measure_server(server: RealServer, envs: Path, results: dict[str, Any]) -> N
     model = server.make_model(folder)
     locals_: dict[str, Any] = results.setdefault("local engine", {})
     key = model.stem
-    if key not in locals_:
+    if server.kills and key not in locals_:
         locals_[key] = local_run(folder, model)
     questions = Questions(model)
     run = ServerRun(server, env, folder, model)
@@ -407,8 +404,9 @@ def measure_server(server: RealServer, envs: Path, results: dict[str, Any]) -> N
                     entry["handshake"] = f"refused: {told}"
                 else:
                     entry |= measure(run, protocol, questions)
-                    kills = NUM_KILLS if number == 0 else 1
-                    entry["run"] = run_with_kills(run, protocol, model, kills)
+                    if server.kills:
+                        kills = server.kills[number]
+                        entry["run"] = run_with_kills(run, protocol, model, kills)
             except (PerseaError, RuntimeError, subprocess.CalledProcessError) as error:
                 entry["failure"] = str(error)[:300]
             entry["start_seconds"] = run.start_seconds[:]

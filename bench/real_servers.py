@@ -46,6 +46,8 @@ class RealServer:
         prepare: Called with the environment after it is made.
         variables: Further environment variables.
         make_model: (working folder) -> the model that the server runs and the teacher names.
+        kills: How often each protocol's run has its server killed; () for no run. A start of vLLM
+            takes minutes.
         must_refuse: Text of the handshake's refusal, where persea must refuse the server.
     """
 
@@ -57,6 +59,7 @@ class RealServer:
     prepare: Callable[[Path], None] = lambda env: None
     variables: tuple[tuple[str, str], ...] = ()
     make_model: Callable[[Path], Path] = lambda folder: SAPLING
+    kills: tuple[int, ...] = (3, 1, 1)
     must_refuse: str = ""
 
 
@@ -131,7 +134,7 @@ def named_gguf(folder: Path) -> Path:
 
 def sampling_sapling(folder: Path) -> Path:
     """Return the sapling with `do_sample`: `transformers serve` samples only where it is set."""
-    model = folder / "qwen"
+    model = folder / SAPLING.name
     shutil.copytree(SAPLING, model, dirs_exist_ok=True)
     settings = json.loads((model / "generation_config.json").read_text())
     (model / "generation_config.json").write_text(json.dumps(settings | {"do_sample": True}))
@@ -197,6 +200,7 @@ SERVERS = (
         "qwen",
         repair_vllm,
         (("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_CPU_OMP_THREADS_BIND", "nobind")),
+        kills=(3, 0, 0),
     ),
     RealServer(
         "llama.cpp b11549",
@@ -211,6 +215,7 @@ SERVERS = (
         llamacpp_command,
         ("llamacpp",),
         make_model=named_gguf,
+        kills=(),
     ),
     RealServer(
         "transformers serve 5.24",

@@ -411,7 +411,7 @@ class Routes:
                 remedy="request fewer",
             )
 
-    def _stop_ids(self, ignore_eos: bool, extra: Sequence[int] | None) -> tuple[int, ...]:
+    def _stop_ids(self, ignore_eos: bool | None, extra: Sequence[int] | None) -> tuple[int, ...]:
         return (*(() if ignore_eos else self.renderer.stop_ids), *(extra or ()))
 
     def _response_fields(self, kind: str, prefix: str) -> dict[str, Any]:
