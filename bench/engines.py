@@ -63,7 +63,8 @@ from persea.teachers.engines.transformers import TransformersEngine  # noqa: E40
 RESULTS = ROOT / "bench" / "results" / "engines.json"
 STUDENT = ROOT / "saplings" / "llama-sapling"
 OTHER_TOKENIZER = ROOT / "saplings" / "gemma-sapling"
-NUM_PROMPTS, UNIT = 100, 20
+NUM_PROMPTS, UNIT = 100, 20  # of a run whose server is killed
+NUM_PROMPTS_UNDISTURBED = 40
 RESTART_DELAY_S = 10
 MAX_NEW_TOKENS = 24
 TOO_LONG_TOKENS = 3000  # every server here has fewer positions
@@ -249,7 +250,9 @@ ENDPOINT = (
 )
 
 
-def start_run(folder: Path, model: Path, endpoint: str) -> subprocess.Popen[bytes]:
+def start_run(
+    folder: Path, model: Path, endpoint: str, num_prompts: int
+) -> subprocess.Popen[bytes]:
     """Start `persea run` in a folder of its own."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -259,7 +262,7 @@ def start_run(folder: Path, model: Path, endpoint: str) -> subprocess.Popen[byte
             student=STUDENT,
             model=model,
             endpoint=endpoint,
-            prompts=NUM_PROMPTS,
+            prompts=num_prompts,
             tokens=MAX_NEW_TOKENS,
             unit=UNIT,
         )
@@ -275,7 +278,8 @@ def run_with_kills(run: ServerRun, protocol: str, model: Path, num_kills: int) -
     folder = run.folder / protocol
     endpoint = ENDPOINT.format(url=run.url, protocol=protocol, served=run.server.served)
     begin, asked_before, kills = time.monotonic(), len(run.proxy.asked), 0
-    process = start_run(folder, model, endpoint)
+    num_prompts = NUM_PROMPTS if num_kills else NUM_PROMPTS_UNDISTURBED
+    process = start_run(folder, model, endpoint, num_prompts)
     while process.poll() is None:
         if kills < num_kills and num_committed(folder) > kills:
             time.sleep(1)  # into the next unit
@@ -309,10 +313,10 @@ def read_scores(folder: Path) -> dict[str, Any]:
     evaluation = json.loads((stages / "evaluate" / "evaluation.json").read_text())
     left_out = sum(summary["left_out"].values())
     return {
-        "prompts": NUM_PROMPTS,
+        "prompts": summary["prompts"],
         "kept": summary["kept"],
         "left_out": summary["left_out"],
-        "lost": NUM_PROMPTS - summary["kept"] - left_out,
+        "lost": summary["prompts"] - summary["kept"] - left_out,
         "audition": teacher_score(cast["scores"]),
         "evaluate": teacher_score(evaluation["scores"]),
     }
@@ -371,7 +375,7 @@ def prompt_key(body: dict[str, Any]) -> str:
 def local_run(folder: Path, model: Path) -> dict[str, Any]:
     """Return the same run's numbers by the engine in this process."""
     path = folder / "local"
-    process = start_run(path, model, "engine: local")
+    process = start_run(path, model, "engine: local", NUM_PROMPTS)
     if process.wait():
         raise RuntimeError(f"the local run failed: see {path / 'log'}")
     return read_scores(path)
@@ -417,11 +421,28 @@ def measure_server(server: RealServer, envs: Path, results: dict[str, Any]) -> N
         run.kill()
 
 
+def table(results: dict[str, Any]) -> str:
+    """Return the table of docs/engines.md."""
+    lines = []
+    for name, entry in sorted(results["servers"].items()):
+        run, faults = entry.get("run", {}), entry.get("faults")
+        cells = [
+            name,
+            entry.get("greedy_equal", "-"),
+            str(entry.get("max_drift_nats", "-")),
+            f"{sum(faults['caused'].values())}; {faults['equal']}" if faults else "-",
+            f"{run['kills']}; {run['lost']}; {run['asked_again_after_commit']}" if run else "-",
+            f"{run['audition'][:4]}, {run['evaluate'][:4]}" if run else "-",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main(arguments: list[str]) -> None:
     """Measure the servers that are named, or all, and write the results."""
     envs = Path(arguments[0]).resolve()
     chosen = [s for s in SERVERS if not arguments[1:] or any(a in s.name for a in arguments[1:])]
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results.setdefault("servers", {})
     results["machine"] = {
         "processor": platform.processor() or platform.machine(),
@@ -432,6 +453,7 @@ def main(arguments: list[str]) -> None:
             print(f"{server.name}: left out; PERSEA_GGUF names no GGUF file")
             continue
         measure_server(server, envs, results)
+    print(table(results))
 
 
 if __name__ == "__main__":

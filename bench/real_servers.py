@@ -59,7 +59,7 @@ class RealServer:
     prepare: Callable[[Path], None] = lambda env: None
     variables: tuple[tuple[str, str], ...] = ()
     make_model: Callable[[Path], Path] = lambda folder: SAPLING
-    kills: tuple[int, ...] = (3, 1, 1)
+    kills: tuple[int, ...] = (3, 0, 0)
     must_refuse: str = ""
 
 
@@ -200,7 +200,7 @@ SERVERS = (
         "qwen",
         repair_vllm,
         (("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_CPU_OMP_THREADS_BIND", "nobind")),
-        kills=(3, 0, 0),
+        kills=(1, 0, 0),
     ),
     RealServer(
         "llama.cpp b11549",
