@@ -160,15 +160,7 @@ def _parse_message(pieces: DecodedPieces) -> ContentPart | None:
 def _random_config(common: dict[str, Any], sizes: Mapping[str, int]) -> PretrainedConfig:
     from transformers import GptOssConfig
 
-    rope = {  # YaRN, as in the published models: vLLM knows no other kind here. Factor 1 is RoPE.
-        "rope_type": "yarn",
-        "rope_theta": 10_000.0,
-        "factor": 1.0,
-        "original_max_position_embeddings": common["max_position_embeddings"],
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "truncate": False,
-    }
+    rope = {"rope_type": "default", "rope_theta": 10_000.0}
     return GptOssConfig(
         intermediate_size=common["hidden_size"],
         num_local_experts=sizes.get("experts", 4),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -31,8 +31,10 @@ from persea.teachers.engines import (
 )
 from persea.teachers.engines.response_validation import (
     MalformedResponseError,
+    refuse_equal_probabilities,
     to_sparse_distributions,
 )
+from persea.teachers.engines.token_server import HANDSHAKE_TEXT
 from persea.teachers.engines.wire_formats import is_supervised, parse_vllm_prompt_logprobs
 
 if TYPE_CHECKING:
@@ -107,9 +109,7 @@ class VllmEngine(Engine):
             ]
             try:
                 yield to_sparse_distributions(
-                    parse_vllm_prompt_logprobs(
-                        list(output.prompt_token_ids), positions, loss_mask
-                    ),
+                    parse_vllm_prompt_logprobs(list(output.prompt_token_ids), positions, loss_mask),
                     ids_T,
                     loss_mask_T,
                     self.num_top_logprobs,
@@ -295,13 +295,23 @@ def load_vllm_engine(
 
 
 def open_engine(name: str, options: EngineOptions) -> VllmEngine:
-    """Load a model into vLLM. See EngineSpec."""
+    """Load a model into vLLM, and check that its weights were loaded. See EngineSpec."""
     assert options.source is not None
-    return load_vllm_engine(
+    vocabulary = options.renderer.vocabulary
+    engine = load_vllm_engine(
         loadable_name(options.source.model, name),
         options.source.revision,
-        len(options.renderer.vocabulary),
+        len(vocabulary),
         options.sampling,
         options.num_top_logprobs,
         options.engine_options,
     )
+    ids_T = np.array(vocabulary.encode_alone(HANDSHAKE_TEXT), np.int32)
+    listing = replace(engine, num_top_logprobs=1)
+    (scored,) = listing.compute_sparse_distributions([ids_T], [np.arange(len(ids_T)) > 0])
+    if isinstance(scored, EngineFailure):
+        raise TeacherError(
+            scored.reason, where=options.teacher_name, remedy="look at vLLM's own messages"
+        )
+    refuse_equal_probabilities(scored, len(vocabulary), options.teacher_name)
+    return engine
