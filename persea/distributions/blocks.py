@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 BLOCK_TOKENS = 256
+LIKELY_BLOCK = 1e-3  # float32 sums of blocks below this are off by less than 1e-10
 # Tokens of a strip on a CPU: 2 MiB for 256 positions, which the cache of one core holds. Whole
 # blocks. Other devices take the vocabulary at once.
 STRIP_TOKENS = 2048
@@ -67,6 +68,16 @@ class BlockedLogits:
     def max_prob_NB(self) -> torch.Tensor:
         """Largest probability of each block, float64."""
         return (self.max_NB.double() - self.log_total_N[:, None]).exp()
+
+    def exact_mass(self) -> torch.Tensor:
+        """Return the sum of each position's probabilities, float64, to within 1e-9.
+
+        The sum of a block is float32, in which a token of 1e-8 beside a certain one is lost.
+        """
+        prob_NB = self.prob_NB
+        row_P, block_P = (prob_NB >= LIKELY_BLOCK).nonzero(as_tuple=True)
+        prob_NB[row_P, block_P] = self.block_logprobs(row_P, block_P).exp().sum(1)
+        return prob_NB.sum(1)
 
     def block_logprobs(self, row_P: torch.Tensor, block_P: torch.Tensor) -> torch.Tensor:
         """Return the log-probabilities of some blocks, float64 [P, K]."""

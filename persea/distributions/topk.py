@@ -87,7 +87,7 @@ def topk_blocks_within_kl(
 
     targets_N: npt.NDArray[np.int64] = np.asarray(target_ids_N, np.int64)
     log_frequency_W = torch.from_numpy(np.log(frequency_W).astype(np.float32))
-    mass_N = blocks.prob_NB.sum(1).cpu().numpy()
+    mass_N = blocks.exact_mass().cpu().numpy()
     kl_to_frequency_N = blocks.kl_to(log_frequency_W.to(blocks.logits_NW.device)).cpu().numpy()
     pending, num_candidates = np.arange(len(blocks)), INITIAL_CANDIDATES
     found = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64))]

@@ -134,6 +134,18 @@ def test_the_kl_to_a_frequency_is_that_of_float64(seed: int, width: int, heat: f
     torch.testing.assert_close(found, wanted, rtol=2e-6, atol=2e-6)
 
 
+def test_a_small_mass_beside_a_certain_token_is_not_lost() -> None:
+    made = torch.full((2, 600), -200.0)
+    made[:, 3], made[1, 4] = 0.0, -18.4  # 1.02e-8 in one block with a certain token
+    blocks = blocks_of_logits(made)
+    beside = (
+        blocks.exact_mass()
+        - blocks.block_logprobs(torch.arange(2), torch.zeros(2).long())[:, 3].exp()
+    )
+    assert abs(float(beside[0])) < 1e-12
+    assert float(beside[1]) == pytest.approx(np.exp(-18.4), rel=1e-4)
+
+
 def test_some_rows_are_those_rows() -> None:
     blocks = blocks_of_logits(logits(1, 5, 600, 3.0))
     some = blocks.rows(2, 4)
