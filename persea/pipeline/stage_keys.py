@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 STAGE_VERSIONS = {
     "check": 2,
     "audition": 2,
-    "capture": 2,
+    "capture": 1,
     "train": 3,
     "evaluate": 1,
     "lineage": 4,
