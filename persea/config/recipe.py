@@ -32,6 +32,7 @@ from persea.config.schema import (
     CorpusSection,
     DedupSection,
     EvaluationSection,
+    ExecutorSection,
     RecipeSection,
     ReleaseSection,
     StudentSection,
@@ -110,6 +111,9 @@ class Recipe(RecipeSection):
         default=ReleaseSection(), description="what becomes of the student, for its licences"
     )
     licence_decisions: LicenceDecisions = Field(default={})
+    executor: ExecutorSection = Field(
+        default=ExecutorSection(), description="where the teachers run; no part of the hash"
+    )
     _source_path: Path = PrivateAttr(default=Path())
     _as_written: dict[str, Any] = PrivateAttr(default_factory=dict)
     _notices: tuple[str, ...] = PrivateAttr(default=())
@@ -309,9 +313,11 @@ class Recipe(RecipeSection):
         """SHA-256 of `as_written`, which key order, comments and written defaults do not change.
 
         A written default of a key that follows the student's size does: the size may give another.
+        The section `executor` changes no result, and is left out.
         """
+        hashed = {key: value for key, value in self.as_written.items() if key != "executor"}
         return hashlib.sha256(
-            json.dumps(self.as_written, sort_keys=True, separators=(",", ":")).encode()
+            json.dumps(hashed, sort_keys=True, separators=(",", ":")).encode()
         ).hexdigest()
 
     def to_yaml(self) -> str:
@@ -378,7 +384,10 @@ def _dump_as_written(recipe: Recipe) -> dict[str, Any]:
         "training": training,
         "evaluation": unset_size_keys(recipe.evaluation),
     }
-    return recipe.model_dump(mode="json", exclude_none=True, exclude=unset)
+    written: dict[str, Any] = recipe.model_dump(mode="json", exclude_none=True, exclude=unset)
+    if recipe.executor == ExecutorSection():  # recipes without the section stay as they were
+        del written["executor"]
+    return written
 
 
 def recipe_json_schema() -> dict[str, Any]:
