@@ -17,6 +17,8 @@
 # make bench-extension  tokens a byte of real tokenizers with more tokens, by language (minutes; needs PERSEA_DATA; downloads SmolLM2 and Gemma 3 270M, 330 MB)
 # make templates    renders every chat template of PERSEA_DATA, TRL and transformers as transformers does, and says which are not
 #                   the recorded ones (5 minutes)
+# make graders      IFEval and BFCL beside lm-eval's and bfcl-eval's graders, gpt-oss beside OpenAI's renderer (bench/graders.py, harmony.py, which
+#                   run graders_reference.py and harmony_reference.py in virtual environments of their own; needs PERSEA_DATA; 5 minutes)
 # make bench-gpu    what only a GPU can show: kernels, head against the roofline, bfloat16, 8-bit AdamW, QLoRA; refuses without one
 # make export       GGUF files of the saplings in a real llama.cpp: prompt ids, template and greedy tokens equal transformers'
 # make engines      real servers as teachers: vLLM, llama.cpp (PERSEA_GGUF names its model), transformers serve, persea serve
@@ -34,7 +36,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint docs chaos results bench bench-bias bench-cache bench-rollouts bench-train bench-onpolicy bench-objectives bench-extension bench-real real templates bench-gpu engines export soak saplings clean
+.PHONY: quickstart test lint docs chaos results bench bench-bias bench-cache bench-rollouts bench-train bench-onpolicy bench-objectives bench-extension bench-real real templates graders bench-gpu engines export soak saplings clean
 .DELETE_ON_ERROR:
 
 .venv/persea: pyproject.toml
@@ -126,6 +128,10 @@ templates: .venv/persea
 	$(BIN)/pip install -q 'trl==1.16.*'
 	$(BIN)/python bench/known_templates.py
 	$(BIN)/python bench/templates.py
+
+graders: .venv/persea
+	$(BIN)/python bench/graders.py .venv-graders
+	$(BIN)/python bench/harmony.py .venv-harmony
 
 bench-gpu: .venv/persea
 	$(BIN)/python bench/gpu.py --out bench/results/gpu.json
