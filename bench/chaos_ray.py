@@ -1,4 +1,4 @@
-"""A capture on a real Ray cluster of two nodes whose parts are killed: the cache is the local one's.
+"""A capture on a real Ray cluster of two nodes whose parts are killed has a local one's bytes.
 
     python bench/chaos_ray.py [CASE ...] [--out bench/results/chaos_ray.json]
 
@@ -8,7 +8,7 @@ Needs `pip install 'persea[ray]'`. Cases, each with 12 units of two bundled teac
 - straggler: a worker is stopped (SIGSTOP); its unit is executed a second time.
 - driver: persea itself is killed, and run again.
 
-Every case asserts that its fault happened, that units and commit records have the bytes of a capture
+Every case asserts that its fault happened, that units and commit records are those of a capture
 in one process, that each unit was committed once, and that planned = committed + quarantined +
 pending in the ledger. About 4 minutes of CPU time.
 """
