@@ -185,9 +185,7 @@ def sample_part(
             Prompt(name, Conversation.from_document(text), part.skill, part.language)
             for name, text in documents
         )
-    found = read_prompts(
-        rows, part.skill, part.language, lambda line: None, columns=part.columns
-    )
+    found = read_prompts(rows, part.skill, part.language, lambda line: None, columns=part.columns)
     return tuple(found)
 
 

@@ -81,9 +81,7 @@ def render_first_prompt(context: RunContext) -> tuple[RenderedPrompt, ...]:
     return render_for(context.corpus.prompts[0], models)
 
 
-def render_for(
-    prompt: Prompt, renderers: Mapping[str, ChatRenderer]
-) -> tuple[RenderedPrompt, ...]:
+def render_for(prompt: Prompt, renderers: Mapping[str, ChatRenderer]) -> tuple[RenderedPrompt, ...]:
     """Render a prompt with its own answer, or with a placeholder, for each model.
 
     Args:

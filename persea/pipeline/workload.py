@@ -113,9 +113,7 @@ def skill_work(
                 scored_sizes.append(len(prompt.given_text.encode(errors="replace")))
     num_documents = len(sample) - len(asked_lengths)
     has_scored = is_given or num_documents > 0
-    scored = (
-        count if is_given else round(count * num_documents / len(sample)) if has_scored else 0
-    )
+    scored = count if is_given else round(count * num_documents / len(sample)) if has_scored else 0
     measured = calibration.answer_tokens(skill, tuple(shares)) if calibration else None
     answer = expected.answer_tokens or measured or float(limit)
     scored_tokens = expected.answer_tokens or _mean(scored_lengths)
