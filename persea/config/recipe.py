@@ -33,6 +33,7 @@ from persea.config.schema import (
     CorpusSection,
     DedupSection,
     EvaluationSection,
+    ExecutorSection,
     RecipeSection,
     ReleaseSection,
     StudentSection,
@@ -53,6 +54,7 @@ from persea.config.yaml_source import (
 )
 from persea.errors import RecipeError
 
+UNHASHED = ("executor", "plan")  # sections that change no result
 Contradictions: TypeAlias = list[tuple[bool, KeyPath, str, str]]
 
 
@@ -111,8 +113,11 @@ class Recipe(RecipeSection):
         default=ReleaseSection(), description="what becomes of the student, for its licences"
     )
     licence_decisions: LicenceDecisions = Field(default={})
+    executor: ExecutorSection = Field(
+        default=ExecutorSection(), description="where the teachers run; no part of the hash"
+    )
     plan: PlanSection | None = Field(
-        default=None, description="what `persea plan` assumes; changes nothing in a run"
+        default=None, description="what `persea plan` assumes; no part of the hash"
     )
     _source_path: Path = PrivateAttr(default=Path())
     _as_written: dict[str, Any] = PrivateAttr(default_factory=dict)
@@ -326,14 +331,11 @@ class Recipe(RecipeSection):
         """SHA-256 of `as_written`, which key order, comments and written defaults do not change.
 
         A written default of a key that follows the student's size does: the size may give another.
-        The section `plan` is no part of the hash.
+        The sections `executor` and `plan` change no result, and are left out.
         """
+        hashed = {key: value for key, value in self.as_written.items() if key not in UNHASHED}
         return hashlib.sha256(
-            json.dumps(
-                {key: value for key, value in self.as_written.items() if key != "plan"},
-                sort_keys=True,
-                separators=(",", ":"),
-            ).encode()
+            json.dumps(hashed, sort_keys=True, separators=(",", ":")).encode()
         ).hexdigest()
 
     def to_yaml(self) -> str:
@@ -400,7 +402,10 @@ def _dump_as_written(recipe: Recipe) -> dict[str, Any]:
         "training": training,
         "evaluation": unset_size_keys(recipe.evaluation),
     }
-    return recipe.model_dump(mode="json", exclude_none=True, exclude=unset)
+    written: dict[str, Any] = recipe.model_dump(mode="json", exclude_none=True, exclude=unset)
+    if recipe.executor == ExecutorSection():  # recipes without the section stay as they were
+        del written["executor"]
+    return written
 
 
 def recipe_json_schema() -> dict[str, Any]:
