@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from persea.config.recipe import Recipe
@@ -156,9 +156,9 @@ def fleet_lines(
         context = max(w.sequence_tokens for w in works if name in w.shares)
         speed = served_speed(facts, fleet, ref.quantize, context, f"teachers.{name}")
         stored = sum(captured_bytes(recipe, w) * w.shares.get(name, 0.0) for w in works)
-        lines.append(
-            _served_line("capture", name, written, read, facts, speed, fleet, stored, price)
-        )
+        line = _served_line("capture", name, written, read, facts, speed, fleet, stored, price)
+        upper = any(w.is_upper_bound for w in works if name in w.shares)
+        lines.append(replace(line, is_upper_bound=upper))
     lines.append(_training_line(recipe, works, student, fleet, trained_parameters, price))
     return lines
 
