@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def test_a_sample_is_spread_over_the_file(tmp_path: Path) -> None:
     assert numbers == sorted(set(numbers))
     assert numbers[0] == 0
     assert numbers[-1] > 4800
-    assert max(b - a for a, b in zip(numbers, numbers[1:], strict=False)) < 150
+    assert max(b - a for a, b in pairwise(numbers)) < 150
 
 
 def test_a_generator_is_counted_at_once_and_asked_for_a_few(tmp_path: Path) -> None:
