@@ -51,7 +51,7 @@ def test_a_sample_is_spread_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     write_prompts(path, 5000)
     path.write_text(path.read_text() + "not json\n")
-    recipe(tmp_path, corpus=[{"skill": "languages", "file": "p.jsonl"}])
+    recipe(tmp_path, corpus=[{"skill": "languages", "file": "p.jsonl"}], audition={"items": 8})
     loaded = load_recipe(tmp_path / "tiny.yaml")
     found = sample_part(loaded.corpus[0], loaded, 50)
     assert 45 <= len(found) <= 50
@@ -63,7 +63,7 @@ def test_a_sample_is_spread_over_the_file(tmp_path: Path) -> None:
 
 
 def test_a_generator_is_counted_at_once_and_asked_for_a_few(tmp_path: Path) -> None:
-    recipe(tmp_path, corpus=[{"skill": "code", "generate": 11000}])
+    recipe(tmp_path, corpus=[{"skill": "code", "generate": 11000}], audition={"items": 8})
     loaded = load_recipe(tmp_path / "tiny.yaml")
     assert len(sample_part(loaded.corpus[0], loaded, 20)) == 20
     assert census.count_parts(loaded)[0].rows == 11_000
