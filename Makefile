@@ -21,6 +21,7 @@
 # make export       GGUF files of the saplings in a real llama.cpp: prompt ids, template and greedy tokens equal transformers'
 # make engines      real servers as teachers: vLLM, llama.cpp (PERSEA_GGUF names its model), transformers serve, persea serve
 #                   (about 20 minutes after downloads of 2 GB)
+# make bench-plan   plans of a million prompts and of 236 billion tokens; then the quickstart against its own plan (about 30 minutes of CPU time)
 # make soak         a bad minute for `persea serve` (about 2 minutes)
 # make saplings     train the bundled models anew (about 40 minutes)
 # python bench/audition.py, mask_cost.py, coverage.py, masks.py, opening.py, open_tokenizers.py, disagreement.py, trait_worlds.py, sandbox.py have no target: their first lines describe result and time
@@ -34,7 +35,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint docs chaos results bench bench-bias bench-cache bench-rollouts bench-train bench-onpolicy bench-objectives bench-extension bench-real real templates bench-gpu engines export soak saplings clean
+.PHONY: quickstart test lint docs chaos results bench bench-bias bench-cache bench-rollouts bench-train bench-onpolicy bench-plan bench-objectives bench-extension bench-real real templates bench-gpu engines export soak saplings clean
 .DELETE_ON_ERROR:
 
 .venv/persea: pyproject.toml
@@ -101,6 +102,10 @@ bench-real: .venv/persea
 
 bench-cache: .venv/persea
 	$(BIN)/python bench/cache.py
+
+bench-plan: .venv/persea
+	$(BIN)/python -m bench.plan_size
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.plan recipes/quickstart.yaml --out runs/bench-plan
 
 bench-rollouts: .venv/persea
 	$(BIN)/python bench/rollouts.py
