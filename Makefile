@@ -21,7 +21,8 @@
 #                   run graders_reference.py and harmony_reference.py in virtual environments of their own; needs PERSEA_DATA; 5 minutes)
 # make bench-gpu    what only a GPU can show: kernels, head against the roofline, bfloat16, 8-bit AdamW, QLoRA; refuses without one
 # make export       GGUF files of the saplings in a real llama.cpp: prompt ids, template and greedy tokens equal transformers'
-# make bench-plan   plans of a million prompts and of 236 billion tokens; then the quickstart against its own plan (about 30 minutes of CPU time)
+# make bench-plan   plans of a million prompts and of 236 billion tokens (bench/plan_size.py); the quickstart against its own plan (bench/plan.py;
+#                   about 20 minutes)
 # make engines      real servers as teachers: vLLM, llama.cpp, transformers serve, litellm, persea serve; vLLM in one process; openai, litellm,
 #                   lm-eval (bench/lm_eval_client.py) and vllm bench serve as clients of persea serve (an hour or two after downloads of 3 GB)
 # make soak         a bad minute for `persea serve` (about 2 minutes)

@@ -207,9 +207,7 @@ class StageStore:
                 partial.unlink()
         return folder
 
-    def _write_record(
-        self, stage: str, folder: Path, key: str, start: tuple[float, float]
-    ) -> None:
+    def _write_record(self, stage: str, folder: Path, key: str, start: tuple[float, float]) -> None:
         outputs = {
             str(p.relative_to(folder)): storage.digest_file(p)
             for p in sorted(folder.rglob("*"))
