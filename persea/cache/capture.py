@@ -16,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 
 from persea.cache.accounting import UnitProgress
+from persea.cache.generated_distributions import generated_distributions, reducer_of_prompts
 from persea.cache.given_answers import answer_or_score, count_prompt_tokens
 from persea.cache.maintenance import committed_units
 from persea.cache.reader import SHUFFLE_WINDOW_BLOCKS, CacheReader, open_cache_reader
@@ -31,7 +32,7 @@ from persea.distributions import (
 )
 from persea.errors import DataError, RefusedError
 from persea.evaluation.audition import Cast
-from persea.teachers.engines import Engine, EngineFailure, Reducer
+from persea.teachers.engines import Engine, EngineFailure
 from persea.teachers.teacher import Answer, Teacher
 from persea.tokenization.tokens import RenderedTokens
 
@@ -242,7 +243,7 @@ def capture_unit(
         writer,
         max_new_tokens,
         use_given_answers,
-        partial(_reducer_of_prompts, sparsifier, teacher),
+        partial(reducer_of_prompts, sparsifier, teacher),
     )
     quarantine += [
         (a.prompt_id, a.failure_reason or CONTENT_FILTER_REASON)
@@ -382,36 +383,6 @@ def _write_answers(
     return {answer.prompt_id: len(tokens) for answer, tokens in complete}
 
 
-def _reducer_of_prompts(
-    sparsifier: DistributionSparsifier, teacher: Teacher, prompts: Sequence[Prompt]
-) -> Reducer | None:
-    """Return what samples the answers' distributions as they are generated; None if that is late.
-
-    The rest of a topk distribution is spread by the tokens of all answers, which are not there yet.
-    """
-    if sparsifier.max_kl is not None or not teacher.engine.capabilities.has_full_distributions:
-        return None
-    return sparsifier.for_answers(teacher.name, [p.id for p in prompts])
-
-
-def _generated_distributions(answer: Answer, tokens: RenderedTokens) -> SparseDistributions | None:
-    """Return the distributions that an answer was drawn from, if they are those of its tokens.
-
-    The rendered answer is what a student learns. It can differ from the generated tokens: a
-    template trims a text, and a tokenizer can write one text in several ways.
-    """
-    if answer.generated is None or answer.generated.distributions is None:
-        return None
-    assert answer.prompt_ids_T is not None
-    begin = len(answer.prompt_ids_T)
-    ids_T = np.concatenate([answer.prompt_ids_T, answer.generated.ids_T])
-    is_generated_T = (np.arange(len(tokens)) >= begin) & (np.arange(len(tokens)) < len(ids_T))
-    is_same = np.array_equal(tokens.ids_T[: len(ids_T)], ids_T) and np.array_equal(
-        tokens.loss_mask_T, is_generated_T
-    )
-    return answer.generated.distributions if is_same else None
-
-
 def _answer_distributions(
     unit: CaptureUnit,
     complete_answers: Sequence[tuple[Answer, RenderedTokens]],
@@ -428,7 +399,7 @@ def _answer_distributions(
     for one in ids:
         token_counts_W += np.bincount(one, minlength=len(token_counts_W))
     found: list[SparseDistributions | EngineFailure | None] = [
-        _generated_distributions(answer, tokens) for answer, tokens in complete_answers
+        generated_distributions(answer, tokens) for answer, tokens in complete_answers
     ]
     left = [k for k, one in enumerate(found) if one is None]
     reducer = sparsifier.for_answers(

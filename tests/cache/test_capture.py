@@ -555,7 +555,7 @@ def test_a_sampled_capture_needs_no_second_pass_and_is_what_scoring_makes(
     ask(planned, tmp_path / "drawn", noted)
     assert sum(scored) == 0  # the template renders what was generated
     scored.clear()
-    monkeypatch.setattr("persea.cache.capture._reducer_of_prompts", lambda *given: None)
+    monkeypatch.setattr("persea.cache.capture.reducer_of_prompts", lambda *given: None)
     ask(planned, tmp_path / "scored", noted)
     both = [list(read(planned, tmp_path / name)) for name in ("drawn", "scored")]
     assert sum(scored) == len(both[0]) > 6
