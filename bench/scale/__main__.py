@@ -7,7 +7,8 @@ of an earlier build (`git worktree add TREE COMMIT`). A row is a file of this fo
 list. Each arm of a row is a process of its own with one thread, which prepares once and then works
 when it is told to: the arms take turns, so that a loaded machine slows all alike. CPU seconds are
 medians over the rounds; a ratio is the median of the rounds' ratios with the smallest and the
-largest. Peak memory is that of a further fresh process that works once. Writes
+largest. Peak memory is that of the arm's process after all rounds, and what its work adds to the
+peak that loading left. Writes
 bench/results/scale.json after each row; rows that are not named keep their figures.
 """
 
@@ -73,7 +74,7 @@ def arms_of(row: Row, against: Path | None) -> dict[str, tuple[Arm, Path]]:
 
 
 def measure(row: Row, against: Path | None, models: Path, rounds: int) -> dict[str, Any]:
-    """Measure one row: CPU seconds in turns, then the peak of each arm alone."""
+    """Measure one row: the arms take turns."""
     arms = arms_of(row, against)
     found: dict[str, list[dict[str, Any]]] = {title: [] for title in arms}
     workers = {title: Worker(arm, tree, models) for title, (arm, tree) in arms.items()}
@@ -85,11 +86,6 @@ def measure(row: Row, against: Path | None, models: Path, rounds: int) -> dict[s
                 found[title].append(result)
     for worker in workers.values():
         worker.close()
-    peaks = {}
-    for title, (arm, tree) in arms.items():
-        worker = Worker(arm, tree, models)
-        peaks[title] = worker.work(0)
-        worker.close()
     first = row.arms[0].name
     return {
         "what": row.what,
@@ -98,8 +94,8 @@ def measure(row: Row, against: Path | None, models: Path, rounds: int) -> dict[s
             title: {
                 "cpu_s": round(statistics.median(r["cpu_s"] for r in some), 3),
                 "ratio_to_this": interval(some, found[first]),
-                "peak_mb": round(peaks[title]["peak_mb"]),
-                "work_adds_mb": round(peaks[title]["peak_mb"] - peaks[title]["before_mb"]),
+                "peak_mb": round(some[-1]["peak_mb"]),
+                "work_adds_mb": round(some[-1]["peak_mb"] - some[-1]["before_mb"]),
                 **some[-1]["figures"],
             }
             for title, some in found.items()
