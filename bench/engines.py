@@ -236,6 +236,7 @@ student: {{model: {student}}}
 teachers:
   - model: {model}
     name: far
+    licence: Apache-2.0
     {endpoint}
 corpus:
   - {{skill: languages, generate: {prompts}}}
