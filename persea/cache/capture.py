@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from persea.cache.accounting import UnitProgress
+from persea.cache.canaries import Canaries, write_pairs
 from persea.cache.given_answers import answer_or_score, count_prompt_tokens
 from persea.cache.maintenance import committed_units
 from persea.cache.reader import SHUFFLE_WINDOW_BLOCKS, CacheReader, open_cache_reader
@@ -33,9 +34,6 @@ from persea.evaluation.audition import Cast
 from persea.teachers.engines import EngineFailure
 from persea.teachers.teacher import Answer, Teacher
 from persea.tokenization.tokens import RenderedTokens
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -155,6 +153,7 @@ def capture_teacher(
     tau: float | None = None,
     max_kl: float | None = None,
     use_given_answers: bool = False,
+    canaries: Canaries | None = None,
     refuse_if_changed: Callable[[], None] = lambda: None,
     on_unit: Callable[[UnitProgress], None] = lambda step: None,
     on_part: Callable[[CaptureUnit, float], None] = lambda unit, share: None,
@@ -171,6 +170,7 @@ def capture_teacher(
         max_kl: Store the likeliest tokens up to this loss in nats, or None.
         use_given_answers: Score the answers that come with the prompts, and generate none.
             Documents are scored in any case.
+        canaries: Prompts that are answered twice, and which answer is learned; None = none.
         refuse_if_changed: Raises if the teacher is no longer the model of the units' names. Called
             before each commit.
         on_unit: Called after each unit.
@@ -188,7 +188,18 @@ def capture_teacher(
             on_part(unit, 0.0)
             writer = teacher.reporting(partial(_report_writing, on_part, unit))
             renderable, quarantine = _split_renderable(unit.prompts, teacher)
-            answers = answer_or_score(renderable, writer, max_new_tokens, use_given_answers)
+            drawn, pairs = (
+                canaries.answer(
+                    renderable, writer, max_new_tokens, partial(_is_learnable, teacher=teacher)
+                )
+                if canaries
+                else ({}, [])
+            )
+            others = [p for p in renderable if p.id not in drawn]
+            written = iter(answer_or_score(others, writer, max_new_tokens, use_given_answers))
+            answers = [drawn.get(p.id) or next(written) for p in renderable]
+            if canaries:
+                write_pairs(folder, unit.name, pairs)
             quarantine += [
                 (a.prompt_id, a.failure_reason or CONTENT_FILTER_REASON)
                 for a in answers
@@ -294,7 +305,7 @@ def _write_answers(
     rendered = [(a, _render_complete(a, teacher)) for a in answers]
     rendered = [
         (replace(a, finish=FinishReason.LENGTH), None)
-        if tokens is not None and 0 < teacher.max_context_tokens < len(tokens)
+        if tokens is not None and not _has_positions_for(tokens, teacher)
         else (a, tokens)
         for a, tokens in rendered
     ]
@@ -408,6 +419,16 @@ def _render_complete(answer: Answer, teacher: Teacher) -> RenderedTokens | None:
         return teacher.renderer.render(answer.conversation)
     except DataError:
         return None
+
+
+def _has_positions_for(tokens: RenderedTokens, teacher: Teacher) -> bool:
+    return teacher.max_context_tokens <= 0 or len(tokens) <= teacher.max_context_tokens
+
+
+def _is_learnable(answer: Answer, teacher: Teacher) -> bool:
+    """Return whether an answer is complete and fits into the teacher's positions."""
+    tokens = _render_complete(answer, teacher)
+    return tokens is not None and _has_positions_for(tokens, teacher)
 
 
 def open_teacher_caches(

@@ -20,6 +20,7 @@ from persea.cache.accounting import (
     quarantine_records,
 )
 from persea.cache.answer_filter import verify_answers
+from persea.cache.canaries import count_pairs
 from persea.cache.capture import (
     CaptureUnit,
     capture_teacher,
@@ -74,6 +75,7 @@ class _CaptureRun:
             max_new_tokens=settings.max_new_tokens,
             seed=self.context.recipe.seed,
             use_given_answers=self.context.are_answers_given,
+            canaries=self.context.canaries,
             refuse_if_changed=partial(models.refuse_changed_teacher, name),
             on_unit=self._on_unit,
             on_part=lambda unit, share: self.progress(
@@ -86,6 +88,8 @@ class _CaptureRun:
         return self.context.models.load_teacher(name, self.context.recipe.capture.batch_size)
 
     def _take_shared(self, name: str, units: Sequence[CaptureUnit]) -> None:
+        if self.context.canaries:  # its pairs are secret, and of this run alone
+            return
         served = self.served_models.get(name, "")
         for unit in units:
             if not is_committed(self.folder, unit.name):
@@ -98,7 +102,7 @@ class _CaptureRun:
         fraction, message = self.budget.record_unit(unit)
         if not unit.is_new:
             self.progress("capture", fraction, "")  # of an earlier run: no part of this one's pace
-        elif not self.store_failed:
+        elif not (self.store_failed or self.context.canaries):
             self._share(unit.name)
         self.progress("capture", fraction, message)
 
@@ -140,6 +144,8 @@ def capture_corpus(context: RunContext, folder: Path, progress: ProgressCallback
         work_by_unit=capture_work(context),
     )
     run = _CaptureRun(context, folder, progress, budget, shared_store(context))
+    if context.canaries:
+        context.canaries.save_key(context.folder)
     for name in dict.fromkeys(u.teacher for u in units):
         run.capture(name, units)
     storage.write_json_lines(folder / "removed.jsonl", (r.to_json() for r in corpus.removed))
@@ -157,7 +163,12 @@ def capture_corpus(context: RunContext, folder: Path, progress: ProgressCallback
     summary |= account_for_prompts(summary, corpus, quarantine)
     if corpus.notes:
         summary["notes"] = list(corpus.notes)
+    canary_note = []
+    if context.canaries:
+        num_pairs = count_pairs(folder, [u.name for u in units])
+        summary["canaries"] = {"prompts": len(context.canaries.prompt_ids), "pairs": num_pairs}
+        canary_note = [f"{num_pairs:,} canary pairs"]
     storage.write_json(folder / "summary.json", summary)
     kept = f"{summary['kept']:,} of {summary['in']:,} kept"
     left_out = left_out_lines(count_left_out(summary))
-    progress("capture", 1.0, ", ".join([kept, *left_out, *corpus.notes]))
+    progress("capture", 1.0, ", ".join([kept, *left_out, *corpus.notes, *canary_note]))
