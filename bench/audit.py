@@ -63,8 +63,8 @@ SKILLS = ("languages", "code", "reasoning")
 NUM_RUNS, NUM_PROMPTS, NUM_CANARIES = 8, 60, 48
 NUM_OTHER_RUNS = 2  # whose canaries each student is audited with besides its own
 SEEDS, NUM_UNTAUGHT = 4, 13  # students of each teacher; of reference answers, and of own draws
-NUM_SAMPLES, NUM_STEPS, BATCH, LEARNING_RATE = 45, 60, 8, 2e-3
-PROMPTS_A_SKILL = 15
+POOL, NUM_SAMPLES, NUM_STEPS, BATCH, LEARNING_RATE = 60, 36, 40, 8, 2e-3
+PROMPTS_A_SKILL = 12
 SHORT, LONG = 48, 64  # tokens of an answer
 
 
@@ -214,20 +214,24 @@ def bench_teachers() -> None:
         students.append((taught_by, gains))
         log(f"student {len(students)}: {taught_by}")
 
-    for teacher in TEACHERS:
-        for seed in range(SEEDS):
-            some = [i.prompt for i in training_items(seed, NUM_SAMPLES)]
-            add(teacher, draws(teacher, some, seed), seed)
-    pool = draws(BASE, [i.prompt for i in training_items(50, 3 * NUM_SAMPLES)], 50)
+    pool_prompts = [i.prompt for i in training_items(50, POOL)]
+    pools = {name: draws(name, pool_prompts, 50) for name in (*TEACHERS, BASE)}
+
+    def some_of(pool: list[Conversation], seed: int) -> list[Conversation]:
+        chosen = np.random.default_rng(seed).permutation(len(pool))[:NUM_SAMPLES]
+        return [pool[i] for i in chosen]
+
     for seed in range(NUM_UNTAUGHT):
+        for teacher in TEACHERS if seed < SEEDS else ():
+            add(teacher, some_of(pools[teacher], seed), seed)
         references = [
             i.prompt.conversation.with_answer(Text(i.reference))
             for i in training_items(100 + seed, NUM_SAMPLES)
         ]
         add("reference answers", references, seed)
-        chosen = np.random.default_rng(seed).permutation(len(pool))[:NUM_SAMPLES]
-        add("own draws", [pool[i] for i in chosen], seed)
-    record("teachers", judge(students))
+        add("own draws", some_of(pools[BASE], seed), seed)
+        if seed >= SEEDS:  # enough untaught students for a calibration
+            record("teachers", judge(students))
 
 
 def judge(students: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:

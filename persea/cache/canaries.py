@@ -17,12 +17,14 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from persea import storage
+from persea.cache.token_meter import TokenMeter
 from persea.chat.messages import Conversation
 from persea.data.prompts import Prompt
 from persea.errors import DataError, RefusedError
+from persea.teachers.engines import Engine
 from persea.teachers.teacher import Answer, Teacher
 
 KEY_FILE = "canary_key.json"  # in the run folder; nothing exports it
@@ -106,7 +108,7 @@ class Canaries:
         teacher: Teacher,
         max_new_tokens: int,
         is_complete: Callable[[Answer], bool],
-    ) -> tuple[dict[str, Answer], list[CanaryPair]]:
+    ) -> tuple[dict[str, Answer], list[CanaryPair], int]:
         """Draw two answers to each prompt that has a canary; keep the one that the coin names.
 
         A prompt is a pair only if both answers are complete and differ: a rule that looked at the
@@ -119,12 +121,17 @@ class Canaries:
             is_complete: Whether an answer can be learned.
 
         Returns:
-            Prompt id -> the answer to learn, and the pairs.
+            Prompt id -> the answer to learn; the pairs; tokens that the draws cost here.
         """
         chosen = [p for p in prompts if p.id in self.prompt_ids]
         if not chosen:
-            return {}, []
-        draws = [drawing(teacher, k).answer(chosen, max_new_tokens) for k in (0, 1)]
+            return {}, [], 0
+        writers = [drawing(teacher, k) for k in (0, 1)]
+        meters = [TokenMeter(writer.engine) for writer in writers]
+        draws = [
+            replace(writer, engine=cast(Engine, meter)).answer(chosen, max_new_tokens)
+            for writer, meter in zip(writers, meters, strict=True)
+        ]
         answers: dict[str, Answer] = {}
         pairs = []
         for both in zip(*draws, strict=True):
@@ -143,7 +150,7 @@ class Canaries:
                 answers[first.prompt_id] = both[learned]
             else:
                 answers[first.prompt_id] = second if complete == [False, True] else first
-        return answers, pairs
+        return answers, pairs, sum(meter.num_tokens for meter in meters)
 
 
 def drawing(teacher: Teacher, draw: int) -> Teacher:

@@ -54,7 +54,7 @@ class CorpusSection(RecipeSection):
     columns: dict[str, str] = Field(
         default={},
         description="name as persea reads it -> column of the file, such as {prompt: query, "
-        "answer: reply}; only with `file:` or `hub:`",
+        'answer: reply}; {label: ""} leaves a column unread; only with `file:` or `hub:`',
     )
     learn_turns: Literal["last", "all"] = Field(
         default="last",

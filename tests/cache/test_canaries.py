@@ -19,6 +19,7 @@ from persea.cache.canaries import (
     read_pairs,
 )
 from persea.cache.capture import capture_teacher
+from persea.cache.shared_store import place_unit
 from persea.chat.messages import FinishReason
 from persea.errors import DataError, RefusedError
 from persea.teachers.teacher import Answer, Teacher
@@ -67,8 +68,9 @@ def test_a_pair_needs_two_complete_answers_whichever_is_learned() -> None:
             seen.append(answer)
             return (len(seen) == 1) is (refused == "second")
 
-        answers, pairs = canaries.answer([prompt], qwen(), 40, is_complete)
+        answers, pairs, num_tokens = canaries.answer([prompt], qwen(), 40, is_complete)
         assert pairs == []
+        assert num_tokens > 20  # the prompt twice, and two answers
         assert answers == {prompt.id: draws[refused == "first"]}
 
 
@@ -136,6 +138,14 @@ def test_pairs_of_an_earlier_capture_leave(tmp_path: Path) -> None:
     old.write_bytes(next((folder / "canaries").glob("*.json")).read_bytes())
     count_pairs(folder, [u.name for u in planned])
     assert not old.exists()
+
+
+def test_the_attempt_of_a_worker_brings_its_pairs(tmp_path: Path) -> None:
+    _, planned, _ = captured(tmp_path)
+    for unit in planned:
+        place_unit(unit.name, tmp_path / "capture", tmp_path / "run" / "capture")
+    Canaries(KEY, frozenset()).save_key(tmp_path / "run")
+    assert read_pairs(tmp_path / "run") == read_pairs(tmp_path)
 
 
 def test_an_engine_that_cannot_draw_is_refused(tmp_path: Path) -> None:
