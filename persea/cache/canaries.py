@@ -150,7 +150,7 @@ class Canaries:
                 answers[first.prompt_id] = both[learned]
             else:
                 answers[first.prompt_id] = second if complete == [False, True] else first
-        return answers, pairs, sum(meter.num_tokens for meter in meters)
+        return answers, pairs, sum(sum(meter.lengths) for meter in meters)
 
 
 def drawing(teacher: Teacher, draw: int) -> Teacher:
