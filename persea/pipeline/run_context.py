@@ -194,6 +194,11 @@ class RunContext:
                 *filter(None, [self.recipe.evaluation.judge]),
                 *([t.skill, t.metric, t.rubric] for t in self.recipe.tasks),
                 *(
+                    ["grader", b.benchmark.name, b.benchmark.grader_version]
+                    for b in self.benchmarks
+                    if b.benchmark.grader_version > 1
+                ),
+                *(
                     [
                         i.prompt.id,
                         i.prompt.conversation.to_json(),
