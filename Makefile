@@ -4,6 +4,7 @@
 # make docs         the documentation as a site, in site/ (installs mkdocs; about a minute)
 # make chaos        kills, cuts, flips bits, fills the disk, and compares the results: the cache (4 minutes), a training (15 minutes), a whole
 #                   run (10 minutes)
+# make chaos-ray    a capture on a Ray cluster of two nodes: a node, a worker and persea itself are killed (installs Ray; 4 minutes of CPU time)
 # make real         two real small models teach one student six languages: downloads them (330 MB), needs PERSEA_DATA; 45 minutes of CPU time, two threads
 # make bench-real   which method teaches best with real models: the next MINUTES=60 of runs (resumes; downloads as above; installs TRL)
 # make results      the quickstart with three seeds, and its comparisons (about 90 minutes; resumes)
@@ -38,7 +39,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint docs chaos results bench bench-bias bench-cache bench-rollouts bench-train bench-onpolicy bench-plan bench-objectives bench-extension bench-real real templates graders bench-gpu engines export soak saplings clean
+.PHONY: quickstart test lint docs chaos chaos-ray results bench bench-bias bench-cache bench-rollouts bench-train bench-onpolicy bench-plan bench-objectives bench-extension bench-real real templates graders bench-gpu engines export soak saplings clean
 .DELETE_ON_ERROR:
 
 .venv/persea: pyproject.toml
@@ -69,6 +70,10 @@ chaos: .venv/persea
 	$(BIN)/python bench/chaos_cache.py
 	$(BIN)/python bench/chaos_train.py
 	$(BIN)/python bench/chaos.py
+
+chaos-ray: .venv/persea
+	$(BIN)/pip install -q -e '.[ray]'
+	$(BIN)/python bench/chaos_ray.py
 
 results: .venv/persea
 	$(BIN)/python bench/results.py

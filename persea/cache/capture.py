@@ -20,7 +20,7 @@ from persea.cache.given_answers import answer_or_score, count_prompt_tokens
 from persea.cache.maintenance import committed_units
 from persea.cache.reader import SHUFFLE_WINDOW_BLOCKS, CacheReader, open_cache_reader
 from persea.cache.sparsifier import DistributionSparsifier
-from persea.cache.token_meter import TokenMeter, server_tokens, tokens_paid
+from persea.cache.token_meter import TokenMeter, server_tokens
 from persea.cache.unit import CachedAnswer, is_committed, read_record, unit_id, write_unit
 from persea.chat.messages import FinishReason, ThinkingEffort
 from persea.data.formats import MAX_LINE_BYTES
@@ -224,7 +224,9 @@ def capture_unit(
         on_part: Called with the share that is done.
 
     Returns:
-        Tokens of all conversations that the teacher read or wrote (`tokens_paid`).
+        Tokens of all conversations that the teacher read or wrote, each counted once, also of
+        answers that are left out. Behind a server: the tokens that its responses report, repeated
+        requests and scores included, which is what its owner pays.
 
     Raises:
         DataError: A prompt has no answer, and use_given_answers is set.
@@ -242,10 +244,13 @@ def capture_unit(
         if a.finish is FinishReason.REFUSED
     ]
     answers = [a for a in asked if a.finish is not FinishReason.REFUSED]
-    _write_answers(
+    lengths = _write_answers(
         unit, answers, quarantine, teacher, folder, sparsifier, refuse_if_changed, on_part
     )
-    return tokens_paid(teacher, meter, before, answers)
+    if getattr(teacher.engine, "client", None) is not None:
+        return server_tokens(teacher) - before
+    written = dict(zip((a.prompt_id for a in asked if a.is_own), meter.lengths, strict=False))
+    return sum((written | lengths).values())
 
 
 WRITING_SHARE = 0.5  # of a unit's time, if the teacher writes its answers; the rest scores them
@@ -314,8 +319,12 @@ def _write_answers(
     sparsifier: DistributionSparsifier,
     refuse_if_changed: Callable[[], None],
     on_part: Callable[[float], None],
-) -> None:
-    """Score the complete answers of a unit; write and commit it."""
+) -> dict[str, int]:
+    """Score the complete answers of a unit; write and commit it.
+
+    Returns:
+        Prompt -> tokens of each complete answer with its prompt.
+    """
     rendered = [(a, _render_complete(a, teacher)) for a in answers]
     rendered = [
         (replace(a, finish=FinishReason.LENGTH), None)
@@ -364,6 +373,7 @@ def _write_answers(
         unit_metadata=metadata,
         quarantine=failed,
     )
+    return {answer.prompt_id: len(tokens) for answer, tokens in complete}
 
 
 def _answer_distributions(

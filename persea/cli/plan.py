@@ -117,13 +117,13 @@ def _show(run_plan: RunPlan, as_json: bool) -> None:
         typer.echo(json.dumps(run_plan.to_json(), indent=1))
         return
     from persea.licences.notice import verdict_lines
-    from persea.pipeline.plan_tables import COST_COLUMNS, WAY_COLUMNS
+    from persea.pipeline.plan_tables import WAY_COLUMNS
     from persea.pipeline.progress import print_table
 
     print_table(("stage", "state", "work"), run_plan.table_rows())
     if run_plan.lines:
         typer.echo(f"\nwhat is still to do costs, on {run_plan.hardware or 'this machine'}:")
-        print_table(COST_COLUMNS, run_plan.cost_rows())
+        print_table(*run_plan.cost_table())
     if run_plan.ways:
         typer.echo("\nhours of one device, if one teacher taught everything:")
         print_table(WAY_COLUMNS, run_plan.way_rows())

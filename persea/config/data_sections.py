@@ -353,7 +353,8 @@ class CaptureSection(RecipeSection):
     store: str = Field(
         default="",
         description="folder of captured units that several runs share, so that a run with another "
-        "learning rate asks no teacher again; default: `captures` in PERSEA_HOME",
+        "learning rate asks no teacher again, or a URL of fsspec, such as s3://bucket/persea "
+        "(`pip install 'persea[s3]'`); default: `captures` in PERSEA_HOME",
     )
 
     @model_validator(mode="after")

@@ -7,13 +7,14 @@ attempts at one unit never mix.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persea import storage
+from persea import __version__, storage
 from persea.cache.capture import CaptureUnit
 from persea.cache.shared_store import place_unit
 from persea.cache.unit import is_committed, read_record
@@ -139,8 +140,28 @@ class CaptureDispatch:
                 lambda attempt, share: self.on_part(attempt.unit.name, share),
             )
         refuse_shared_budgets(self.context, {u.teacher for u in units})
-        factory = CaptureRunnerFactory(replace(self.context), self.staging)
-        return ProcessExecutor(factory, min(settings.workers, len(units)))
+        import torch
+
+        threads = self.context.recipe.threads or torch.get_num_threads()
+        factory = CaptureRunnerFactory(
+            replace(self.context, folder=self.context.folder.absolute()),
+            self.staging.absolute(),
+            threads,
+        )
+        if settings.kind == "local":
+            return ProcessExecutor(factory, min(settings.workers, len(units)))
+        from persea.executors.ray_cluster import RayExecutor, RaySettings, SharedFolder
+
+        ray_settings = RaySettings(
+            settings.address,
+            min(settings.workers or len(units), len(units)),
+            settings.cpus_per_worker,
+            settings.gpus_per_worker,
+            settings.allow_unauthenticated,
+            math.ceil(settings.workers * settings.cpus_per_worker),
+        )
+        shared = SharedFolder.create(self.staging.absolute())
+        return RayExecutor(factory, ray_settings, shared, __version__)
 
     def _keep(self, unit: WorkUnit, attempt: Attempt, receipt: Receipt) -> bool:
         """Accept a unit that this process committed itself."""

@@ -21,6 +21,7 @@ from persea.cache.accounting import (
 from persea.cache.answer_filter import verify_answers
 from persea.cache.capture import CaptureUnit, open_teacher_caches, refuse_changed_identity
 from persea.cache.maintenance import committed_units
+from persea.cache.object_store import ObjectStore, is_object_store
 from persea.cache.shared_store import SharedStore, default_store_folder
 from persea.cache.unit import read_record
 from persea.errors import StorageError
@@ -44,7 +45,7 @@ class _CaptureRun:
     folder: Path
     progress: ProgressCallback
     budget: CaptureBudget
-    store: SharedStore
+    store: SharedStore | ObjectStore
     served_models: dict[str, str] = field(default_factory=dict)
     taken: Counter[str] = field(default_factory=Counter)
     store_failed: bool = False
@@ -122,9 +123,11 @@ class _CaptureRun:
             self.progress("capture", self.budget.fraction_done, message)
 
 
-def shared_store(context: RunContext) -> SharedStore:
+def shared_store(context: RunContext) -> SharedStore | ObjectStore:
     """Return the store that a recipe's captures are shared in."""
     given = context.recipe.capture.store
+    if is_object_store(given):
+        return ObjectStore(given)
     return SharedStore(Path(given) if given else default_store_folder())
 
 

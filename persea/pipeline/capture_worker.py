@@ -112,15 +112,18 @@ class CaptureRunnerFactory:
     Attributes:
         context: The run, with nothing opened.
         staging: Folder of all attempts.
+        num_threads: Threads of one operation, as in the process that started the run: Ray gives
+            its workers another number, which changes last digits.
     """
 
     context: RunContext
     staging: Path
+    num_threads: int
 
     def __call__(self) -> CaptureRunner:
         """Make the runner."""
         silence_transformers()
-        set_threads(self.context.recipe.threads)
+        set_threads(self.num_threads)
         return CaptureRunner(
             replace(self.context), partial(attempt_folder, self.staging), keeps_receipts=True
         )

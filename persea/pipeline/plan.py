@@ -37,7 +37,7 @@ from persea.pipeline.hardware import Fleet
 from persea.pipeline.licence_gate import licence_verdict
 from persea.pipeline.machine_cost import machine_lines, machine_rates, refuse_unfit_machine
 from persea.pipeline.model_refs import BASE, STUDENT, model_source
-from persea.pipeline.plan_tables import cost_rows, way_rows
+from persea.pipeline.plan_tables import cost_table, way_rows
 from persea.pipeline.run_context import RunContext
 from persea.pipeline.stage_keys import stage_key
 from persea.pipeline.stages import STAGES, Stage
@@ -118,9 +118,9 @@ class RunPlan:
             ("total", "", f"{self.answers:,} answers, {disk}"),
         ]
 
-    def cost_rows(self) -> list[tuple[str, ...]]:
-        """Return the rows of the table of costs, and their sum."""
-        return cost_rows(self.lines)
+    def cost_table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Return columns and rows of the table of costs; the last of several rows is their sum."""
+        return cost_table(self.lines)
 
     def way_rows(self) -> list[tuple[str, ...]]:
         """Return the rows of the table of ways to use a teacher."""

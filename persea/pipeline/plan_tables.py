@@ -24,6 +24,19 @@ UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 DAY_S = 86_400
 
 
+EMPTY_CELLS = {"-", "0 B"}
+
+
+def cost_table(lines: Sequence[CostLine]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return columns and rows of the table of costs, without columns that hold nothing.
+
+    Ten columns are wider than a terminal of 80 characters, and one that is cut off hides a cost.
+    """
+    rows = cost_rows(lines)
+    kept = [k for k in range(len(COST_COLUMNS)) if any(row[k] not in EMPTY_CELLS for row in rows)]
+    return tuple(COST_COLUMNS[k] for k in kept), [tuple(row[k] for k in kept) for row in rows]
+
+
 def cost_rows(lines: Sequence[CostLine]) -> list[tuple[str, ...]]:
     """Return the rows of COST_COLUMNS, and the sum of several lines."""
     rows = [_row(line.stage, line.model, [line]) for line in lines]
@@ -31,7 +44,7 @@ def cost_rows(lines: Sequence[CostLine]) -> list[tuple[str, ...]]:
 
 
 def _row(stage: str, model: str, lines: Sequence[CostLine]) -> tuple[str, ...]:
-    at_most = "at most " if any(line.is_upper_bound for line in lines) else ""
+    at_most = "≤" if any(line.is_upper_bound for line in lines) else ""
     written = sum(line.tokens_written for line in lines)
     seconds = [line.seconds for line in lines]
     hours = [line.gpu_hours for line in lines]
@@ -40,8 +53,8 @@ def _row(stage: str, model: str, lines: Sequence[CostLine]) -> tuple[str, ...]:
     return (
         stage,
         model,
-        f"{at_most if written else ''}{short_number(written)}" if written else "-",
-        short_number(sum(line.tokens_read for line in lines)) or "-",
+        f"{at_most}{short_number(written)}".strip() if written else "-",
+        short_number(sum(line.tokens_read for line in lines)).strip(),
         format_time(_sum(seconds)),
         _format_hours(_sum(hours)),
         f"{short_number(max(memory))}B" if memory else "-",

@@ -56,8 +56,10 @@ def test_money_needs_a_price() -> None:
     paid = planned("8xH200", price=2.5)
     for line in paid.lines:
         assert line.money == pytest.approx(2.5 * (line.gpu_hours or 0))
-    assert paid.cost_rows()[-1][0] == "total"
-    assert paid.cost_rows()[-1][-1] != "-"
+    columns, rows = paid.cost_table()
+    assert (columns[-1], rows[-1][0]) == ("money", "total")
+    assert rows[-1][-1] == f"{sum(line.money or 0 for line in paid.lines):,.2f}"
+    assert "money" not in planned("8xH200").cost_table()[0]
 
 
 def test_dense_and_moe_teachers_and_the_ways_to_use_them_are_compared() -> None:

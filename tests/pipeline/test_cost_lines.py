@@ -20,7 +20,8 @@ from persea.pipeline.cost_lines import (
     count_units,
     teacher_tokens,
 )
-from persea.pipeline.plan_tables import cost_rows, format_time, short_number
+from persea.pipeline.plan_tables import cost_rows, cost_table, format_time, short_number
+from persea.pipeline.progress import print_table
 from persea.pipeline.workload import SkillWork
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,10 +75,25 @@ def test_a_sum_with_an_unknown_part_is_unknown() -> None:
     known = CostLine("capture", "a", 5, 7, 60.0, 1 / 60, 10**9, 10**6, 0, 0.5)
     far = replace(known, model="b", seconds=None, gpu_hours=None, money=None, is_upper_bound=True)
     *_, total = cost_rows([known, far])
-    assert total[:5] == ("total", "", "at most 10 ", "14 ", "-")
+    assert total[:5] == ("total", "", "≤10", "14", "-")
     assert (total[5], total[-1]) == ("-", "-")
     (single,) = cost_rows([known])
-    assert single == ("capture", "a", "5 ", "7 ", "60 s", "0.017", "1 GB", "1 MB", "0 B", "0.50")
+    assert single == ("capture", "a", "5", "7", "60 s", "0.017", "1 GB", "1 MB", "0 B", "0.50")
+
+
+def test_no_cost_is_hidden_on_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    line = CostLine(
+        "capture", "gpt-oss-sapling", 230_123, 328_456, 1920.0, 0.53, 10**9, 10**7, 0, 5
+    )
+    print_table(*cost_table([replace(line, is_upper_bound=True), replace(line, model="b")]))
+    out = capsys.readouterr().out
+    assert "money" in out
+    assert "5.00" in out
+    assert "≤230 k" in out
+    assert "network" not in out  # nothing crosses it
 
 
 def test_numbers_have_three_digits() -> None:
