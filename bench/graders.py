@@ -71,6 +71,8 @@ SHAPES = (
 # Why the verdicts differ, for each instruction; a difference without a line here is reported.
 REASONS = {
     "punctuation:no_comma": "persea also counts the commas of Chinese and Japanese (，、)",
+    "length_constraints:number_words": "the vowel and tone signs of Thai end a word for Python's "
+    "re, and not for NLTK's pattern",
     "length_constraints:number_sentences": "persea splits at stops before white space and knows a "
     "few titles; lm-eval splits by NLTK's trained Punkt model and does not know 。",
     "length_constraints:number_paragraphs": "persea's divider is a line of its own, *** or * * *; "
