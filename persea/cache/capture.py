@@ -13,11 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
 from persea.cache.accounting import UnitProgress
 from persea.cache.canaries import Canaries, write_pairs
-from persea.cache.generated_distributions import generated_distributions, reducer_of_prompts
+from persea.cache.generated_distributions import answer_distributions, reducer_of_prompts
 from persea.cache.given_answers import answer_or_score, count_prompt_tokens
 from persea.cache.maintenance import committed_units
 from persea.cache.reader import SHUFFLE_WINDOW_BLOCKS, CacheReader, open_cache_reader
@@ -29,11 +27,10 @@ from persea.data.formats import MAX_LINE_BYTES
 from persea.data.prompts import Prompt, parts_to_json
 from persea.distributions import (
     SparseDistributions,
-    concat_distributions,
 )
 from persea.errors import DataError, RefusedError
 from persea.evaluation.audition import Cast
-from persea.teachers.engines import Engine, EngineFailure
+from persea.teachers.engines import Engine
 from persea.teachers.teacher import Answer, Teacher
 from persea.tokenization.tokens import RenderedTokens
 
@@ -362,8 +359,8 @@ def _write_answers(
     is_scored = all(a.given or a.conversation.is_document for a in answers)
     begin = 0.0 if is_scored else WRITING_SHARE
     results = list(
-        _answer_distributions(
-            unit,
+        answer_distributions(
+            unit.teacher,
             complete,
             teacher,
             sparsifier,
@@ -400,43 +397,6 @@ def _write_answers(
         quarantine=failed,
     )
     return {answer.prompt_id: len(tokens) for answer, tokens in complete}
-
-
-def _answer_distributions(
-    unit: CaptureUnit,
-    complete_answers: Sequence[tuple[Answer, RenderedTokens]],
-    teacher: Teacher,
-    sparsifier: DistributionSparsifier,
-    on_scored: Callable[[float], None],
-) -> Iterator[SparseDistributions | EngineFailure]:
-    """Yield the distributions of each answer, reduced by the server or by the sparsifier."""
-    ids, loss_masks = (
-        [t.ids_T for _, t in complete_answers],
-        [t.loss_mask_T for _, t in complete_answers],
-    )
-    token_counts_W = np.zeros(len(teacher.renderer.vocabulary), np.int64)
-    for one in ids:
-        token_counts_W += np.bincount(one, minlength=len(token_counts_W))
-    found: list[SparseDistributions | EngineFailure | None] = [
-        generated_distributions(answer, tokens) for answer, tokens in complete_answers
-    ]
-    left = [k for k, one in enumerate(found) if one is None]
-    reducer = sparsifier.for_answers(
-        unit.teacher, [complete_answers[k][0].prompt_id for k in left], token_counts_W
-    )
-    parts: dict[int, list[SparseDistributions]] = {k: [] for k in left}
-    num_rows, num_scored = sum(int(loss_masks[k].sum()) for k in left), 0
-    for index, part in teacher.engine.reduce_distributions(
-        [ids[k] for k in left], [loss_masks[k] for k in left], reducer
-    ):
-        if isinstance(part, EngineFailure):
-            found[left[index]] = part
-            continue
-        num_scored += len(part)
-        parts[left[index]].append(part)
-        on_scored(num_scored / max(1, num_rows))
-    for k, result in enumerate(found):
-        yield concat_distributions(parts[k]) if result is None else result
 
 
 # drop reason besides those of FinishReason: the prompt asks for thinking, and the answer has none.
