@@ -16,6 +16,7 @@
 # make bench-bias   how far each method moves a perfect student (10 to 20 minutes; installs TRL for its GOLD)
 # make bench-objectives   every method with trained models on real text, size xs (hours; resumes; installs TRL)
 # make bench-extension  tokens a byte of real tokenizers with more tokens, by language (minutes; needs PERSEA_DATA; downloads SmolLM2 and Gemma 3 270M, 330 MB)
+# make bench-audit   how often `persea audit` is right: taught and untaught students of the saplings (8 minutes of CPU time)
 # make templates    renders every chat template of PERSEA_DATA, TRL and transformers as transformers does, and says which are not
 #                   the recorded ones (5 minutes)
 # make graders      IFEval and BFCL beside lm-eval's and bfcl-eval's graders, gpt-oss beside OpenAI's renderer (bench/graders.py, harmony.py, which
@@ -39,7 +40,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint docs chaos chaos-ray results bench bench-bias bench-cache bench-rollouts bench-train bench-onpolicy bench-plan bench-objectives bench-extension bench-real real templates graders bench-gpu engines export soak saplings clean
+.PHONY: quickstart test lint docs chaos chaos-ray results bench bench-audit bench-bias bench-cache bench-rollouts bench-train bench-onpolicy bench-plan bench-objectives bench-extension bench-real real templates graders bench-gpu engines export soak saplings clean
 .DELETE_ON_ERROR:
 
 .venv/persea: pyproject.toml
@@ -121,6 +122,9 @@ bench-rollouts: .venv/persea
 bench-train: .venv/persea
 	$(BIN)/pip install -q -e '.[bench]'
 	$(BIN)/python bench/train.py
+
+bench-audit: .venv/persea
+	$(BIN)/python bench/audit.py
 
 bench-onpolicy: .venv/persea
 	$(BIN)/python bench/onpolicy.py

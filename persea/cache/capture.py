@@ -16,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 
 from persea.cache.accounting import UnitProgress
+from persea.cache.canaries import Canaries, write_pairs
 from persea.cache.given_answers import answer_or_score, count_prompt_tokens
 from persea.cache.maintenance import committed_units
 from persea.cache.reader import SHUFFLE_WINDOW_BLOCKS, CacheReader, open_cache_reader
@@ -153,6 +154,7 @@ def capture_teacher(
     tau: float | None = None,
     max_kl: float | None = None,
     use_given_answers: bool = False,
+    canaries: Canaries | None = None,
     refuse_if_changed: Callable[[], None] = lambda: None,
     on_unit: Callable[[UnitProgress], None] = lambda step: None,
     on_part: Callable[[CaptureUnit, float], None] = lambda unit, share: None,
@@ -169,6 +171,7 @@ def capture_teacher(
         max_kl: Store the likeliest tokens up to this loss in nats, or None.
         use_given_answers: Score the answers that come with the prompts, and generate none.
             Documents are scored in any case.
+        canaries: Prompts that are answered twice, and which answer is learned; None = none.
         refuse_if_changed: Raises if the teacher is no longer the model of the units' names. Called
             before each commit.
         on_unit: Called after each unit.
@@ -190,6 +193,7 @@ def capture_teacher(
                 max_new_tokens=max_new_tokens,
                 sparsifier=DistributionSparsifier(seed, tau, max_kl),
                 use_given_answers=use_given_answers,
+                canaries=canaries,
                 refuse_if_changed=refuse_if_changed,
                 on_part=partial(on_part, unit),
             )
@@ -208,6 +212,7 @@ def capture_unit(
     max_new_tokens: int,
     sparsifier: DistributionSparsifier,
     use_given_answers: bool = False,
+    canaries: Canaries | None = None,
     refuse_if_changed: Callable[[], None] = lambda: None,
     on_part: Callable[[float], None] = lambda share: None,
 ) -> int:
@@ -220,6 +225,7 @@ def capture_unit(
         max_new_tokens: Longest answer, in tokens.
         sparsifier: Reduces full distributions.
         use_given_answers: Score the answers that come with the prompts, and generate none.
+        canaries: Prompts that are answered twice, and which answer is learned; None = none.
         refuse_if_changed: Called before the commit; raises if the teacher is another model by now.
         on_part: Called with the share that is done.
 
@@ -237,7 +243,16 @@ def capture_unit(
         lambda share: on_part(WRITING_SHARE * share)
     )
     renderable, quarantine = _split_renderable(unit.prompts, teacher)
-    asked = answer_or_score(renderable, writer, max_new_tokens, use_given_answers)
+    drawn: dict[str, Answer] = {}
+    num_drawn_tokens = 0
+    if canaries:
+        drawn, pairs, num_drawn_tokens = canaries.answer(
+            renderable, teacher, max_new_tokens, partial(_is_learnable, teacher=teacher)
+        )
+        write_pairs(folder, unit.name, pairs)
+    others = [p for p in renderable if p.id not in drawn]
+    rest = iter(answer_or_score(others, writer, max_new_tokens, use_given_answers))
+    asked = [drawn.get(p.id) or next(rest) for p in renderable]
     quarantine += [
         (a.prompt_id, a.failure_reason or CONTENT_FILTER_REASON)
         for a in asked
@@ -249,8 +264,10 @@ def capture_unit(
     )
     if getattr(teacher.engine, "client", None) is not None:
         return server_tokens(teacher) - before
-    written = dict(zip((a.prompt_id for a in asked if a.is_own), meter.lengths, strict=False))
-    return sum((written | lengths).values())
+    own = (a.prompt_id for a in asked if a.is_own and a.prompt_id not in drawn)
+    written = dict(zip(own, meter.lengths, strict=False))
+    counted = {k: n for k, n in (written | lengths).items() if k not in drawn}
+    return sum(counted.values()) + num_drawn_tokens
 
 
 WRITING_SHARE = 0.5  # of a unit's time, if the teacher writes its answers; the rest scores them
@@ -328,7 +345,7 @@ def _write_answers(
     rendered = [(a, _render_complete(a, teacher)) for a in answers]
     rendered = [
         (replace(a, finish=FinishReason.LENGTH), None)
-        if tokens is not None and 0 < teacher.max_context_tokens < len(tokens)
+        if tokens is not None and not _has_positions_for(tokens, teacher)
         else (a, tokens)
         for a, tokens in rendered
     ]
@@ -443,6 +460,16 @@ def _render_complete(answer: Answer, teacher: Teacher) -> RenderedTokens | None:
         return teacher.renderer.render(answer.conversation)
     except DataError:
         return None
+
+
+def _has_positions_for(tokens: RenderedTokens, teacher: Teacher) -> bool:
+    return teacher.max_context_tokens <= 0 or len(tokens) <= teacher.max_context_tokens
+
+
+def _is_learnable(answer: Answer, teacher: Teacher) -> bool:
+    """Return whether an answer is complete and fits into the teacher's positions."""
+    tokens = _render_complete(answer, teacher)
+    return tokens is not None and _has_positions_for(tokens, teacher)
 
 
 def open_teacher_caches(

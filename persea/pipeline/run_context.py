@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from persea import storage
+from persea.cache.canaries import Canaries, choose_canaries
 from persea.cache.capture import CaptureUnit, plan_units
 from persea.cache.given_answers import refuse_missing_answers
 from persea.chat.messages import ThinkingEffort
@@ -426,6 +427,13 @@ class RunContext:
         )
 
     @cached_property
+    def canaries(self) -> Canaries | None:
+        """The prompts that are answered twice; None if the recipe asks for none."""
+        wanted = self.recipe.capture.canaries
+        prompts = self.captured_corpus.prompts
+        return choose_canaries(self.folder, prompts, wanted) if wanted else None
+
+    @cached_property
     def capture_units(self) -> tuple[CaptureUnit, ...]:
         """The prompts of each teacher, in units named by a digest of all that sets their bytes.
 
@@ -448,6 +456,7 @@ class RunContext:
             "seed": self.recipe.seed,
             "threads": self.recipe.threads,
             **({"version": version} if version > 1 else {}),
+            **(self.canaries.settings if self.canaries else {}),
         }
         longest = max(
             t.generation.max_new_tokens or capture.max_new_tokens for t in self.recipe.teachers
@@ -479,22 +488,3 @@ class RunContext:
                     remedy=f"change the effort_shares of {skill}, or pin a teacher that supports "
                     f"them: audition.pinned.{skill}",
                 )
-
-    # --- results of other programs ---
-
-    def lm_eval_digests(self) -> dict[str, str]:
-        """Return model name -> digest of its lm-eval results file.
-
-        Raises:
-            DataError: A file is missing.
-        """
-        digests = {}
-        for name, file in self.recipe.evaluation.lm_eval_results.items():
-            if not Path(file).is_file():
-                raise DataError(
-                    "no such file",
-                    where=file,
-                    remedy=f"run lm_eval on {name} first (docs/evaluate.md), or delete the line",
-                )
-            digests[name] = storage.digest_file(Path(file))
-        return digests
