@@ -38,6 +38,7 @@ def dry_run(folder: Path, command: list[str], **variables: str) -> list[list[str
         command,
         check=True,
         timeout=60,
+        capture_output=True,  # and so until the last command in the background has ended
         cwd=folder,
         env=os.environ
         | {"PATH": f"{programs}:{os.environ['PATH']}", "RECORD": str(record), "HOME": str(folder)}
