@@ -32,6 +32,7 @@ from typing import Any
 import yaml
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - by default 15: too slow beside others
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
@@ -160,7 +161,7 @@ class Chaos:
             if stopped or num_committed(run) < 4:
                 return
             for process in psutil.process_iter(["cmdline"]):
-                if "ActorWorker.run" in " ".join(process.info["cmdline"] or ()):
+                if "ray::ActorWorker" in " ".join(process.info["cmdline"] or ()):
                     stopped.append(process.pid)
                     os.kill(process.pid, signal.SIGSTOP)
                     return

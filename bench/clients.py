@@ -95,11 +95,17 @@ def main(arguments: list[str]) -> None:
     with running(server, envs, folder, port):
         url = f"http://127.0.0.1:{port}"
         results = ask_by_libraries(clients, url, folder)
+        results["date"] = time.strftime("%Y-%m-%d")
+        write(results)
         for backend, route in BENCH_ROUTES:
             results[f"vllm bench serve 0.32.0, {route}"] = bench_serve(vllm, url, backend, route)
-    results["date"] = time.strftime("%Y-%m-%d")
-    RESULTS.write_text(json.dumps(results, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+            write(results)
     print(json.dumps(results, ensure_ascii=False))
+
+
+def write(results: dict[str, Any]) -> None:
+    """Write the results so far."""
+    RESULTS.write_text(json.dumps(results, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ RESTART_DELAY_S = 10
 MAX_NEW_TOKENS = 24
 TOO_LONG_TOKENS = 3000  # every server here has fewer positions
 STALL_TIMEOUT_S = 60.0
-# Faults in turn, one in three requests: the others must not suffer.
+# Of every third request, one after the other: the others must not suffer.
 FAULTS = ("429", "503", "cut", "slow", "429", "503", "stall")
 
 
@@ -205,7 +205,9 @@ def ask_with_faults(
 ) -> dict[str, Any]:
     """Ask everything again while one request in three fails, and compare the answers."""
     before = len(run.proxy.asked)
-    run.proxy.set_fault(lambda n, path: FAULTS[n // 3 % len(FAULTS)] if n % 3 == 0 else "")
+    run.proxy.set_fault(
+        lambda n, path: FAULTS[n // 3 - 1] if n % 3 == 0 and n // 3 <= len(FAULTS) else ""
+    )
     try:
         found = questions.ask(far)
         if far.capabilities.takes_token_ids:
@@ -236,6 +238,7 @@ student: {{model: {student}}}
 teachers:
   - model: {model}
     name: far
+    licence: Apache-2.0
     {endpoint}
 corpus:
   - {{skill: languages, generate: {prompts}}}

@@ -91,7 +91,6 @@ def evaluate(folder: Path, model: str, settings: dict[str, Any], tasks: list[str
 
 def compare_lm_eval(url: str, model: str, folder: Path) -> dict[str, Any]:
     """Compare local-completions with the hf backend."""
-    write_tasks(folder)
     name = Path(model).name
     tasks = ["words", "lines"]
     far = {
@@ -177,6 +176,7 @@ def main() -> None:
     """Run the three clients, and write one JSON object."""
     url, model, out = sys.argv[1:]
     folder = Path(out).parent
+    write_tasks(folder)
     results = compare_chat(url, model, folder)
     key = f"lm-eval {version('lm_eval')} local-completions"
     results[key] = compare_lm_eval(url, model, folder)

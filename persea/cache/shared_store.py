@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from persea import storage
+from persea.cache.canaries import PAIRS_FOLDER
 from persea.cache.maintenance import committed_units
 from persea.cache.unit import is_committed, read_record
 from persea.errors import DataError, StorageError
@@ -127,7 +128,7 @@ def _unit_file(folder: Path, name: str) -> Path:
 
 
 def place_unit(name: str, source: Path, into: Path) -> None:
-    """Link or copy a unit's file, then create its commit record."""
+    """Link or copy a unit's file and its canary pairs, then create its commit record."""
     path, unit_file = _unit_file(into, name), _unit_file(source, name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,6 +145,9 @@ def place_unit(name: str, source: Path, into: Path) -> None:
             ) from error
         with unit_file.open("rb") as whole, storage.open_atomic(path) as copy:
             shutil.copyfileobj(whole, copy, 1 << 20)
+    pairs = source / PAIRS_FOLDER / f"{name}.json"
+    if pairs.is_file():
+        storage.write_atomic(into / PAIRS_FOLDER / pairs.name, pairs.read_bytes())
     record = storage.with_checksum(read_record(source, name))
     storage.create_json_once(into / "commits" / f"{name}.json", record)
 

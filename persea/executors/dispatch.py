@@ -153,7 +153,10 @@ class Dispatcher:
         return self._straggler()
 
     def _straggler(self) -> WorkUnit | None:
-        """Return the unit of the slowest attempt, if a second copy may overtake it."""
+        """Return the unit of the slowest attempt, if a second copy may overtake it.
+
+        An attempt whose worker still loads the teacher counts: another worker holds it already.
+        """
         if self.policy.max_copies < 2:
             return None
         for running in sorted(self._running.values(), key=lambda r: r.since_s):
@@ -161,8 +164,7 @@ class Dispatcher:
             median = self._median(unit.group)
             copies = sum(r.attempt.unit.name == unit.name for r in self._running.values())
             if (
-                running.has_begun
-                and median is not None
+                median is not None
                 and seconds > self.policy.straggler_medians * median
                 and copies < self.policy.max_copies
                 and self._attempts[unit.name] < self.policy.max_attempts

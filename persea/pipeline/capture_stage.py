@@ -19,8 +19,10 @@ from persea.cache.accounting import (
     quarantine_records,
 )
 from persea.cache.answer_filter import verify_answers
+from persea.cache.canaries import count_pairs
 from persea.cache.capture import CaptureUnit, open_teacher_caches, refuse_changed_identity
 from persea.cache.maintenance import committed_units
+from persea.cache.object_store import ObjectStore, is_object_store
 from persea.cache.shared_store import SharedStore, default_store_folder
 from persea.cache.unit import read_record
 from persea.errors import StorageError
@@ -44,7 +46,7 @@ class _CaptureRun:
     folder: Path
     progress: ProgressCallback
     budget: CaptureBudget
-    store: SharedStore
+    store: SharedStore | ObjectStore
     served_models: dict[str, str] = field(default_factory=dict)
     taken: Counter[str] = field(default_factory=Counter)
     store_failed: bool = False
@@ -96,6 +98,8 @@ class _CaptureRun:
         self._on_unit(UnitProgress(num_prompts, tokens, True, unit_name))
 
     def _take_shared(self, name: str, missing: Sequence[CaptureUnit], num_units: int) -> None:
+        if self.context.canaries:  # its pairs are secret, and of this run alone
+            return
         served = self.served_models.get(name, "")
         for unit in missing:
             self.taken[name] += self.store.fetch(unit.name, self.folder, served)
@@ -107,7 +111,7 @@ class _CaptureRun:
         fraction, message = self.budget.record_unit(unit)
         if not unit.is_new:
             self.progress("capture", fraction, "")  # of an earlier run: no part of this one's pace
-        elif not self.store_failed:
+        elif not (self.store_failed or self.context.canaries):
             self._share(unit.name)
         self.progress("capture", fraction, message)
 
@@ -122,9 +126,11 @@ class _CaptureRun:
             self.progress("capture", self.budget.fraction_done, message)
 
 
-def shared_store(context: RunContext) -> SharedStore:
+def shared_store(context: RunContext) -> SharedStore | ObjectStore:
     """Return the store that a recipe's captures are shared in."""
     given = context.recipe.capture.store
+    if is_object_store(given):
+        return ObjectStore(given)
     return SharedStore(Path(given) if given else default_store_folder())
 
 
@@ -149,6 +155,8 @@ def capture_corpus(context: RunContext, folder: Path, progress: ProgressCallback
         work_by_unit=capture_work(context),
     )
     run = _CaptureRun(context, folder, progress, budget, shared_store(context))
+    if context.canaries:
+        context.canaries.save_key(context.folder)
     run.units_by_name = {u.name: u for u in units}
     run.run(units)
     storage.write_json_lines(folder / "removed.jsonl", (r.to_json() for r in corpus.removed))
@@ -166,7 +174,12 @@ def capture_corpus(context: RunContext, folder: Path, progress: ProgressCallback
     summary |= account_for_prompts(summary, corpus, quarantine)
     if corpus.notes:
         summary["notes"] = list(corpus.notes)
+    canary_note = []
+    if context.canaries:
+        num_pairs = count_pairs(folder, [u.name for u in units])
+        summary["canaries"] = {"prompts": len(context.canaries.prompt_ids), "pairs": num_pairs}
+        canary_note = [f"{num_pairs:,} canary pairs"]
     storage.write_json(folder / "summary.json", summary)
     kept = f"{summary['kept']:,} of {summary['in']:,} kept"
     left_out = left_out_lines(count_left_out(summary))
-    progress("capture", 1.0, ", ".join([kept, *left_out, *corpus.notes]))
+    progress("capture", 1.0, ", ".join([kept, *left_out, *corpus.notes, *canary_note]))

@@ -67,6 +67,7 @@ class CaptureRunner:
                 recipe.seed, recipe.capture.sampling_threshold, recipe.capture.max_kl
             ),
             use_given_answers=self.context.are_answers_given,
+            canaries=self.context.canaries,
             refuse_if_changed=partial(self.context.models.refuse_changed_teacher, unit.teacher),
             on_part=on_part,
         )

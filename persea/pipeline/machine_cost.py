@@ -292,7 +292,7 @@ def _texts_bytes(context: RunContext, split: Split) -> int:
     return sum(
         len(part.text.encode(errors="replace"))
         for skill in context.scored_skills
-        for one in context.audition_texts(skill)
+        for one in context.text_contestants(skill)[1]
         for conversation in one.conversations
         for part in conversation.messages[-1].parts
     )

@@ -353,7 +353,7 @@ def _audition_work(context: RunContext, num_answers: int) -> str:
         len(one.conversations)
         for skill in context.scored_skills
         if is_contested_on_texts(context, skill)
-        for one in context.audition_texts(skill)
+        for one in context.text_contestants(skill)[1]
     )
     work = [f"at most {num_answers:,} answers"] * (num_answers > 0)
     work += [f"{num_texts:,} texts read"] * (num_texts > 0)

@@ -212,10 +212,25 @@ def test_loading_a_teacher_is_no_part_of_a_units_time(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path, "capture", clock)
     ledger.begin({u.name: u.group for u in work(6)}, [], lambda unit: 0)
     executor = Loading(clock, {"u0-1": ("ok", 98.0)})
-    policy = DispatchPolicy(min_timeout_s=8)
+    policy = DispatchPolicy(min_timeout_s=8, max_copies=1)
     Dispatcher(executor, ledger, published, policy, clock=clock).run(work(6))
     assert executor.cancelled == []
     assert published.units["u0"] == "u0-1"
+
+
+def test_an_idle_worker_overtakes_one_that_still_loads(tmp_path: Path) -> None:
+    class Loading(Scripted):
+        def receive(self, timeout_s: float) -> Sequence[Outcome]:
+            self.begun.add("u0-1")  # says nothing
+            return super().receive(timeout_s)
+
+    clock, published = Clock(), Published()
+    ledger = Ledger(tmp_path, "capture", clock)
+    ledger.begin({u.name: u.group for u in work(6)}, [], lambda unit: 0)
+    executor = Loading(clock, {"u0-1": ("ok", 1e9)})
+    Dispatcher(executor, ledger, published, clock=clock).run(work(6))
+    assert executor.cancelled == ["u0-1"]
+    assert published.units["u0"] == "u0-2"
 
 
 def test_no_worker_for_too_long_is_named(tmp_path: Path) -> None:
