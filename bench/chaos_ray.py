@@ -161,7 +161,7 @@ class Chaos:
             if stopped or num_committed(run) < 4:
                 return
             for process in psutil.process_iter(["cmdline"]):
-                if "ActorWorker.run" in " ".join(process.info["cmdline"] or ()):
+                if "ray::ActorWorker" in " ".join(process.info["cmdline"] or ()):
                     stopped.append(process.pid)
                     os.kill(process.pid, signal.SIGSTOP)
                     return

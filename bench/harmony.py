@@ -5,8 +5,11 @@
 VENV is a virtual environment with openai-harmony, which is made where it is missing. Its vocabulary
 file, o200k_base.tiktoken, is written from the tokenizer.json of gpt-oss in PERSEA_DATA; the library
 compares its SHA-256 before it takes it. The conversations are those of bench/templates.py at each
-effort: 60 without tools and three with calls and results. Writes bench/results/harmony.json; about
-20 CPU seconds.
+effort: 60 without tools and three with calls and results, and one with tools and instructions.
+`as documented` uses the library as its page says; `adjusted` gives it the four known differences:
+two line breaks behind instructions without tools, `json` in place of `<|constrain|>json`, results
+as JSON texts, and the thoughts that the template keeps, kept. Writes bench/results/harmony.json;
+about 30 CPU seconds.
 """
 
 from __future__ import annotations
@@ -28,8 +31,10 @@ from typing import Any
 from templates import conversations, tool_conversations
 from tokenizers import Tokenizer
 
+from persea.chat.families.gpt_oss import GPT_OSS
 from persea.chat.messages import (
     Conversation,
+    Message,
     Role,
     Text,
     Thinking,
@@ -46,7 +51,7 @@ OUT = ROOT / "bench" / "results" / "harmony.json"
 PACKAGE = "openai-harmony==0.0.8"
 DATE = date(2025, 8, 5)
 EFFORTS = (ThinkingEffort.LOW, ThinkingEffort.MEDIUM, ThinkingEffort.HIGH)
-CONTEXT_TOKENS = 12
+CONTEXT_TOKENS, SHOWN = 12, 8
 
 
 def write_vocabulary(folder: Path) -> None:
@@ -60,17 +65,20 @@ def write_vocabulary(folder: Path) -> None:
     (folder / "o200k_base.tiktoken").write_bytes(b"".join(lines))
 
 
-def to_case(conversation: Conversation, is_prompt: bool) -> dict[str, Any]:
+def to_case(conversation: Conversation, is_prompt: bool, *, adjusted: bool) -> dict[str, Any]:
     """Return a conversation as the other process reads it."""
     messages: list[dict[str, str]] = []
     instructions = ""
+    if adjusted:
+        conversation = GPT_OSS.normalise(conversation)
     for m in conversation.messages:
         if m.role is Role.SYSTEM:
-            instructions = m.text
+            instructions = m.text + "\n\n" * (adjusted and not conversation.tools)
         elif m.role is Role.USER:
             messages.append({"kind": "user", "text": m.text})
         for p in m.parts if m.role in (Role.ASSISTANT, Role.TOOL) else ():
-            messages.append(_part(p))
+            if not isinstance(p, Thinking) or p.text:
+                messages.append(_part(p, adjusted=adjusted))
     return {
         "effort": conversation.effort.value,
         "date": DATE.isoformat(),
@@ -81,10 +89,11 @@ def to_case(conversation: Conversation, is_prompt: bool) -> dict[str, Any]:
         ],
         "messages": messages,
         "is_prompt": is_prompt,
+        "drops_thoughts": not adjusted,
     }
 
 
-def _part(part: Any) -> dict[str, str]:
+def _part(part: Any, *, adjusted: bool) -> dict[str, str]:
     if isinstance(part, Thinking):
         return {"kind": "thought", "text": part.text}
     if isinstance(part, Text):
@@ -94,10 +103,11 @@ def _part(part: Any) -> dict[str, str]:
             "kind": "call",
             "text": part.arguments,
             "name": part.name,
-            "content_type": "<|constrain|>json",
+            "content_type": "json" if adjusted else "<|constrain|>json",
         }
     assert isinstance(part, ToolResult)
-    return {"kind": "result", "text": part.text, "name": part.name}
+    text = json.dumps(part.text, ensure_ascii=False) if adjusted else part.text
+    return {"kind": "result", "text": text, "name": part.name}
 
 
 def cases() -> Iterator[tuple[str, Conversation, bool]]:
@@ -106,11 +116,19 @@ def cases() -> Iterator[tuple[str, Conversation, bool]]:
         for group, some in (
             ("text", conversations(effort, True)),
             ("tools", tool_conversations(effort, True)),
+            ("tools and instructions", with_instructions(tool_conversations(effort, True))),
         ):
             for conversation in some:
                 question = replace(conversation, messages=conversation.messages[:-1])
                 yield group + ", prompt", question, True
                 yield group + ", whole", conversation, False
+
+
+def with_instructions(some: Iterator[Conversation]) -> Iterator[Conversation]:
+    """Yield conversations behind a system text."""
+    system = Message(Role.SYSTEM, (Text("Be brief."),))
+    for conversation in some:
+        yield replace(conversation, messages=(system, *conversation.messages))
 
 
 def main() -> None:
@@ -124,20 +142,24 @@ def main() -> None:
     source = ModelSource(str(DATA / "tokenizers" / "gpt-oss"))
     renderer = load_renderer(source, "gpt-oss", DATE)
     some = list(cases())
+    result: dict[str, Any] = {"package": PACKAGE}
     with tempfile.TemporaryDirectory() as scratch:
         write_vocabulary(Path(scratch))
-        done = subprocess.run(
-            [python, ROOT / "bench" / "harmony_reference.py"],
-            input="".join(json.dumps(to_case(c, is_prompt)) + "\n" for _, c, is_prompt in some),
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-            env=os.environ | {"TIKTOKEN_ENCODINGS_BASE": scratch},
-        )
-    theirs = [json.loads(line) for line in done.stdout.splitlines()]
-    result = {"package": PACKAGE, "groups": compare(renderer, some, theirs)}
+        for name, adjusted in (("as documented", False), ("adjusted", True)):
+            given = [to_case(c, is_prompt, adjusted=adjusted) for _, c, is_prompt in some]
+            done = subprocess.run(
+                [python, ROOT / "bench" / "harmony_reference.py"],
+                input="".join(json.dumps(case) + "\n" for case in given),
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+                env=os.environ | {"TIKTOKEN_ENCODINGS_BASE": scratch},
+            )
+            theirs = [json.loads(line) for line in done.stdout.splitlines()]
+            result[name] = compare(renderer, some, theirs)
+            for group, found in result[name].items():
+                print(name, group, found["equal"], "of", found["renderings"], flush=True)
     OUT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    print(json.dumps(result, indent=1, ensure_ascii=False))
 
 
 def compare(renderer: Any, some: Any, theirs: list[list[int]]) -> dict[str, Any]:
@@ -157,6 +179,8 @@ def compare(renderer: Any, some: Any, theirs: list[list[int]]) -> dict[str, Any]
         window = slice(start, start + CONTEXT_TOKENS)
         shown = [decode(ids[window], skip_special_tokens=False) for ids in (own, reference)]
         found["differences"][f"template {shown[0]!r}, harmony {shown[1]!r}"] += 1
+    for found in groups.values():
+        found["differences"] = dict(found["differences"].most_common(SHOWN))
     return groups
 
 

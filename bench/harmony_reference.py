@@ -18,6 +18,7 @@ from openai_harmony import (
     HarmonyEncodingName,
     Message,
     ReasoningEffort,
+    RenderConversationConfig,
     Role,
     SystemContent,
     ToolDescription,
@@ -67,11 +68,12 @@ def main() -> None:
     encoding = load_harmony_encoding(HarmonyEncodingName.HARMONY_GPT_OSS)
     for line in sys.stdin:
         case = json.loads(line)
+        config = RenderConversationConfig(auto_drop_analysis=case["drops_thoughts"])
         conversation = Conversation.from_messages([*header(case), *map(message, case["messages"])])
         if case["is_prompt"]:
-            ids = encoding.render_conversation_for_completion(conversation, Role.ASSISTANT)
+            ids = encoding.render_conversation_for_completion(conversation, Role.ASSISTANT, config)
         else:
-            ids = encoding.render_conversation_for_training(conversation)
+            ids = encoding.render_conversation_for_training(conversation, config)
         print(json.dumps(ids))
 
 

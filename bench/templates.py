@@ -82,6 +82,8 @@ END_TOKENS = (
     "<|end_of_turn|>",
     "<|user|>",
     "</assistant>",
+    "<SPECIAL_12>",
+    "<sep>",
     "</s>",
 )
 # Tokens that end an answer of calls, as the generation_config.json of their models declares them.
@@ -90,7 +92,7 @@ CONTROL_PATTERN = re.compile(
     r"<[|｜][^<>{}'\"\s|｜]{1,40}[|｜]>|<[|][^<>{}'\"\s|]{1,20}>|<[^<>{}'\"\s|]{1,20}[|]>|<\|\"\|>"
     r"|</?(?:think(?::opensource)?|seed:[a-z]+|mm:think|start_of_turn|end_of_turn|end_of_utterance|assistant|"
     r"tool_call|tool_response|tool_calls|system|user|role|s|bos|eos|sop|end_of_sentence|beginning_of_sentence|image|fake_token_around_image)>"
-    r"|\[/?[A-Z_]{3,20}\]|\[gMASK\]|\[[eb]~\[|\]~b\]|\]~!b\[|\]<\]minimax\[>\["
+    r"|<SPECIAL_1[0-2]>|<sep>|\[/?[A-Z_]{3,20}\]|\[gMASK\]|\[[eb]~\[|\]~b\]|\]~!b\[|\]<\]minimax\[>\["
 )
 # As in Llama 3, Qwen and gpt-oss.
 PRETOKEN_PATTERN = (

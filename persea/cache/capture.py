@@ -13,10 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
 from persea.cache.accounting import UnitProgress
 from persea.cache.canaries import Canaries, write_pairs
+from persea.cache.generated_distributions import answer_distributions, reducer_of_prompts
 from persea.cache.given_answers import answer_or_score, count_prompt_tokens
 from persea.cache.maintenance import committed_units
 from persea.cache.reader import SHUFFLE_WINDOW_BLOCKS, CacheReader, open_cache_reader
@@ -28,11 +27,10 @@ from persea.data.formats import MAX_LINE_BYTES
 from persea.data.prompts import Prompt, parts_to_json
 from persea.distributions import (
     SparseDistributions,
-    concat_distributions,
 )
 from persea.errors import DataError, RefusedError
 from persea.evaluation.audition import Cast
-from persea.teachers.engines import Engine, EngineFailure
+from persea.teachers.engines import Engine
 from persea.teachers.teacher import Answer, Teacher
 from persea.tokenization.tokens import RenderedTokens
 
@@ -251,7 +249,15 @@ def capture_unit(
         )
         write_pairs(folder, unit.name, pairs)
     others = [p for p in renderable if p.id not in drawn]
-    rest = iter(answer_or_score(others, writer, max_new_tokens, use_given_answers))
+    rest = iter(
+        answer_or_score(
+            others,
+            writer,
+            max_new_tokens,
+            use_given_answers,
+            partial(reducer_of_prompts, sparsifier, teacher),
+        )
+    )
     asked = [drawn.get(p.id) or next(rest) for p in renderable]
     quarantine += [
         (a.prompt_id, a.failure_reason or CONTENT_FILTER_REASON)
@@ -353,8 +359,8 @@ def _write_answers(
     is_scored = all(a.given or a.conversation.is_document for a in answers)
     begin = 0.0 if is_scored else WRITING_SHARE
     results = list(
-        _answer_distributions(
-            unit,
+        answer_distributions(
+            unit.teacher,
             complete,
             teacher,
             sparsifier,
@@ -391,41 +397,6 @@ def _write_answers(
         quarantine=failed,
     )
     return {answer.prompt_id: len(tokens) for answer, tokens in complete}
-
-
-def _answer_distributions(
-    unit: CaptureUnit,
-    complete_answers: Sequence[tuple[Answer, RenderedTokens]],
-    teacher: Teacher,
-    sparsifier: DistributionSparsifier,
-    on_scored: Callable[[float], None],
-) -> Iterator[SparseDistributions | EngineFailure]:
-    """Yield the distributions of each answer, reduced by the server or by the sparsifier."""
-    ids, loss_masks = (
-        [t.ids_T for _, t in complete_answers],
-        [t.loss_mask_T for _, t in complete_answers],
-    )
-    if not teacher.engine.capabilities.has_full_distributions:
-        yield from teacher.engine.compute_sparse_distributions(ids, loss_masks)
-        return
-    token_counts_W = np.zeros(len(teacher.renderer.vocabulary), np.int64)
-    for one in ids:
-        token_counts_W += np.bincount(one, minlength=len(token_counts_W))
-    parts: list[list[SparseDistributions]] = [[] for _ in complete_answers]
-    num_rows, num_scored = sum(int(mask.sum()) for mask in loss_masks), 0
-    for k, logprobs_NW in teacher.engine.iter_logprobs(ids, loss_masks):
-        num_scored += len(logprobs_NW)
-        parts[k].append(
-            sparsifier.sparsify(
-                unit.teacher,
-                *complete_answers[k],
-                logprobs_NW,
-                token_counts_W,
-                sum(map(len, parts[k])),
-            )
-        )
-        on_scored(num_scored / max(1, num_rows))
-    yield from map(concat_distributions, parts)
 
 
 # drop reason besides those of FinishReason: the prompt asks for thinking, and the answer has none.

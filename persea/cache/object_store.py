@@ -57,9 +57,7 @@ class ObjectStore:
 
             protocol = self.url.partition("://")[0]
             options = {"auto_mkdir": True} if protocol in ("file", "local") else {}
-            file_system, root = fsspec.core.url_to_fs(
-                self.url, use_listings_cache=False, **options
-            )
+            file_system, root = fsspec.core.url_to_fs(self.url, use_listings_cache=False, **options)
         except ImportError as error:
             raise MissingRequirementError(
                 f"no file system for {self.url.partition('://')[0]}: {error}",

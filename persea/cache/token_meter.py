@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from persea.teachers.engines import Engine, EngineFailure
+from persea.teachers.engines import Engine, EngineFailure, GeneratedTokens, Reducer
 from persea.teachers.teacher import Teacher
 
 
@@ -16,7 +16,7 @@ class TokenMeter:
     """An engine that counts the tokens of the prompts it continues, and of its answers.
 
     Args:
-        engine: The engine that works; everything but `generate` and `reporting` is its own.
+        engine: The engine that works; everything but generating and `reporting` is its own.
 
     Attributes:
         lengths: Tokens of each prompt with its answer, in the order of the prompts.
@@ -36,6 +36,23 @@ class TokenMeter:
         results = self._engine.generate(prompts, stop_ids, max_new_tokens)
         self.lengths += [
             len(prompt) + (0 if isinstance(result, EngineFailure) else len(result))
+            for prompt, result in zip(prompts, results, strict=True)
+        ]
+        return results
+
+    def generate_with_distributions(
+        self,
+        prompts: Sequence[npt.NDArray[np.int32]],
+        stop_ids: Sequence[int],
+        max_new_tokens: int,
+        reducer: Reducer,
+    ) -> Sequence[GeneratedTokens | EngineFailure]:
+        """Generate with the engine, and count."""
+        results = self._engine.generate_with_distributions(
+            prompts, stop_ids, max_new_tokens, reducer
+        )
+        self.lengths += [
+            len(prompt) + (0 if isinstance(result, EngineFailure) else len(result.ids_T))
             for prompt, result in zip(prompts, results, strict=True)
         ]
         return results

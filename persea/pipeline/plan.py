@@ -334,8 +334,8 @@ def _basis_notes(
         )
     elif calibration is not None:
         notes.append(
-            f"seconds: measured with these models on this machine on {calibration.measured_on}; "
-            "right to 30 % while nothing else uses it"
+            f"seconds: measured with these models on this machine on {calibration.measured_on}, "
+            "with fewer prompts at once than the run asks: a run takes less (docs/plan.md)"
         )
     notes.append(
         f"seconds of the stages: {cost.CAPTURE_EFFICIENCY:.0%} (capture) and "
@@ -353,7 +353,7 @@ def _audition_work(context: RunContext, num_answers: int) -> str:
         len(one.conversations)
         for skill in context.scored_skills
         if is_contested_on_texts(context, skill)
-        for one in context.audition_texts(skill)
+        for one in context.text_contestants(skill)[1]
     )
     work = [f"at most {num_answers:,} answers"] * (num_answers > 0)
     work += [f"{num_texts:,} texts read"] * (num_texts > 0)

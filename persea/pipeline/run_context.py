@@ -194,6 +194,7 @@ class RunContext:
             [
                 *filter(None, [self.recipe.evaluation.judge]),
                 *([t.skill, t.metric, t.rubric] for t in self.recipe.tasks),
+                *tasks_and_prompts.grader_versions(self.benchmarks),
                 *(
                     [
                         i.prompt.id,
@@ -405,18 +406,17 @@ class RunContext:
         """Skills whose texts or answers are given, so that teachers are compared by bits."""
         return tuple(skill for skill in self.recipe.skills if skill not in self.asked_skills)
 
-    def audition_texts(self, skill: str) -> list[GivenTexts]:
-        """Return at most `audition.items` given texts of each language of a skill.
-
-        Every teacher and the student can render them.
+    def text_contestants(self, skill: str) -> tuple[tuple[str, ...], list[GivenTexts]]:
+        """Return the teachers that can render a skill's given texts, and at most `audition.items`
+        texts of each language, which all of them and the student can render.
         """
-        renderers = [self.models.student_renderer, *self.models.renderers.values()]
-        samples = tasks_and_prompts.given_samples(
-            (p for p in self.corpus.prompts if p.skill == skill),
-            self.are_answers_given,
-            self.recipe.audition.items,
-        )
-        return tasks_and_prompts.texts_by_language(samples, renderers)
+        models, items = self.models, self.recipe.audition.items
+        prompts = (p for p in self.corpus.prompts if p.skill == skill)
+        samples = tasks_and_prompts.given_samples(prompts, self.are_answers_given, items)
+        teachers = {name: models.renderers[name] for name in models.teacher_names}
+        able = tasks_and_prompts.able_teachers(samples, teachers)
+        shared = [models.student_renderer, *(teachers[name] for name in able)]
+        return able, tasks_and_prompts.texts_by_language(samples, shared)
 
     @cached_property
     def captured_corpus(self) -> Corpus:

@@ -89,7 +89,7 @@ def audition_inputs(context: RunContext) -> object:
         *(
             [one.skill, one.language, [c.to_json() for c in one.conversations]]
             for skill in context.scored_skills
-            for one in context.audition_texts(skill)
+            for one in context.text_contestants(skill)[1]
         ),
     ]
 

@@ -43,7 +43,12 @@ class Requests:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
         for engine in (TransformersEngine, TokenServerEngine, ChatServerEngine):
-            for name in ("generate", "iter_logprobs", "compute_sparse_distributions"):
+            for name in (
+                "generate",
+                "generate_with_distributions",
+                "reduce_distributions",
+                "compute_sparse_distributions",
+            ):
                 if hasattr(engine, name):
                     monkeypatch.setattr(engine, name, self.counted(getattr(engine, name)))
 

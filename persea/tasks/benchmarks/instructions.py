@@ -281,4 +281,4 @@ def grade_instructions(item: TaskItem, answer: Message) -> Grade:
     )
 
 
-BENCHMARKS = (Benchmark("ifeval", "en", ifeval, grade_instructions),)
+BENCHMARKS = (Benchmark("ifeval", "en", ifeval, grade_instructions, grader_version=2),)

@@ -261,6 +261,6 @@ def _written_call(name: str) -> re.Pattern[str]:
 
 
 BENCHMARKS = (
-    Benchmark("bfcl", "en", bfcl, grade_calls),
+    Benchmark("bfcl", "en", bfcl, grade_calls, grader_version=2),
     Benchmark("bfcl-irrelevance", "en", bfcl_irrelevance, grade_no_call),
 )
