@@ -1,7 +1,7 @@
 """python -m bench.plan RECIPE [--set KEY=VALUE] --out FOLDER: a plan against the run that follows.
 
-Measures the models (`--calibrate`), plans, runs the stages, plans once more between audition and
-capture, and compares CPU seconds and bytes with the run's own records. Other programs on the
+Measures the models (`--calibrate`), plans, runs the stages, and compares CPU seconds and bytes with
+the run's own records. The same command continues an interrupted run. Other programs on the
 machine change the clock, and CPU seconds far less.
 """
 
@@ -35,10 +35,8 @@ def planned_seconds(plan: RunPlan) -> dict[str, float]:
     return found
 
 
-def compare(
-    before: Mapping[str, float], after: Mapping[str, float], run: Path, disk: int
-) -> dict[str, Any]:
-    """Return planned and measured seconds of each stage, and their ratio."""
+def compare(before: Mapping[str, float], run: Path, disk: int) -> dict[str, Any]:
+    """Return planned and measured seconds of each stage that has finished, and their ratio."""
     measured = {
         stage: json.loads((run / stage / "done.json").read_text())["cpu_seconds"]
         for stage in STAGES
@@ -47,7 +45,6 @@ def compare(
     rows = {
         stage: {
             "planned": round(before.get(stage, 0.0), 1),
-            "planned_after_audition": round(after.get(stage, 0.0), 1),
             "measured": value,
         }
         for stage, value in measured.items()
@@ -55,16 +52,18 @@ def compare(
     total = {
         key: round(sum(row[key] for row in rows.values()), 1) for key in ("planned", "measured")
     }
-    kept = sum(folder_bytes(run / name) for name in ("capture", "examples", "train"))
-    return {
+    found = {
         "stages": rows,
         "total": total | {"ratio": round(total["planned"] / total["measured"], 3)},
-        "disk": {"planned": disk, "measured": kept, "ratio": round(disk / kept, 3)},
     }
+    if "train" in rows:
+        kept = sum(folder_bytes(run / name) for name in ("capture", "examples", "train"))
+        found["disk"] = {"planned": disk, "measured": kept, "ratio": round(disk / kept, 3)}
+    return found
 
 
 def measure(
-    recipe_path: Path, overrides: list[str], out: Path, kept: Path | None
+    recipe_path: Path, overrides: list[str], out: Path, kept: Path | None, only_compare: bool
 ) -> dict[str, Any]:
     """Calibrate, plan, run and compare."""
 
@@ -81,15 +80,15 @@ def measure(
         speeds = calibrate(run, context_shares(run), say)
         if kept:
             kept.write_text(json.dumps(speeds.to_json(), indent=1))
-    plan = plan_run(context(), calibration=speeds)
-    before, disk = planned_seconds(plan), sum(line.disk_bytes for line in plan.lines)
-    print(before, flush=True)
-    for stage in ("check", "audition"):
+    planned = out.with_suffix(".plan.json")  # of the first call: what is done is not planned again
+    if not planned.is_file():
+        plan = plan_run(context(), calibration=speeds)
+        value = {"seconds": planned_seconds(plan), "disk": sum(x.disk_bytes for x in plan.lines)}
+        planned.write_text(json.dumps(value))
+    value = json.loads(planned.read_text())
+    for stage in () if only_compare else ("check", *STAGES):
         run_pipeline(context(), say, stage)
-    after = planned_seconds(plan_run(context(), calibration=speeds))
-    for stage in ("capture", "train", "evaluate"):
-        run_pipeline(context(), say, stage)
-    return compare(before, before | after, out, disk)
+    return compare(value["seconds"], out, value["disk"])
 
 
 def main() -> None:
@@ -99,8 +98,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--calibration", type=Path, help="file of speeds, read or written")
     parser.add_argument("--name", default="quickstart")
+    parser.add_argument("--only-compare", action="store_true", help="with the finished stages")
     options = parser.parse_args()
-    found = measure(options.recipe, options.overrides, options.out, options.calibration)
+    found = measure(
+        options.recipe, options.overrides, options.out, options.calibration, options.only_compare
+    )
     found |= {"overrides": options.overrides, "cores": os.cpu_count(), "cpu": platform.machine()}
     path = Path(__file__).with_name("results") / "plan.json"
     results = json.loads(path.read_text()) if path.is_file() else {}

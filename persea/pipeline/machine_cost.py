@@ -333,7 +333,7 @@ def refuse_unfit_machine(context: RunContext) -> None:
     """
     if compute_device().type != "cpu":
         return
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = total_memory()
     for name in context.models.teacher_names:
         size = context.models.teacher_sizes[name]
         if size is None or is_remote(context.models.teacher_ref(name)):
@@ -348,3 +348,8 @@ def refuse_unfit_machine(context: RunContext) -> None:
                 remedy=f"a server (`endpoint:`), a GPU (`persea plan --hardware 1xH100` plans for "
                 f"one), or a teacher of at most {largest:.0f} billion weights",
             )
+
+
+def total_memory() -> int:
+    """Return the bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -334,8 +334,8 @@ def _basis_notes(
         )
     elif calibration is not None:
         notes.append(
-            f"seconds: measured with these models on this machine on {calibration.measured_on}; "
-            "right to 30 % while nothing else uses it"
+            f"seconds: measured with these models on this machine on {calibration.measured_on}, "
+            "with fewer prompts at once than the run asks: a run takes less (docs/plan.md)"
         )
     notes.append(
         f"seconds of the stages: {cost.CAPTURE_EFFICIENCY:.0%} (capture) and "

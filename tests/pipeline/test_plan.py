@@ -15,7 +15,9 @@ from persea.config.recipe import load_recipe
 from persea.errors import DataError, RefusedError
 from persea.models.loading import ModelSource
 from persea.models.sizes import read_model_size
+from persea.pipeline import machine_cost
 from persea.pipeline.cost import training_bytes
+from persea.pipeline.hardware import parse_fleet
 from persea.pipeline.plan import plan_run
 from persea.pipeline.preflight_data import (
     EXAMPLE_BYTES_PER_CAPTURED_BYTE,
@@ -332,3 +334,23 @@ def test_a_gguf_file_is_counted_like_the_folder_it_was_written_from(tmp_path: Pa
     whole, gguf = (read_model_size(ModelSource(str(m))) for m in (folder, path))
     assert whole is not None and gguf is not None
     assert (gguf.hidden, gguf.layers) == (whole.hidden, whole.layers)
+
+
+def test_models_on_this_machine_are_planned_for_a_fleet(tmp_path: Path) -> None:
+    recipe(tmp_path)
+    told = plan_run(river(tmp_path), parse_fleet("2xH100"), 2.0)
+    assert told.hardware == "2xH100"
+    assert [line.model for line in told.lines] == [*SAPLING_TEACHERS, "student"]
+    assert all(line.money == 2.0 * (line.gpu_hours or 0) > 0 for line in told.lines)
+    assert {way.kind for way in told.ways} == {"dense", "MoE"}  # gpt-oss-sapling has experts
+    assert told.failures is not None
+
+
+def test_a_teacher_larger_than_the_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe(tmp_path)
+    monkeypatch.setattr(machine_cost, "total_memory", lambda: 1_000_000)
+    with pytest.raises(RefusedError, match=r"in float32, and this machine has 0 GB .*--hardware"):
+        plan_run(river(tmp_path))
+    plan_run(river(tmp_path), parse_fleet("1xH100"))  # not run here
