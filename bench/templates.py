@@ -12,7 +12,8 @@ calls and results where persea finds tools:
     refused    persea refuses, with a reason: the whole template, or one conversation
     different  the ids differ without a refusal
 
-Writes bench/results/templates.json and prints one line a template.
+Writes bench/results/templates.json and prints one line a template. ONLY=PATTERN measures the
+templates whose name it matches, and keeps the other results.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import date
 from importlib.util import find_spec
@@ -81,6 +82,8 @@ END_TOKENS = (
     "<|end_of_turn|>",
     "<|user|>",
     "</assistant>",
+    "<SPECIAL_12>",
+    "<sep>",
     "</s>",
 )
 # Tokens that end an answer of calls, as the generation_config.json of their models declares them.
@@ -89,7 +92,7 @@ CONTROL_PATTERN = re.compile(
     r"<[|｜][^<>{}'\"\s|｜]{1,40}[|｜]>|<[|][^<>{}'\"\s|]{1,20}>|<[^<>{}'\"\s|]{1,20}[|]>|<\|\"\|>"
     r"|</?(?:think(?::opensource)?|seed:[a-z]+|mm:think|start_of_turn|end_of_turn|end_of_utterance|assistant|"
     r"tool_call|tool_response|tool_calls|system|user|role|s|bos|eos|sop|end_of_sentence|beginning_of_sentence|image|fake_token_around_image)>"
-    r"|\[/?[A-Z_]{3,20}\]|\[gMASK\]|\[[eb]~\[|\]~b\]|\]~!b\[|\]<\]minimax\[>\["
+    r"|<SPECIAL_1[0-2]>|<sep>|\[/?[A-Z_]{3,20}\]|\[gMASK\]|\[[eb]~\[|\]~b\]|\]~!b\[|\]<\]minimax\[>\["
 )
 # As in Llama 3, Qwen and gpt-oss.
 PRETOKEN_PATTERN = (
@@ -340,18 +343,13 @@ def templates(folders: list[Path]) -> dict[str, str]:
 
 def main() -> None:
     """Measure every template, print and store the results."""
-    results: dict[str, dict[str, Any]] = {}
-    totals: Counter[str] = Counter()
     only = os.environ.get("ONLY", "")
+    results: dict[str, dict[str, Any]] = json.loads(OUT.read_text())["templates"] if only else {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, text in templates([Path(a) for a in sys.argv[1:]]).items():
             if only and not re.search(only, name):
                 continue
             outcome = measure(name, text, Path(scratch) / name.replace("/", "-"))
-            kind = "refused template" if not outcome.family else "followed template"
-            totals.update({kind: 1, **outcome.counts})
-            totals["followed template with tools"] += outcome.tools
-            totals["templates with a difference"] += outcome.counts["different"] > 0
             results[name] = {
                 "family": outcome.family,
                 "efforts": outcome.efforts,
@@ -366,12 +364,22 @@ def main() -> None:
                 f"{counts:30} {outcome.seconds:.2f}s {outcome.reason[:160]}",
                 flush=True,
             )
-    print(dict(totals))
-    if not only:
-        OUT.write_text(
-            json.dumps({"totals": totals, "templates": results}, indent=1, ensure_ascii=False)
-            + "\n"
-        )
+    totals = total(results.values())
+    print(totals)
+    OUT.write_text(
+        json.dumps({"totals": totals, "templates": results}, indent=1, ensure_ascii=False) + "\n"
+    )
+
+
+def total(results: Iterable[dict[str, Any]]) -> dict[str, int]:
+    """Count templates and renderings over all templates."""
+    totals: Counter[str] = Counter()
+    for one in results:
+        totals["followed template" if one["family"] else "refused template"] += 1
+        totals["followed template with tools"] += bool(one.get("tools"))
+        totals["templates with a difference"] += bool(one.get("different"))
+        totals.update({k: one[k] for k in ("equal", "different", "refused") if one.get(k)})
+    return dict(totals)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,11 @@ from persea.alignment.event_map import EventMap, load_event_map
 from persea.cache.unit import CachedAnswer
 from persea.chat.messages import FinishReason
 from persea.distributions import sample_distributions
+from persea.distributions.matmul import (
+    accumulate_weight_gradient,
+    project_to_hidden,
+    project_to_logits,
+)
 from persea.losses import (
     BatchTargets,
     Divergence,
@@ -63,7 +68,6 @@ from persea.losses import (
     divergence_loss_from_hidden,
     event_kl_loss_from_hidden,
 )
-from persea.losses.matmul import accumulate_weight_gradient, project_to_hidden, project_to_logits
 from persea.models.loading import ModelSource, load_model, load_renderer
 from persea.pipeline.train_stage import group_stats
 from persea.tasks import generated as skills

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import unicodedata
+from typing import Any
 
 # categories of Unicode: control characters, directions and other formats, halves of surrogates
 UNPRINTABLE = ("Cc", "Cf", "Cs")
@@ -43,6 +44,14 @@ class PerseaError(Exception):
         prefix = f"{where}: " if where else ""
         suffix = f" -> {remedy}" if remedy else ""
         super().__init__(f"{prefix}{message}{suffix}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the parts: the joined text would become the message of the copy."""
+        return _restore_error, (type(self), self.message, self.where, self.remedy)
+
+
+def _restore_error(kind: type[PerseaError], message: str, where: str, remedy: str) -> PerseaError:
+    return kind(message, where=where, remedy=remedy)
 
 
 class RecipeError(PerseaError):

@@ -181,6 +181,7 @@ FREE_KEYS = {
     "corpus.effort_shares",
     "evaluation.lm_eval_results",
     "licence_decisions",
+    "plan.expect",
     "tasks.columns",
     "teachers.engine_options",
 }

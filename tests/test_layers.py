@@ -18,7 +18,7 @@ ROOT = PACKAGE.parent
 LAYERS = (
     ("errors",),
     ("storage", "distributions", "tokenization", "licences"),
-    ("chat",),
+    ("chat", "executors"),
     ("config", "models", "data", "alignment"),
     ("teachers", "tasks", "losses"),
     ("serve", "evaluation"),

@@ -11,31 +11,28 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any, cast
 
 from persea.cache.accounting import UnitProgress
+from persea.cache.canaries import Canaries, write_pairs
+from persea.cache.generated_distributions import answer_distributions, reducer_of_prompts
 from persea.cache.given_answers import answer_or_score, count_prompt_tokens
 from persea.cache.maintenance import committed_units
 from persea.cache.reader import SHUFFLE_WINDOW_BLOCKS, CacheReader, open_cache_reader
 from persea.cache.sparsifier import DistributionSparsifier
+from persea.cache.token_meter import TokenMeter, server_tokens
 from persea.cache.unit import CachedAnswer, is_committed, read_record, unit_id, write_unit
 from persea.chat.messages import FinishReason, ThinkingEffort
 from persea.data.formats import MAX_LINE_BYTES
 from persea.data.prompts import Prompt, parts_to_json
 from persea.distributions import (
     SparseDistributions,
-    concat_distributions,
 )
 from persea.errors import DataError, RefusedError
 from persea.evaluation.audition import Cast
-from persea.teachers.engines import EngineFailure
+from persea.teachers.engines import Engine
 from persea.teachers.teacher import Answer, Teacher
 from persea.tokenization.tokens import RenderedTokens
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -155,6 +152,7 @@ def capture_teacher(
     tau: float | None = None,
     max_kl: float | None = None,
     use_given_answers: bool = False,
+    canaries: Canaries | None = None,
     refuse_if_changed: Callable[[], None] = lambda: None,
     on_unit: Callable[[UnitProgress], None] = lambda step: None,
     on_part: Callable[[CaptureUnit, float], None] = lambda unit, share: None,
@@ -171,6 +169,7 @@ def capture_teacher(
         max_kl: Store the likeliest tokens up to this loss in nats, or None.
         use_given_answers: Score the answers that come with the prompts, and generate none.
             Documents are scored in any case.
+        canaries: Prompts that are answered twice, and which answer is learned; None = none.
         refuse_if_changed: Raises if the teacher is no longer the model of the units' names. Called
             before each commit.
         on_unit: Called after each unit.
@@ -181,29 +180,20 @@ def capture_teacher(
         RefusedError: The folder holds units of another model with this teacher's name.
     """
     own_units = [u for u in units if u.teacher == teacher.name]
-    _refuse_changed_identity(own_units, folder)
+    refuse_changed_identity(own_units, folder)
     for unit in own_units:
         is_new = not is_committed(folder, unit.name)
         if is_new:
-            on_part(unit, 0.0)
-            writer = teacher.reporting(partial(_report_writing, on_part, unit))
-            renderable, quarantine = _split_renderable(unit.prompts, teacher)
-            answers = answer_or_score(renderable, writer, max_new_tokens, use_given_answers)
-            quarantine += [
-                (a.prompt_id, a.failure_reason or CONTENT_FILTER_REASON)
-                for a in answers
-                if a.finish is FinishReason.REFUSED
-            ]
-            answers = [a for a in answers if a.finish is not FinishReason.REFUSED]
-            _write_answers(
+            capture_unit(
                 unit,
-                answers,
-                quarantine,
                 teacher,
                 folder,
-                DistributionSparsifier(seed, tau, max_kl),
-                refuse_if_changed,
-                on_part,
+                max_new_tokens=max_new_tokens,
+                sparsifier=DistributionSparsifier(seed, tau, max_kl),
+                use_given_answers=use_given_answers,
+                canaries=canaries,
+                refuse_if_changed=refuse_if_changed,
+                on_part=partial(on_part, unit),
             )
         on_unit(
             UnitProgress(
@@ -212,34 +202,97 @@ def capture_teacher(
         )
 
 
-def report_committed_units(
-    units: Sequence[CaptureUnit],
+def capture_unit(
+    unit: CaptureUnit,
+    teacher: Teacher,
     folder: Path,
-    on_unit: Callable[[UnitProgress], None],
-) -> None:
-    """Report units of one teacher that are all committed, without the teacher.
+    *,
+    max_new_tokens: int,
+    sparsifier: DistributionSparsifier,
+    use_given_answers: bool = False,
+    canaries: Canaries | None = None,
+    refuse_if_changed: Callable[[], None] = lambda: None,
+    on_part: Callable[[float], None] = lambda share: None,
+) -> int:
+    """Capture and commit one unit.
+
+    Args:
+        unit: The unit.
+        teacher: Its teacher.
+        folder: The cache folder.
+        max_new_tokens: Longest answer, in tokens.
+        sparsifier: Reduces full distributions.
+        use_given_answers: Score the answers that come with the prompts, and generate none.
+        canaries: Prompts that are answered twice, and which answer is learned; None = none.
+        refuse_if_changed: Called before the commit; raises if the teacher is another model by now.
+        on_part: Called with the share that is done.
+
+    Returns:
+        Tokens of all conversations that the teacher read or wrote, each counted once, also of
+        answers that are left out. Behind a server: the tokens that its responses report, repeated
+        requests and scores included, which is what its owner pays.
 
     Raises:
-        RefusedError: The folder holds units of another model with this teacher's name.
+        DataError: A prompt has no answer, and use_given_answers is set.
     """
-    _refuse_changed_identity(units, folder)
-    for unit in units:
-        tokens = read_record(folder, unit.name)["tokens"]
-        on_unit(UnitProgress(len(unit.prompts), tokens, False, unit.name))
+    on_part(0.0)
+    meter, before = TokenMeter(teacher.engine), server_tokens(teacher)
+    writer = replace(teacher, engine=cast(Engine, meter)).reporting(
+        lambda share: on_part(WRITING_SHARE * share)
+    )
+    renderable, quarantine = _split_renderable(unit.prompts, teacher)
+    drawn: dict[str, Answer] = {}
+    num_drawn_tokens = 0
+    if canaries:
+        drawn, pairs, num_drawn_tokens = canaries.answer(
+            renderable, teacher, max_new_tokens, partial(_is_learnable, teacher=teacher)
+        )
+        write_pairs(folder, unit.name, pairs)
+    others = [p for p in renderable if p.id not in drawn]
+    rest = iter(
+        answer_or_score(
+            others,
+            writer,
+            max_new_tokens,
+            use_given_answers,
+            partial(reducer_of_prompts, sparsifier, teacher),
+        )
+    )
+    asked = [drawn.get(p.id) or next(rest) for p in renderable]
+    quarantine += [
+        (a.prompt_id, a.failure_reason or CONTENT_FILTER_REASON)
+        for a in asked
+        if a.finish is FinishReason.REFUSED
+    ]
+    answers = [a for a in asked if a.finish is not FinishReason.REFUSED]
+    lengths = _write_answers(
+        unit, answers, quarantine, teacher, folder, sparsifier, refuse_if_changed, on_part
+    )
+    if getattr(teacher.engine, "client", None) is not None:
+        return server_tokens(teacher) - before
+    own = (a.prompt_id for a in asked if a.is_own and a.prompt_id not in drawn)
+    written = dict(zip(own, meter.lengths, strict=False))
+    counted = {k: n for k, n in (written | lengths).items() if k not in drawn}
+    return sum(counted.values()) + num_drawn_tokens
 
 
 WRITING_SHARE = 0.5  # of a unit's time, if the teacher writes its answers; the rest scores them
 
 
-def _report_writing(
-    on_part: Callable[[CaptureUnit, float], None], unit: CaptureUnit, share: float
-) -> None:
-    on_part(unit, WRITING_SHARE * share)
+def refuse_changed_identity(units: Sequence[CaptureUnit], folder: Path) -> None:
+    """Raise if a folder holds units of another model with the name of one of the units' teachers.
 
+    A planned unit's name is a digest of its teacher's identity, so only the records of other units
+    are read.
 
-def _refuse_changed_identity(units: Sequence[CaptureUnit], folder: Path) -> None:
+    Raises:
+        RefusedError: It does.
+    """
     identities = {u.teacher: u.identity for u in units}
+    planned = {u.name for u in units}
     for name in committed_units(folder):
+        if name in planned:
+            continue
         about = read_record(folder, name)["about"]
         if about.get("identity", "") != identities.get(
             about.get("teacher", ""), about.get("identity", "")
@@ -288,13 +341,17 @@ def _write_answers(
     folder: Path,
     sparsifier: DistributionSparsifier,
     refuse_if_changed: Callable[[], None],
-    on_part: Callable[[CaptureUnit, float], None],
-) -> None:
-    """Score the complete answers of a unit; write and commit it."""
+    on_part: Callable[[float], None],
+) -> dict[str, int]:
+    """Score the complete answers of a unit; write and commit it.
+
+    Returns:
+        Prompt -> tokens of each complete answer with its prompt.
+    """
     rendered = [(a, _render_complete(a, teacher)) for a in answers]
     rendered = [
         (replace(a, finish=FinishReason.LENGTH), None)
-        if tokens is not None and 0 < teacher.max_context_tokens < len(tokens)
+        if tokens is not None and not _has_positions_for(tokens, teacher)
         else (a, tokens)
         for a, tokens in rendered
     ]
@@ -302,12 +359,12 @@ def _write_answers(
     is_scored = all(a.given or a.conversation.is_document for a in answers)
     begin = 0.0 if is_scored else WRITING_SHARE
     results = list(
-        _answer_distributions(
-            unit,
+        answer_distributions(
+            unit.teacher,
             complete,
             teacher,
             sparsifier,
-            lambda share: on_part(unit, begin + (1 - begin) * share),
+            lambda share: on_part(begin + (1 - begin) * share),
         )
     )
     cached, failed = [], list(quarantine)
@@ -339,41 +396,7 @@ def _write_answers(
         unit_metadata=metadata,
         quarantine=failed,
     )
-
-
-def _answer_distributions(
-    unit: CaptureUnit,
-    complete_answers: Sequence[tuple[Answer, RenderedTokens]],
-    teacher: Teacher,
-    sparsifier: DistributionSparsifier,
-    on_scored: Callable[[float], None],
-) -> Iterator[SparseDistributions | EngineFailure]:
-    """Yield the distributions of each answer, reduced by the server or by the sparsifier."""
-    ids, loss_masks = (
-        [t.ids_T for _, t in complete_answers],
-        [t.loss_mask_T for _, t in complete_answers],
-    )
-    if not teacher.engine.capabilities.has_full_distributions:
-        yield from teacher.engine.compute_sparse_distributions(ids, loss_masks)
-        return
-    token_counts_W = np.zeros(len(teacher.renderer.vocabulary), np.int64)
-    for one in ids:
-        token_counts_W += np.bincount(one, minlength=len(token_counts_W))
-    parts: list[list[SparseDistributions]] = [[] for _ in complete_answers]
-    num_rows, num_scored = sum(int(mask.sum()) for mask in loss_masks), 0
-    for k, logprobs_NW in teacher.engine.iter_logprobs(ids, loss_masks):
-        num_scored += len(logprobs_NW)
-        parts[k].append(
-            sparsifier.sparsify(
-                unit.teacher,
-                *complete_answers[k],
-                logprobs_NW,
-                token_counts_W,
-                sum(map(len, parts[k])),
-            )
-        )
-        on_scored(num_scored / max(1, num_rows))
-    yield from map(concat_distributions, parts)
+    return {answer.prompt_id: len(tokens) for answer, tokens in complete}
 
 
 # drop reason besides those of FinishReason: the prompt asks for thinking, and the answer has none.
@@ -408,6 +431,16 @@ def _render_complete(answer: Answer, teacher: Teacher) -> RenderedTokens | None:
         return teacher.renderer.render(answer.conversation)
     except DataError:
         return None
+
+
+def _has_positions_for(tokens: RenderedTokens, teacher: Teacher) -> bool:
+    return teacher.max_context_tokens <= 0 or len(tokens) <= teacher.max_context_tokens
+
+
+def _is_learnable(answer: Answer, teacher: Teacher) -> bool:
+    """Return whether an answer is complete and fits into the teacher's positions."""
+    tokens = _render_complete(answer, teacher)
+    return tokens is not None and _has_positions_for(tokens, teacher)
 
 
 def open_teacher_caches(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from persea.chat.messages import FinishReason
 from persea.data.prompts import Prompt
 from persea.errors import DataError
+from persea.teachers.engines import Reducer
 from persea.teachers.teacher import Answer, Teacher
 
 
@@ -18,12 +19,25 @@ def count_prompt_tokens(prompt: Prompt, teacher: Teacher) -> int:
 
 
 def answer_or_score(
-    prompts: Sequence[Prompt], teacher: Teacher, max_new_tokens: int, use_given_answers: bool
+    prompts: Sequence[Prompt],
+    teacher: Teacher,
+    max_new_tokens: int,
+    use_given_answers: bool,
+    make_reducer: Callable[[Sequence[Prompt]], Reducer | None] = lambda asked: None,
 ) -> list[Answer]:
-    """Return one answer a prompt, in order: given ones and documents, or the teacher's own."""
+    """Return one answer a prompt, in order: given ones and documents, or the teacher's own.
+
+    Args:
+        prompts: The prompts.
+        teacher: The teacher.
+        max_new_tokens: Longest answer, in tokens.
+        use_given_answers: Score the answers that come with the prompts, and generate none.
+        make_reducer: Returns what reduces the distributions of the answers to these prompts while
+            they are generated; None = they are scored afterwards.
+    """
     is_asked = [not use_given_answers and not p.conversation.is_document for p in prompts]
     asked = [p for p, ask in zip(prompts, is_asked, strict=True) if ask]
-    written = iter(teacher.answer(asked, max_new_tokens) if asked else [])
+    written = iter(teacher.answer(asked, max_new_tokens, make_reducer(asked)) if asked else [])
     return [
         next(written) if ask else _given_answer(p, teacher)
         for p, ask in zip(prompts, is_asked, strict=True)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from persea import storage
+from persea.cache.canaries import PAIRS_FOLDER
 from persea.cache.maintenance import committed_units
 from persea.cache.unit import is_committed, read_record
 from persea.errors import DataError, StorageError
@@ -73,7 +74,7 @@ class SharedStore:
         if not is_intact:
             _delete_unit(source, name)
             return False
-        _place_unit(name, source, into)
+        place_unit(name, source, into)
         return True
 
     def publish(self, name: str, source: Path, served_model: str = "") -> None:
@@ -87,7 +88,7 @@ class SharedStore:
         folder = self._cache_folder(served_model)
         has_failures = served_model and read_record(source, name)["quarantine"]
         if not has_failures and not is_committed(folder, name):
-            _place_unit(name, source, folder)
+            place_unit(name, source, folder)
 
     def size(self) -> tuple[int, int, int]:
         """Return the number of units, their bytes, and the bytes that no run folder shares."""
@@ -126,8 +127,8 @@ def _unit_file(folder: Path, name: str) -> Path:
     return folder / "units" / f"{name}.safetensors"
 
 
-def _place_unit(name: str, source: Path, into: Path) -> None:
-    """Link or copy a unit's file, then create its commit record."""
+def place_unit(name: str, source: Path, into: Path) -> None:
+    """Link or copy a unit's file and its canary pairs, then create its commit record."""
     path, unit_file = _unit_file(into, name), _unit_file(source, name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,6 +145,9 @@ def _place_unit(name: str, source: Path, into: Path) -> None:
             ) from error
         with unit_file.open("rb") as whole, storage.open_atomic(path) as copy:
             shutil.copyfileobj(whole, copy, 1 << 20)
+    pairs = source / PAIRS_FOLDER / f"{name}.json"
+    if pairs.is_file():
+        storage.write_atomic(into / PAIRS_FOLDER / pairs.name, pairs.read_bytes())
     record = storage.with_checksum(read_record(source, name))
     storage.create_json_once(into / "commits" / f"{name}.json", record)
 

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from persea.distributions import (
-    DistributionKind,
-    SparseDistributions,
-    sample_distributions,
-    topk_within_kl,
-)
-from persea.teachers.teacher import Answer
-from persea.tokenization.tokens import RenderedTokens
-
-if TYPE_CHECKING:
-    import torch
+from persea.distributions import DistributionKind, SparseDistributions
+from persea.distributions.blocks import BlockedLogits
+from persea.distributions.sampling import sample_blocks, uniform_draws
+from persea.distributions.topk import topk_blocks_within_kl
 
 # added to the count of each token in the unit: the counts spread the rest of a topk distribution
 REST_SMOOTHING_COUNT = 1
@@ -44,42 +37,66 @@ class DistributionSparsifier:
         """The kind of the stored distributions."""
         return DistributionKind.SAMPLED if self.max_kl is None else DistributionKind.TOPK
 
-    def sparsify(
+    def for_answers(
         self,
         teacher_name: str,
-        answer: Answer,
-        tokens: RenderedTokens,
-        logprobs_NW: torch.Tensor,
-        token_counts_W: npt.NDArray[np.int64],
-        row_offset: int = 0,
-    ) -> SparseDistributions:
-        """Reduce consecutive distributions of an answer.
+        prompt_ids: Sequence[str],
+        token_counts_W: npt.NDArray[np.int64] | None = None,
+    ) -> AnswerReducer:
+        """Return the reducer of some answers' distributions.
 
         Args:
             teacher_name: Name of the teacher; part of the seed.
-            answer: The answer.
-            tokens: The rendered conversation.
-            logprobs_NW: The teacher's log-probabilities, in nats.
+            prompt_ids: Prompt of each answer; part of its seed.
             token_counts_W: int64, how often each token occurs in the unit's answers. The counts
-                spread the rest of a topk distribution.
-            row_offset: Number of the first distribution within the answer.
+                spread the rest of a topk distribution, and a sample needs none.
         """
-        target_N = tokens.ids_T[tokens.loss_mask_T][row_offset : row_offset + len(logprobs_NW)]
+        frequency_W = None
         if self.max_kl is not None:
+            if token_counts_W is None:
+                raise AssertionError("a topk distribution needs the counts of tokens")
             smoothed_W = token_counts_W + REST_SMOOTHING_COUNT
-            return topk_within_kl(
-                logprobs_NW,
-                target_N,
-                self.max_kl,
-                smoothed_W / smoothed_W.sum(),
-                f"prompt {answer.prompt_id}",
-            )
-        if self.tau is None:
+            frequency_W = smoothed_W / smoothed_W.sum()
+        seeds = [f"{self.seed} {teacher_name} {prompt_id}" for prompt_id in prompt_ids]
+        return AnswerReducer(self, seeds, frequency_W)
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerReducer:
+    """Reduces the distributions of some answers as an engine makes them. See Reducer.
+
+    Attributes:
+        sparsifier: What is stored.
+        seeds: Name of each answer's draw.
+        frequency_W: How often each token is expected, for topk.
+    """
+
+    sparsifier: DistributionSparsifier
+    seeds: Sequence[str]
+    frequency_W: npt.NDArray[np.float64] | None = None
+    _draws: dict[int, npt.NDArray[np.float64]] = field(default_factory=dict)
+
+    def reduce(
+        self,
+        blocks: BlockedLogits,
+        index_N: npt.NDArray[np.int64],
+        row_N: npt.NDArray[np.int64],
+        target_N: npt.NDArray[np.int64],
+    ) -> SparseDistributions:
+        """Reduce some positions. A position depends on itself, its answer and its number alone."""
+        if self.sparsifier.max_kl is not None:
+            assert self.frequency_W is not None
+            return topk_blocks_within_kl(blocks, target_N, self.sparsifier.max_kl, self.frequency_W)
+        if self.sparsifier.tau is None:
             raise AssertionError("give either tau or max_kl")
-        return sample_distributions(
-            logprobs_NW,
-            target_N,
-            self.tau,
-            f"{self.seed} {teacher_name} {answer.prompt_id}",
-            row_offset,
+        uniform_N = np.array(
+            [self._draw(int(k), int(n)) for k, n in zip(index_N, row_N, strict=True)], np.float64
         )
+        return sample_blocks(blocks, target_N, uniform_N, self.sparsifier.tau)
+
+    def _draw(self, index: int, row: int) -> float:
+        """Return the random number of one position, the `row`-th of its answer's draw."""
+        drawn = self._draws.get(index, np.empty(0))
+        if row >= len(drawn):
+            drawn = self._draws[index] = uniform_draws(self.seeds[index], 2 * row + 64)
+        return float(drawn[row])

@@ -23,6 +23,7 @@ from persea.cli import extend  # isort: skip
 from persea.cli import cache  # isort: skip
 from persea.cli import status  # isort: skip
 from persea.cli import compare  # isort: skip
+from persea.cli import audit  # isort: skip
 from persea.cli import export  # isort: skip
 from persea.cli import chat  # isort: skip
 from persea.cli import serve  # isort: skip
@@ -31,6 +32,7 @@ from persea.errors import PerseaError, RecipeError, RunInterrupted, StorageError
 
 __all__ = [
     "app",
+    "audit",
     "cache",
     "chat",
     "compare",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperGroup
 
+from persea.errors import RecipeError
 from persea.training.distributed.world import LaunchOptions, ParallelStrategy
 
 if TYPE_CHECKING:
@@ -117,13 +118,19 @@ def load_checked_recipe(
     from persea.tasks.own_tasks import task_file_skill
     from persea.teachers.engines import refuse_unknown_engines
 
-    recipe = load_recipe(path, overrides)
-    if os.environ.get("RANK", "0") == "0":  # one process of torchrun's prints for all
-        for notice in recipe.notices:
-            typer.echo(notice, err=True)
-    refuse_unmeasured_skills(recipe, str(path), set(map(task_file_skill, task_files)))
-    refuse_too_many_questions(recipe.corpus, str(path))
-    refuse_unknown_engines(recipe.teachers, str(path))
+    try:
+        recipe = load_recipe(path, overrides)
+        if os.environ.get("RANK", "0") == "0":  # one process of torchrun's prints for all
+            for notice in recipe.notices:
+                typer.echo(notice, err=True)
+        refuse_unmeasured_skills(recipe, str(path), set(map(task_file_skill, task_files)))
+        refuse_too_many_questions(recipe.corpus, str(path))
+        refuse_unknown_engines(recipe.teachers, str(path))
+    except RecipeError:
+        if os.environ.get("LOCAL_RANK", "0") in ("", "-1", "0"):
+            raise
+        # the first process of this machine reads the same file, and prints the error
+        raise SystemExit(RecipeError.exit_code) from None
     return recipe
 
 

@@ -30,6 +30,7 @@ from persea.cli.options import (
     load_checked_recipe,
     make_run_context,
 )
+from persea.cli.plan import plan
 from persea.config.bundled import bundled_folder, portable_recipe
 from persea.errors import RecipeError, RefusedError, SafetyRegressionError
 from persea.training.distributed.world import LaunchOptions, ParallelStrategy, detect_world
@@ -176,33 +177,6 @@ _add_stage_command(
     "evaluate", "Compare the student with its base and every teacher on held-out items."
 )
 _add_stage_command("report", "Write the report page, the model card and report.json.")
-
-
-@app.command(rich_help_panel=BEFORE_PANEL)
-def plan(
-    recipe: RecipePath,
-    set_: Sets = NO_OVERRIDES,
-    out: Out = DEFAULT_OUT,
-    as_json: AsJson = False,
-    tasks: TaskFiles = NO_TASKS,
-) -> None:
-    """Show the plan of a run: stages that are up to date, answers, disk, memory, time, licences.
-
-    Loads no weights.
-    """
-    from persea.pipeline.plan import plan_run
-
-    run_plan = plan_run(make_run_context(recipe, set_, out, task_files=tasks))
-    if as_json:
-        typer.echo(json.dumps(run_plan.to_json(), indent=1))
-        return
-    from persea.licences.notice import verdict_lines
-    from persea.pipeline.progress import print_table
-
-    print_table(("stage", "state", "work"), run_plan.table_rows())
-    typer.echo("\n".join(run_plan.notes))
-    if run_plan.licences:
-        typer.echo("\n".join(verdict_lines(run_plan.licences)))
 
 
 @app.command(rich_help_panel=BEFORE_PANEL)

@@ -54,7 +54,7 @@ class CorpusSection(RecipeSection):
     columns: dict[str, str] = Field(
         default={},
         description="name as persea reads it -> column of the file, such as {prompt: query, "
-        "answer: reply}; only with `file:` or `hub:`",
+        'answer: reply}; {label: ""} leaves a column unread; only with `file:` or `hub:`',
     )
     learn_turns: Literal["last", "all"] = Field(
         default="last",
@@ -337,6 +337,13 @@ class CaptureSection(RecipeSection):
         description="do not train on answers that the skill's grader marks wrong, where the prompt "
         "has a reference answer",
     )
+    canaries: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_COUNT,
+        description="prompts that teachers answer twice, one answer chosen by a secret coin, so "
+        "that `persea audit` can prove later that a model learned from this capture; 0 = none",
+    )
     max_total_tokens: int | None = Field(
         default=None,
         ge=1,
@@ -353,7 +360,8 @@ class CaptureSection(RecipeSection):
     store: str = Field(
         default="",
         description="folder of captured units that several runs share, so that a run with another "
-        "learning rate asks no teacher again; default: `captures` in PERSEA_HOME",
+        "learning rate asks no teacher again, or a URL of fsspec, such as s3://bucket/persea "
+        "(`pip install 'persea[s3]'`); default: `captures` in PERSEA_HOME",
     )
 
     @model_validator(mode="after")
@@ -376,5 +384,11 @@ class CaptureSection(RecipeSection):
                 ("drop_wrong_answers",),
                 "true, but `answers` is given",
                 "delete `drop_wrong_answers:`",
+            ),
+            (
+                bool(self.canaries) and self.answers == "given",
+                ("canaries",),
+                f"{self.canaries}, but `answers` is given: no teacher answers anything",
+                "delete `canaries:`",
             ),
         )

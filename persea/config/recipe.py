@@ -19,6 +19,7 @@ import yaml
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from persea.chat.messages import PINNED_DATE
+from persea.config.plan_section import PlanSection
 from persea.config.recipe_problems import explain_error, sections_by_key
 from persea.config.release_section import LicenceDecisions, decision_contradictions
 from persea.config.renamed_keys import rename_old_keys, rename_override
@@ -32,6 +33,7 @@ from persea.config.schema import (
     CorpusSection,
     DedupSection,
     EvaluationSection,
+    ExecutorSection,
     RecipeSection,
     ReleaseSection,
     StudentSection,
@@ -52,6 +54,7 @@ from persea.config.yaml_source import (
 )
 from persea.errors import RecipeError
 
+UNHASHED = ("executor", "plan")  # sections that change no result
 Contradictions: TypeAlias = list[tuple[bool, KeyPath, str, str]]
 
 
@@ -110,6 +113,12 @@ class Recipe(RecipeSection):
         default=ReleaseSection(), description="what becomes of the student, for its licences"
     )
     licence_decisions: LicenceDecisions = Field(default={})
+    executor: ExecutorSection = Field(
+        default=ExecutorSection(), description="where the teachers run; no part of the hash"
+    )
+    plan: PlanSection | None = Field(
+        default=None, description="what `persea plan` assumes; no part of the hash"
+    )
     _source_path: Path = PrivateAttr(default=Path())
     _as_written: dict[str, Any] = PrivateAttr(default_factory=dict)
     _notices: tuple[str, ...] = PrivateAttr(default=())
@@ -147,7 +156,20 @@ class Recipe(RecipeSection):
             *self._judge_contradictions(),
             *decision_contradictions(self.licence_decisions, self.teachers, self.corpus),
             *self._distribution_contradictions(),
+            *self._plan_contradictions(),
         )
+
+    def _plan_contradictions(self) -> Contradictions:
+        skills = sorted(set(self.skills))
+        return [
+            (
+                skill not in skills,
+                ("plan", "expect", skill),
+                f"no part of the corpus teaches {skill!r}",
+                suggest_choice(skill, skills),
+            )
+            for skill in (self.plan.expect if self.plan else ())
+        ]
 
     def _name_contradictions(self) -> Contradictions:
         """Repeated teacher names; pinned skills and teachers that do not exist or do not teach."""
@@ -309,9 +331,11 @@ class Recipe(RecipeSection):
         """SHA-256 of `as_written`, which key order, comments and written defaults do not change.
 
         A written default of a key that follows the student's size does: the size may give another.
+        The sections `executor` and `plan` change no result, and are left out.
         """
+        hashed = {key: value for key, value in self.as_written.items() if key not in UNHASHED}
         return hashlib.sha256(
-            json.dumps(self.as_written, sort_keys=True, separators=(",", ":")).encode()
+            json.dumps(hashed, sort_keys=True, separators=(",", ":")).encode()
         ).hexdigest()
 
     def to_yaml(self) -> str:
@@ -378,7 +402,10 @@ def _dump_as_written(recipe: Recipe) -> dict[str, Any]:
         "training": training,
         "evaluation": unset_size_keys(recipe.evaluation),
     }
-    return recipe.model_dump(mode="json", exclude_none=True, exclude=unset)
+    written: dict[str, Any] = recipe.model_dump(mode="json", exclude_none=True, exclude=unset)
+    if recipe.executor == ExecutorSection():  # recipes without the section stay as they were
+        del written["executor"]
+    return written
 
 
 def recipe_json_schema() -> dict[str, Any]:

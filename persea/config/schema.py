@@ -13,6 +13,7 @@ from persea.config.evaluation_sections import (
     GradingSection,
     HeldOutTextsSection,
 )
+from persea.config.executor_section import ExecutorSection
 from persea.config.model_sections import (
     TEXT_ONLY_MODEL,
     EndpointSection,
@@ -54,6 +55,7 @@ __all__ = [
     "DedupSection",
     "EndpointSection",
     "EvaluationSection",
+    "ExecutorSection",
     "FamilyName",
     "GenerationSection",
     "GradingSection",

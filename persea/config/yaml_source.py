@@ -339,7 +339,7 @@ def _is_path(text: str, path: KeyPath, folder: Path) -> bool:
     if path[:2] == ("evaluation", "benchmarks") and path[-1] in ("file", "answers"):
         return text not in MODEL_KEYWORDS
     if path == ("capture", "store"):
-        return bool(text)  # empty = the default
+        return bool(text) and "://" not in text  # empty = the default; a URL of fsspec
     if path[:2] == ("evaluation", "texts") and path[-1] == "texts":
         return True
     if path[0] not in ("student", "teachers", "corpus", "tasks") or text in MODEL_KEYWORDS:

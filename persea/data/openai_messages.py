@@ -41,6 +41,8 @@ MESSAGES_REMEDY = (
     'a message is {"role": "user", "content": "..."}; an assistant may have tool_calls and '
     "reasoning_content, a tool a tool_call_id"
 )
+# Marks of calls in a text: what follows is a call that a template wrote, not text.
+CALL_MARKS = ("<tool_call>", "<function_call>", "[TOOL_CALLS]")
 PICTURE_REMEDY = "persea teaches text; leave rows with pictures, sound and files out"
 
 
@@ -90,6 +92,11 @@ def parse_messages(
     return tuple(messages)
 
 
+def is_learned(message: Mapping[str, Any]) -> bool:
+    """Whether an assistant's message may be learned: OpenAI's `weight: 0` says that it may not."""
+    return message.get("weight") != 0
+
+
 def _parse_parts(
     row: Mapping[str, Any],
     role: Role,
@@ -97,7 +104,8 @@ def _parse_parts(
     where: str,
     refuse_stray_marks: bool,
 ) -> tuple[ContentPart, ...]:
-    text = _content_text(row.get("content"), where)
+    # OpenAI writes an answer that refuses into a field of its own
+    text = _content_text(row.get("content"), where) or _content_text(row.get("refusal"), where)
     thinking = [row[key] for key in THINKING_KEYS if row.get(key)]
     calls = _calls_of(row, where)
     if role is not Role.ASSISTANT and (thinking or calls):
@@ -109,6 +117,8 @@ def _parse_parts(
         return (ToolResult(str(name), text),)
     if role is not Role.ASSISTANT:
         return (Text(text),)
+    if refuse_stray_marks:
+        _refuse_written_calls(text, where)
     if any(not isinstance(t, str) for t in thinking) or len(set(thinking)) > 1:
         _refuse("its thought is not one text", where)
     try:
@@ -129,6 +139,17 @@ def _parse_parts(
     return tuple(parts)
 
 
+def _refuse_written_calls(text: str, where: str) -> None:
+    """Refuse a call that a template wrote into the text: it would be learned as letters."""
+    if mark := next((m for m in CALL_MARKS if m in text), ""):
+        raise DataError(
+            f"a call is written in its text: {mark}",
+            where=where,
+            remedy='write it as "tool_calls": [{"function": {"name": ..., "arguments": {...}}}], '
+            "and the tools in `tools`",
+        )
+
+
 def _content_text(content: Any, where: str) -> str:
     """Return the text of a message's content: a text, null, or a list of text parts."""
     if content is None:
@@ -144,11 +165,12 @@ def _content_text(content: Any, where: str) -> str:
             raise DataError(
                 f"its content holds a part of type {str(kind)[:40]!r}",
                 where=where,
-                remedy=PICTURE_REMEDY,
+                remedy=MESSAGES_REMEDY if "tool" in str(kind) else PICTURE_REMEDY,
             )
-        if not isinstance(part.get("text"), str):
+        part_text = part.get("text", part.get("value"))  # `value` in LLaMA-Factory's lists
+        if not isinstance(part_text, str):
             _refuse("a text part of its content has no text", where)
-        texts.append(part["text"])
+        texts.append(part_text)
     return unicodedata.normalize("NFC", "".join(texts))
 
 

@@ -7,9 +7,10 @@ shape           keys
 messages        `messages`, with `tools` or `functions`; UltraChat's `prompt` may stand beside
 sharegpt        `conversations` of {from, value}
 completion      `prompt` and `completion`: texts, or lists of messages
-preference      `chosen`, with or without `prompt`; `rejected` is not learned
+preference      `chosen`, with or without `prompt` (or `question`); `rejected` is not learned
 kto             `prompt`, `completion` and `label`; undesirable ones are left out
-alpaca          `instruction` and `output`, with `input`, `history`, `system`
+alpaca          `instruction` with `output` (or `response`, `answer`), `input` (or `context`),
+                `history`, `system`
 question        `question` and `answer`
 prompt          `prompt`, with `answer` or `response`
 """
@@ -23,14 +24,16 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
 
 from persea.chat.messages import ContentPart, Conversation, Message, Role, Text
-from persea.data.openai_messages import parse_messages, parse_tools
+from persea.data.column_names import ANSWER_LIKE, CONTEXT_LIKE, suggest_columns, written
+from persea.data.openai_messages import is_learned, parse_messages, parse_tools
 from persea.errors import DataError
 
 # Keys that say what is asked, answered, or how: one that nothing reads is refused.
 MEANINGFUL_KEYS = frozenset(
     "answer chosen completion conversations conversation functions history image images input "
     "instruction label messages output prompt question audio audios video videos reasoning "
-    "reasoning_content rejected response system system_prompt text thinking tools".split()
+    "reasoning_content rejected response system system_prompt text thinking tools context passage "
+    "document".split()
 )
 MEDIA_KEYS = frozenset("image images audio audios video videos".split())
 # Keys that `columns:` may map to.
@@ -62,12 +65,14 @@ class Row:
         shape: Name of the shape.
         unread_keys: Keys that change nothing and were not read.
         left_out: Why the row must not be learned, such as an undesirable answer; "" otherwise.
+        unlearned: Assistant's messages, counted from 0, that `weight: 0` keeps from being learned.
     """
 
     conversation: Conversation
     shape: str
     unread_keys: tuple[str, ...] = ()
     left_out: str = ""
+    unlearned: frozenset[int] = frozenset()
 
     def turns(self, *, last_only: bool) -> list[tuple[Conversation, tuple[ContentPart, ...]]]:
         """Return (question, answer) of the assistant's turns; the answer is () if there is none.
@@ -80,8 +85,13 @@ class Row:
         if not answered or c.messages[-1].role is not Role.ASSISTANT:
             is_open = c.messages[-1].role in (Role.USER, Role.TOOL)
             whole: list[tuple[Conversation, tuple[ContentPart, ...]]] = [(c, ())] * is_open
-            return whole if last_only or not answered else [*self._pairs(answered), *whole]
-        return self._pairs(answered[-1:] if last_only else answered)
+            learned = self._learned(answered)
+            return whole if last_only or not answered else [*self._pairs(learned), *whole]
+        learned = self._learned(answered)
+        return self._pairs(learned[-1:] if last_only else learned)
+
+    def _learned(self, answered: list[int]) -> list[int]:
+        return [k for number, k in enumerate(answered) if number not in self.unlearned]
 
     def _pairs(self, answered: list[int]) -> list[tuple[Conversation, tuple[ContentPart, ...]]]:
         c = self.conversation
@@ -131,24 +141,59 @@ def parse_row(row: Any, where: str, columns: Mapping[str, str] | None = None) ->
     shape, parse = _find_shape(values, where)
     messages, read_keys, left_out = parse(values, where)
     read_keys |= {"id", "skill", "language", "tools", "functions", "system", "system_prompt"}
-    if unread := sorted((MEANINGFUL_KEYS & values.keys()) - read_keys):
-        raise DataError(
-            f"`{unread[0]}` changes what the row means, and nothing reads it beside "
-            f"{' and '.join(f'`{k}`' for k in sorted(read_keys & values.keys()))}",
-            where=where,
-            remedy=f"map it with `columns: {{answer: {unread[0]}}}`, or delete it from the rows",
-        )
+    _refuse_unread(values, read_keys, messages, where)
     messages = _with_system(messages, values, where)
     tools = parse_tools(values.get("tools", values.get("functions")), where)
     _refuse_impossible(messages, where)
     rest = tuple(sorted(values.keys() - read_keys))
-    return Row(Conversation(messages, tools=tools), shape, rest, left_out)
+    unlearned = _unlearned(values.get("messages"))
+    if unlearned and len(unlearned) == sum(m.role is Role.ASSISTANT for m in messages):
+        left_out = left_out or "every answer has weight 0"
+    return Row(Conversation(messages, tools=tools), shape, rest, left_out, unlearned)
+
+
+def _unlearned(messages: Any) -> frozenset[int]:
+    """Return the assistant's messages, counted from 0, that have `weight: 0`."""
+    rows = messages if isinstance(messages, list) else []
+    answers = [m for m in rows if isinstance(m, Mapping) and m.get("role") == "assistant"]
+    return frozenset(k for k, m in enumerate(answers) if not is_learned(m))
+
+
+def _refuse_unread(
+    values: Mapping[str, Any],
+    read_keys: set[str],
+    messages: tuple[Message, ...],
+    where: str,
+) -> None:
+    """Refuse a key that changes what the row means and that nothing reads."""
+    unread = sorted((MEANINGFUL_KEYS & values.keys()) - read_keys)
+    if not any(m.role is Role.ASSISTANT for m in messages):
+        unread += sorted((ANSWER_LIKE & values.keys()) - read_keys)
+    if not unread:
+        return
+    key, read = unread[0], read_keys & values.keys()
+    remedy = f"leave it unread with `{written({key: ''})}`"
+    asked = next((k for k in ("question", "prompt", "instruction") if k in read), "")
+    if key in CONTEXT_LIKE and asked and isinstance(values[key], str):
+        mapping = {"instruction": asked, "input": key}
+        mapping = {k: v for k, v in mapping.items() if k != v}
+        remedy = f"map it with `{written(mapping)}`, or {remedy}"
+    elif key not in CONTEXT_LIKE and isinstance(values[key], str) and asked:
+        remedy = f"map it with `{written({'answer': key})}`, or {remedy}"
+    raise DataError(
+        f"`{key}` changes what the row means, and nothing reads it beside "
+        f"{' and '.join(f'`{k}`' for k in sorted(read))}",
+        where=where,
+        remedy=remedy,
+    )
 
 
 def _rename_columns(
     row: Mapping[str, Any], columns: Mapping[str, str], where: str
 ) -> dict[str, Any]:
     """Return the values that are not null, under persea's names."""
+    dropped = {name for name, column in columns.items() if not column}
+    columns = {name: column for name, column in columns.items() if column}
     if unknown := sorted(columns.keys() - set(CANONICAL_KEYS)):
         raise DataError(
             f"`columns:` maps {unknown[0]!r}, a name that persea does not read",
@@ -162,7 +207,7 @@ def _rename_columns(
             remedy=f"the row has {', '.join(sorted(map(str, row)))}; correct `columns:`",
         )
     taken = set(columns.values())
-    values = {k: v for k, v in row.items() if v is not None and k not in taken}
+    values = {k: v for k, v in row.items() if v is not None and k not in taken | dropped}
     renamed = {name: row[column] for name, column in columns.items() if row[column] is not None}
     # A mapped name stands for its column alone: the row's own column of that name is not read.
     return {k: v for k, v in values.items() if k not in columns} | renamed
@@ -182,7 +227,9 @@ def _find_shape(values: Mapping[str, Any], where: str) -> tuple[str, _Shape]:
         f"the row has {', '.join(f'`{k}`' for k in sorted(map(str, values))[:8]) or 'nothing'}: no "
         "known shape",
         where=where,
-        remedy=_shapes_remedy(),
+        remedy=f"map it with `{mapping}`"
+        if (mapping := suggest_columns(values))
+        else _shapes_remedy(),
     )
 
 
@@ -244,17 +291,20 @@ def _kto_shape(values: Mapping[str, Any], where: str) -> tuple[Any, set[str], st
 def _preference_shape(values: Mapping[str, Any], where: str) -> tuple[Any, set[str], str]:
     chosen = _turns(values["chosen"], "assistant", where)
     read = {"chosen", "rejected"}
-    if "prompt" not in values:
+    asked = next((k for k in ("prompt", "question", "instruction") if k in values), "")
+    if not asked:
         return chosen, read, ""
-    prompt = _turns(values["prompt"], "user", where)
+    prompt = _turns(values[asked], "user", where)
     if chosen[: len(prompt)] == prompt:  # the chosen conversation repeats its question
         prompt = ()
-    return (*prompt, *chosen), read | {"prompt"}, ""
+    return (*prompt, *chosen), read | {asked}, ""
 
 
 def _alpaca_shape(values: Mapping[str, Any], where: str) -> tuple[Any, set[str], str]:
     question = _text(values["instruction"], "instruction", where)
-    if extra := _text(values.get("input", ""), "input", where):
+    given = next((k for k in ("input", "context") if k in values), "input")
+    answer = next((k for k in ("output", "response", "answer") if k in values), "output")
+    if extra := _text(values.get(given, ""), given, where):
         question = f"{question}\n\n{extra}" if question else extra
     messages: list[Message] = []
     for pair in values.get("history") or ():
@@ -262,8 +312,9 @@ def _alpaca_shape(values: Mapping[str, Any], where: str) -> tuple[Any, set[str],
             _refuse("`history` is not a list of [question, answer]", where)
         messages += _turns(pair[0], "user", where) + _turns(pair[1], "assistant", where)
     messages += _turns(question, "user", where)
-    messages += _turns(values.get("output", ""), "assistant", where)
-    return tuple(messages), {"instruction", "input", "output", "history"}, ""
+    if answer in values:
+        messages += _turns(values[answer], "assistant", where)
+    return tuple(messages), {"instruction", given, answer, "history"}, ""
 
 
 def _question_shape(values: Mapping[str, Any], where: str) -> tuple[Any, set[str], str]:

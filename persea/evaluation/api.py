@@ -136,9 +136,9 @@ def check(
         >>> 0.3 < found.pairs[0].boundary_share <= 1
         True
     """
-    student_renderer = _open_renderer(student)
-    teacher_renderer = _open_renderer(teacher)
-    name = _name_of(teacher) if isinstance(teacher, str) else teacher.family.name
+    student_renderer = open_renderer(student)
+    teacher_renderer = open_renderer(teacher)
+    name = name_of(teacher) if isinstance(teacher, str) else teacher.family.name
     found = [
         *reference_samples(_draw_items(tasks, Split.AUDITION, items, seed)),
         *(read_texts(language, file, max_lines) for language, file in (texts or {}).items()),
@@ -157,7 +157,7 @@ def check(
                 where="check",
                 remedy="give the teacher's folder or hub id, or load_weights=False",
             )
-        loaded = _load_teacher(name, teacher, teacher_renderer, batch_size)
+        loaded = load_teacher(name, teacher, teacher_renderer, batch_size)
         weights = measure_weights(
             loaded,
             event_map,
@@ -301,14 +301,16 @@ def evaluate(
     )
 
 
-def _open_renderer(model: ChatRenderer | str) -> ChatRenderer:
+def open_renderer(model: ChatRenderer | str) -> ChatRenderer:
+    """Return the chat renderer of a folder, GGUF file, hub id or run folder."""
     if isinstance(model, ChatRenderer):
         return model
     source, template_date = resolve_model_source(model, model)
     return load_renderer(source, model, template_date)
 
 
-def _load_teacher(name: str, model: str, renderer: ChatRenderer, batch_size: int) -> Teacher:
+def load_teacher(name: str, model: str, renderer: ChatRenderer, batch_size: int) -> Teacher:
+    """Load the weights of a folder, GGUF file, hub id or run folder into this process."""
     source, _ = resolve_model_source(model, name)
     options = EngineOptions(name, renderer, source=source, batch_size=batch_size)
     engine = find_engine("local").open(options)
@@ -317,7 +319,7 @@ def _load_teacher(name: str, model: str, renderer: ChatRenderer, batch_size: int
 
 def _open_models(models: Sequence[Teacher | str], batch_size: int) -> dict[str, EvaluatedModel]:
     """Return name -> model; weights are loaded when first needed, and one at a time."""
-    by_name = {m.name if isinstance(m, Teacher) else _name_of(m): m for m in models}
+    by_name = {m.name if isinstance(m, Teacher) else name_of(m): m for m in models}
     if len(by_name) < len(models):
         raise DataError(
             "two models have the same name",
@@ -325,7 +327,7 @@ def _open_models(models: Sequence[Teacher | str], batch_size: int) -> dict[str, 
             remedy="rename a folder, or give a Teacher with a name of its own",
         )
     renderers = {
-        name: m.renderer if isinstance(m, Teacher) else _open_renderer(m)
+        name: m.renderer if isinstance(m, Teacher) else open_renderer(m)
         for name, m in by_name.items()
     }
 
@@ -333,7 +335,7 @@ def _open_models(models: Sequence[Teacher | str], batch_size: int) -> dict[str, 
         model = by_name[name]
         if isinstance(model, Teacher):
             return model
-        return _load_teacher(name, model, renderers[name], batch_size)
+        return load_teacher(name, model, renderers[name], batch_size)
 
     load_single = single_model_loader(load)
     return {
@@ -342,7 +344,8 @@ def _open_models(models: Sequence[Teacher | str], batch_size: int) -> dict[str, 
     }
 
 
-def _name_of(model: str) -> str:
+def name_of(model: str) -> str:
+    """Return the name of a model in reports: the last part of its path or id."""
     return Path(model).name or model
 
 

@@ -458,5 +458,6 @@ def refuse_incompatible(
             f"{one.bare_bits_per_byte:.2f} without a template",
             where=f"{one.teacher}, {one.conversations} answers",
             remedy="the model was not trained with this template: give its own "
-            "chat_template.jinja, or an instruct model",
+            "chat_template.jinja, or an instruct model; where the answers are unlike all it knows, "
+            "raise check.max_template_excess",
         )

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 
+from persea.distributions.lm_head import LMHead
+
 
 @dataclass(frozen=True)
 class LossOutput:
@@ -32,43 +34,6 @@ class LossOutput:
     num_tokens: int
     token_loss_N: torch.Tensor | None = None
     grad_norm_N: torch.Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class LMHead:
-    """The linear map from hidden states to logits, as the model applies it.
-
-    With z = scale (h W^T + b), the logits are z, or cap tanh(z / cap) where there is a soft cap.
-
-    Attributes:
-        weight_VD: the whole weight matrix; rows past `vocab_size` are padding and get no gradient.
-        vocab_size: number of tokens V of the student's tokenizer.
-        bias_V: bias, or None.
-        logit_scale: factor of the head's output.
-        logit_softcap: cap of the logits; 0 = none.
-    """
-
-    weight_VD: torch.Tensor
-    vocab_size: int
-    bias_V: torch.Tensor | None = None
-    logit_scale: float = 1.0
-    logit_softcap: float = 0.0
-
-    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """Return all logits [N, V] at once, float32 (float64 for float64 input); differentiable."""
-        bias_V = None if self.bias_V is None else self.bias_V[: self.vocab_size]
-        logits_NV = (
-            torch.nn.functional.linear(
-                hidden_ND, self.weight_VD[: self.vocab_size].to(hidden_ND.dtype), bias_V
-            )
-            * self.logit_scale
-        )
-        logits_NV = logits_NV if logits_NV.dtype is torch.float64 else logits_NV.float()
-        return (
-            self.logit_softcap * torch.tanh(logits_NV / self.logit_softcap)
-            if self.logit_softcap
-            else logits_NV
-        )
 
 
 class HiddenStates(NamedTuple):

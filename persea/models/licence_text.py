@@ -67,7 +67,9 @@ def licence_of_files(read: Callable[[str], str], licence_files: tuple[str, ...])
 def ancestors_of_files(read: Callable[[str], str]) -> tuple[str, ...]:
     """Return the models that a model was made from, as its card and its configuration name them.
 
-    These are `base_model` in the front matter of the card, and `_name_or_path` in config.json.
+    These are `base_model` in the front matter of the card, `_name_or_path` in config.json, and of a
+    student of `persea extend` the model that was extended and the teacher that its new rows are
+    mapped from, in extension.json.
 
     Args:
         read: Returns the text of a file of the model; "" if it has none of this name.
@@ -77,6 +79,10 @@ def ancestors_of_files(read: Callable[[str], str]) -> tuple[str, ...]:
         stated = _front_matter(read(name)).get("base_model")
         found += stated if isinstance(stated, list) else [stated]
     found.append(_read_yaml(read("config.json")).get("_name_or_path"))
+    extension = _read_yaml(read("extension.json"))
+    teacher_rows = extension.get("teacher_rows")
+    found.append(extension.get("model"))
+    found.append(teacher_rows.get("model") if isinstance(teacher_rows, dict) else None)
     return tuple(dict.fromkeys(n for n in found if isinstance(n, str) and n.strip()))
 
 

@@ -211,12 +211,12 @@ def load_tokenizer(source: ModelSource, where: str) -> Any:
 
     folder = local_tokenizer_folder(source, where)
     if folder is not None:
+        definition = folder / "tokenizer.json"
+        refuse_endless_tokenizer(definition if definition.is_file() else folder, where)
         opened = open_tokenizer_file(folder, where)
         if opened is not None:
             return opened
         refuse_remote_code(folder, where)
-        if (folder / "tokenizer.json").is_file():
-            refuse_endless_tokenizer(folder / "tokenizer.json", where)
     name = source.tokenizer_name_or_path
     commit = hub.resolve_commit(name, source.revision) if folder is None else ""
     try:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from persea import storage
+from persea.errors import RefusedError
 from persea.evaluation.answering import EvaluatedModel, answer_items, single_model_loader
 from persea.evaluation.audition import (
     Cast,
@@ -63,7 +64,8 @@ def audition_teachers(context: RunContext, folder: Path, progress: ProgressCallb
     found = [_contest_on_texts(context, s, models, progress) for s in context.scored_skills]
     contests = [contest for contest in found if contest]
     gains += [gain for contest in contests for gain in contest.gains]
-    _write_cast(context, folder, cast.with_text_contests(contests), gains, progress)
+    cast = with_only_able_teachers(context, cast.with_text_contests(contests))
+    _write_cast(context, folder, cast, gains, progress)
 
 
 # --- questions ---
@@ -186,9 +188,9 @@ def _contest_on_texts(
     Returns:
         The teachers of the texts; None if there is one possible teacher and nothing to compare.
     """
-    texts = context.audition_texts(skill)
+    able, texts = context.text_contestants(skill)
     pinned = context.recipe.audition.pinned.get(skill, "")
-    names = [pinned] if pinned else list(context.models.teacher_names)
+    names = [pinned] if pinned else list(able)
     teachers = [name for name in names if not models[name].is_text_only]
     measured = [*teachers, *([BASE] if BASE in models else [])]
     if len(measured) < 2 or not teachers or not texts:
@@ -205,6 +207,32 @@ def _contest_on_texts(
                 "audition", (k * len(texts) + j + 1) / steps, f"{name} {where} {rate:.3f} bits/byte"
             )
     return decide_text_contest(texts, bits, teachers, BASE if BASE in models else None, pinned)
+
+
+def with_only_able_teachers(context: RunContext, cast: Cast) -> Cast:
+    """Add the skills whose given texts only one teacher can render, and nobody was measured on.
+
+    Raises:
+        RefusedError: No teacher of a skill can be chosen.
+    """
+    parts = dict(cast.parts)
+    chosen = {part.partition("/")[0] for part in (*parts, *cast.skipped)}
+    for skill in context.scored_skills:
+        if skill in chosen:
+            continue
+        able, _ = context.text_contestants(skill)
+        if len(able) != 1:
+            name = context.models.teacher_names[0]
+            reason = "none has a text to measure them by" if able else "no teacher can render them"
+            raise RefusedError(
+                f"no teacher can be chosen for the given answers of {skill}: {reason}",
+                where="audition",
+                remedy=f"choose one: `audition: {{pinned: {{{skill}: {name}}}}}`"
+                if able
+                else "add a teacher whose chat template has tools, or leave this part out",
+            )
+        parts[skill] = ((able[0], 1.0),)
+    return replace(cast, parts=parts)
 
 
 def _write_cast(

@@ -167,7 +167,7 @@ def capture_cost(context: RunContext, speed: float) -> StageCost:
         limit = models.teacher_ref(name).generation.max_new_tokens or capture.max_new_tokens
         whole, answer = mean_tokens(prompts, models.renderers[name], limit, given=given)
         # an answer that is generated is computed once more to be scored
-        own = (whole + (0 if given else answer)) * len(prompts) / len(names)
+        own = (whole + (0 if given else answer)) * context.num_prompts / len(names)
         tokens += own
         size = models.teacher_sizes[name]
         if size is None:

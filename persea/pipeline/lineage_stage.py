@@ -45,7 +45,9 @@ def write_lineage(context: RunContext, folder: Path) -> None:
 def _conditional_entries(context: RunContext) -> dict[str, Any]:
     """Return the defaults that follow the student's size, and digests of task files, if any."""
     task_files = {str(f): storage.digest_file(f) for f in context.task_files}
-    entries = {"size_defaults": context.size_defaults, "task_files": task_files}
+    entries: dict[str, Any] = {"size_defaults": context.size_defaults, "task_files": task_files}
+    if context.canaries:  # the digest of a secret key: it fixes the coins and reveals none
+        entries["canaries"] = {"commitment": context.canaries.commitment}
     return {name: value for name, value in entries.items() if value}
 
 

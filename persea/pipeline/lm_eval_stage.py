@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from persea import storage
+from persea.errors import DataError
 from persea.evaluation.lm_eval_run import refuse_unknown_tasks, run_lm_eval
 from persea.models.loading import loadable_name
 from persea.pipeline.model_refs import BASE, STUDENT, model_source
@@ -70,3 +71,21 @@ def results_files(run_folder: Path) -> dict[str, Path]:
     """Return model -> results file that a run's evaluation wrote."""
     files = sorted((run_folder / "evaluate" / RESULTS_FOLDER).glob("*.json"))
     return {path.stem: path for path in files}
+
+
+def given_results_digests(context: RunContext) -> dict[str, str]:
+    """Return model name -> digest of its file of `evaluation.lm_eval_results`.
+
+    Raises:
+        DataError: A file is missing.
+    """
+    digests = {}
+    for name, file in context.recipe.evaluation.lm_eval_results.items():
+        if not Path(file).is_file():
+            raise DataError(
+                "no such file",
+                where=file,
+                remedy=f"run lm_eval on {name} first (docs/evaluate.md), or delete the line",
+            )
+        digests[name] = storage.digest_file(Path(file))
+    return digests

@@ -1,4 +1,4 @@
-"""Plan a run: list the work and the cost of each stage, and refuse what the disk cannot hold.
+"""Plan a run: list the work and the cost of each stage, and refuse what cannot fit.
 
 Loads no weights.
 """
@@ -11,17 +11,37 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from persea.cache.accounting import left_out_lines
+from persea.cache.maintenance import committed_units
 from persea.config.size_defaults import describe_size_defaults, unusual_settings
+from persea.errors import DataError
 from persea.licences.verdict import LicenceVerdict
+from persea.models.facts import find_facts
 from persea.models.loading import set_threads
 from persea.pipeline import cost, preflight, preflight_data
 from persea.pipeline.audition_stage import contestants, is_contested_on_texts
 from persea.pipeline.base_contest import asks_base, measures_base
+from persea.pipeline.calibration import Calibration, read_calibration
+from persea.pipeline.census import SampledContext, sampled_context
+from persea.pipeline.cost_lines import (
+    CostLine,
+    Way,
+    compare_ways,
+    count_units,
+    fleet_lines,
+    fleet_rates,
+    mean_sequence,
+    total_failures,
+)
+from persea.pipeline.first_prompt import RenderedPrompt, render_first_prompt
+from persea.pipeline.hardware import Fleet
 from persea.pipeline.licence_gate import licence_verdict
-from persea.pipeline.model_refs import BASE, STUDENT
+from persea.pipeline.machine_cost import machine_lines, machine_rates, refuse_unfit_machine
+from persea.pipeline.model_refs import BASE, STUDENT, model_source
+from persea.pipeline.plan_tables import cost_table, way_rows
 from persea.pipeline.run_context import RunContext
 from persea.pipeline.stage_keys import stage_key
 from persea.pipeline.stages import STAGES, Stage
+from persea.pipeline.workload import SkillWork, context_shares, even_sample, skill_work
 from persea.tasks.task import Split
 from persea.training.learning_rate import describe_unusual_rate
 
@@ -49,13 +69,19 @@ class RunPlan:
 
     Attributes:
         stages: The stages, in order.
-        answers: Questions that models answer, at most.
-        disk_bytes: Bytes that the run adds to the disk at its peak.
+        answers: Questions that models still answer, at most.
+        disk_bytes: Bytes that the run still adds to the disk at its peak.
         disk_free: Free bytes on the disk of the run folder.
-        costs: Stage -> rough cost, for capture and train.
+        costs: Stage -> rough cost, for capture and train, of the whole stage.
         notes: How the costs were estimated, and warnings about the recipe.
         left_out: Reason -> number of prompts, texts and lines that are not captured.
         licences: Verdict on the licences of the student's base, teachers and data.
+        lines: Cost of each stage and model that is still to be paid.
+        ways: Cached, online and on-policy training compared for each teacher.
+        first_prompt: The first prompt as each model reads it.
+        hardware: The accelerators that the lines are for; "" = this machine.
+        units: Files of the capture.
+        failures: Accelerators that are expected to fail; None = this machine.
     """
 
     stages: tuple[StagePlan, ...]
@@ -66,11 +92,18 @@ class RunPlan:
     notes: tuple[str, ...]
     left_out: Mapping[str, int] = field(default_factory=dict)
     licences: LicenceVerdict | None = None
+    lines: tuple[CostLine, ...] = ()
+    ways: tuple[Way, ...] = ()
+    first_prompt: tuple[RenderedPrompt, ...] = ()
+    hardware: str = ""
+    units: int = 0
+    failures: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON."""
         licences = {"licences": self.licences.to_json()} if self.licences else {}
-        return asdict(self) | licences
+        shown = {"first_prompt": [p.to_json() for p in self.first_prompt]}
+        return asdict(self) | licences | shown
 
     def table_rows(self) -> list[tuple[str, str, str]]:
         """Return (stage, state, work) of each stage, why prompts are left out, and totals."""
@@ -85,61 +118,232 @@ class RunPlan:
             ("total", "", f"{self.answers:,} answers, {disk}"),
         ]
 
+    def cost_table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Return columns and rows of the table of costs; the last of several rows is their sum."""
+        return cost_table(self.lines)
 
-def plan_run(context: RunContext) -> RunPlan:
-    """Count the answers, bytes and steps of each stage.
+    def way_rows(self) -> list[tuple[str, ...]]:
+        """Return the rows of the table of ways to use a teacher."""
+        return way_rows(self.ways)
+
+
+def plan_run(
+    context: RunContext,
+    fleet: Fleet | None = None,
+    price: float | None = None,
+    calibration: Calibration | None = None,
+) -> RunPlan:
+    """Count the answers, bytes and steps of each stage, and what they cost.
+
+    Args:
+        context: The recipe and its run folder. A large corpus is counted and sampled.
+        fleet: Accelerators that the plan is for; None = this machine.
+        price: Price of one accelerator, or of this machine, for an hour; None = unknown.
+        calibration: Speeds measured on this machine; None = those kept in PERSEA_HOME, if any.
 
     Raises:
-        RefusedError: The disk cannot hold the run.
+        RefusedError: The disk, the memory or the accelerators cannot hold the run.
         RecipeError: The corpus asks for a thinking effort that no model supports.
         DataError: A file of the recipe is missing or broken.
     """
+    context = sampled_context(context)
     warnings = preflight.check_run(context)
-    recipe, num_prompts = context.recipe, len(context.corpus.prompts)
-    num_audition, num_test = _count_audition_answers(context), _count_test_answers(context)
-    num_scored = sum(
-        context.are_answers_given or p.conversation.is_document for p in context.corpus.prompts
-    )
+    if fleet is None:
+        refuse_unfit_machine(context)
+    recipe, num_prompts = context.recipe, context.num_prompts
+    calibration = calibration or (None if fleet else read_calibration(context))
     set_threads(recipe.threads)
-    most_captured = preflight_data.captured_bytes(context)
+    works = plan_works(context, calibration)
+    num_audition, num_test = _count_audition_answers(context), _count_test_answers(context)
+    num_scored = sum(w.scored for w in works)
+    states: dict[str, str] = {}
+    for stage in STAGES:
+        states[stage.name] = _stage_state(context, stage, states)
+    done = _done_shares(context, states)
     speed, device = cost.measure_matmul_speed()
     capture, training = cost.capture_cost(context, speed), cost.training_cost(context, speed)
-    num_teachers = len(context.models.teacher_names)
+    work = _stage_works(context, works, capture, training, num_audition, num_test, done)
+    size = context.models.student_size
+    trained_bytes = cost.training_bytes(size, recipe.student, context.training)
+    lines, ways = _costs(context, works, fleet, price, calibration, speed, done)
+    asked = {
+        "audition": num_audition,
+        "capture": num_prompts - num_scored,
+        "evaluate": num_test,
+    }
+    left = sum(round(n * (1 - done.get(stage, 0.0))) for stage, n in asked.items())
+    notes = [f"warning: {warning}" for warning in warnings]
+    notes += _basis_notes(context, fleet, calibration, speed, device)
+    notes += _notes(context, trained_bytes)
+    notes += _pilot_note(context, capture, training)
+    return RunPlan(
+        tuple(StagePlan(s.name, states[s.name], work[s.name]) for s in STAGES),
+        left,
+        preflight_data.missing_disk_bytes(context),
+        shutil.disk_usage(cost.existing_ancestor(context.folder)).free,
+        {"capture": capture, "train": training},
+        tuple(notes),
+        context.corpus.count_removed(),
+        licence_verdict(recipe, context.folder),
+        tuple(lines),
+        tuple(ways),
+        render_first_prompt(context),
+        fleet.name if fleet else "",
+        count_units(recipe, works),
+        total_failures(lines) if fleet else None,
+    )
+
+
+def plan_works(context: RunContext, calibration: Calibration | None = None) -> list[SkillWork]:
+    """Return how much is captured of each skill, and by which teachers."""
+    by_skill: dict[str, list[Any]] = {}
+    for prompt in context.corpus.prompts:
+        by_skill.setdefault(prompt.skill, []).append(prompt)
+    counts = (
+        context.prompts_by_skill
+        if isinstance(context, SampledContext)
+        else {skill: len(prompts) for skill, prompts in by_skill.items()}
+    )
+    shares, renderer = context_shares(context), context.models.student_renderer
+    return [
+        skill_work(
+            skill,
+            count,
+            even_sample(by_skill.get(skill, [])),
+            renderer,
+            context.recipe,
+            shares.get(skill, {}),
+            calibration,
+        )
+        for skill, count in counts.items()
+    ]
+
+
+def _costs(
+    context: RunContext,
+    works: list[SkillWork],
+    fleet: Fleet | None,
+    price: float | None,
+    calibration: Calibration | None,
+    speed: float,
+    done: Mapping[str, float],
+) -> tuple[list[CostLine], list[Way]]:
+    """Return the lines of cost, and the comparison of ways to use each teacher."""
+    models, recipe = context.models, context.resolved_recipe
+    if fleet is None:
+        lines = machine_lines(context, works, calibration, speed, price, done)
+        rates = machine_rates(context, works, lines, speed)
+        kinds = {n: f.is_moe for n in models.teacher_names if (f := _facts(context, n))}
+        comparable = rates is not None and len(kinds) == len(models.teacher_names)
+        return lines, compare_ways(recipe, works, kinds, rates) if comparable and rates else []
+    facts = {n: f for n in models.teacher_names if (f := _facts(context, n))}
+    student = _facts(context, STUDENT)
+    missing = [n for n in (STUDENT, *models.teacher_names) if n not in {*facts, STUDENT}]
+    if student is None or missing:
+        raise DataError(
+            "its size is not known, and the catalogue does not have it",
+            where=(missing or ["student.model"])[0],
+            remedy="download its configuration (`hf download MODEL config.json`), or plan without "
+            "--hardware",
+        )
+    trained = student.parameters
+    if models.student_size is not None:
+        trained = cost.checkpoint_bytes(models.student_size, recipe.student) // (
+            cost.BYTES_PER_PARAMETER * cost.ADAM_COPIES
+        )
+    lines = [
+        line
+        for line in fleet_lines(recipe, works, student, facts, fleet, trained, price)
+        if done.get(line.stage, 0.0) < 1
+    ]
+    rates = fleet_rates(recipe, mean_sequence(works), student, facts, fleet, trained)
+    return lines, compare_ways(recipe, works, {n: f.is_moe for n, f in facts.items()}, rates)
+
+
+def _facts(context: RunContext, name: str) -> Any:
+    if name == STUDENT:
+        return find_facts(model_source(context.recipe.student), context.models.student_size)
+    return find_facts(
+        model_source(context.models.teacher_ref(name)), context.models.teacher_sizes[name]
+    )
+
+
+def _done_shares(context: RunContext, states: Mapping[str, str]) -> dict[str, float]:
+    """Return stage -> share of it that is done: all, or the committed units of a capture."""
+    done = {stage: 1.0 for stage, state in states.items() if state == UP_TO_DATE}
+    if "capture" in done or isinstance(context, SampledContext):
+        return done
+    try:
+        units = context.capture_units
+    except DataError:  # the audition has not run
+        return done
+    committed = set(committed_units(context.folder / "capture"))
+    total = sum(len(u.prompts) for u in units)
+    if total and committed:
+        done["capture"] = sum(len(u.prompts) for u in units if u.name in committed) / total
+    return done
+
+
+def _stage_works(
+    context: RunContext,
+    works: list[SkillWork],
+    capture: cost.StageCost,
+    training: cost.StageCost,
+    num_audition: int,
+    num_test: int,
+    done: Mapping[str, float],
+) -> dict[str, str]:
+    """Return stage -> what it does, in words."""
+    num_prompts, num_scored = context.num_prompts, sum(w.scored for w in works)
     captured = [f"{num_prompts - num_scored:,} answers"] if num_scored < num_prompts else []
     captured += [f"{num_scored:,} given texts"] if num_scored else []
-    steps = context.training.steps
-    work = {
-        "check": f"{num_teachers} tokenizer pairs",
+    most_captured = preflight_data.captured_bytes(context)
+    share = done.get("capture", 0.0)
+    begun = f", {share:.0%} of them done" if 0 < share < 1 else ""
+    return {
+        "check": f"{len(context.models.teacher_names)} tokenizer pairs",
         "audition": _audition_work(context, num_audition),
-        "capture": f"{' and '.join(captured) or 'nothing'}, at most {most_captured / 1e9:.2f} GB, "
-        f"{capture.describe()}",
-        "train": f"{steps:,} steps of {context.training.batch_size} conversations, "
-        f"learning rate {context.models.learning_rate:g}, {training.describe()}",
+        "capture": f"{' and '.join(captured) or 'nothing'}{begun}, at most "
+        f"{most_captured / 1e9:.2f} GB, {capture.describe()}",
+        "train": f"{context.training.steps:,} steps of {context.training.batch_size} "
+        f"conversations, learning rate {context.models.learning_rate:g}, {training.describe()}",
         "evaluate": _evaluation_work(context, num_test),
         "lineage": "one record",
         "report": "one page",
     }
-    size = context.models.student_size
-    trained_bytes = cost.training_bytes(size, recipe.student, context.training)
-    disk_bytes = most_captured + preflight_data.example_bytes(context) + (trained_bytes or 0)
-    disk_free = shutil.disk_usage(cost.existing_ancestor(context.folder)).free
-    states: dict[str, str] = {}
-    for stage in STAGES:
-        states[stage.name] = _stage_state(context, stage, states)
-    return RunPlan(
-        tuple(StagePlan(s.name, states[s.name], work[s.name]) for s in STAGES),
-        num_audition + num_prompts - num_scored + num_test,
-        disk_bytes,
-        disk_free,
-        {"capture": capture, "train": training},
-        (
-            *map("warning: {}".format, warnings),
-            *_notes(context, speed, device, trained_bytes),
-            *_pilot_note(context, capture, training),
-        ),
-        context.corpus.count_removed(),
-        licence_verdict(recipe, context.folder),
+
+
+def _basis_notes(
+    context: RunContext,
+    fleet: Fleet | None,
+    calibration: Calibration | None,
+    speed: float,
+    device: str,
+) -> list[str]:
+    """Return how the times were got, and what the counts leave open."""
+    notes = []
+    if isinstance(context, SampledContext):
+        notes.append(
+            f"{context.num_prompts:,} prompts were counted and {len(context.corpus.prompts):,} "
+            "read: what the run leaves out as repeated is still among them"
+        )
+    if fleet is not None:
+        notes.append(
+            f"hours on {fleet.name}: docs/plan.md names the source of each speed; servers were "
+            "measured without log-probabilities, so that a capture takes longer"
+        )
+    elif calibration is not None:
+        notes.append(
+            f"seconds: measured with these models on this machine on {calibration.measured_on}, "
+            "with fewer prompts at once than the run asks: a run takes less (docs/plan.md)"
+        )
+    notes.append(
+        f"seconds of the stages: {cost.CAPTURE_EFFICIENCY:.0%} (capture) and "
+        f"{cost.TRAINING_EFFICIENCY:.0%} (train) of {speed / 1e9:,.0f} billion operations a "
+        f"second, a matrix product measured just now on this machine's {device}; right to a "
+        "factor of two (`--calibrate` measures the models instead)"
     )
+    return notes
 
 
 def _audition_work(context: RunContext, num_answers: int) -> str:
@@ -149,7 +353,7 @@ def _audition_work(context: RunContext, num_answers: int) -> str:
         len(one.conversations)
         for skill in context.scored_skills
         if is_contested_on_texts(context, skill)
-        for one in context.audition_texts(skill)
+        for one in context.text_contestants(skill)[1]
     )
     work = [f"at most {num_answers:,} answers"] * (num_answers > 0)
     work += [f"{num_texts:,} texts read"] * (num_texts > 0)
@@ -158,16 +362,10 @@ def _audition_work(context: RunContext, num_answers: int) -> str:
     return f"{' and '.join(work)} by {names}"
 
 
-def _notes(
-    context: RunContext, speed: float, device: str, trained_bytes: int | None
-) -> tuple[str, ...]:
-    """Return how the estimates were made, and warnings."""
+def _notes(context: RunContext, trained_bytes: int | None) -> tuple[str, ...]:
+    """Return what the plan leaves out, and warnings."""
     recipe, size = context.recipe, context.models.student_size
-    notes = [
-        f"seconds: {cost.CAPTURE_EFFICIENCY:.0%} (capture) and {cost.TRAINING_EFFICIENCY:.0%} "
-        f"(train) of {speed / 1e9:,.0f} billion operations a second, a matrix product measured "
-        f"just now on this machine's {device}; right to a factor of two"
-    ]
+    notes = []
     if trained_bytes is None:
         notes.append(
             "disk and memory: without the training, since the size of "
@@ -198,7 +396,7 @@ def _pilot_note(
     steps = pilot_steps(recipe, DEFAULT_SHARE)
     seconds = None
     if capture.seconds is not None and training.seconds is not None:
-        num_prompts = max(1, len(context.corpus.prompts))
+        num_prompts = max(1, context.num_prompts)
         asked = min(1.0, steps * recipe.training.batch_size / num_prompts)
         seconds = n * (capture.seconds * asked + training.seconds * steps / recipe.training.steps)
     about = "" if seconds is None else f", about {cost.format_duration(seconds)}"
@@ -210,20 +408,6 @@ def _evaluation_work(context: RunContext, num_answers: int) -> str:
     answers = f"{num_answers:,} answers" if num_answers or not texts else ""
     work = " and ".join(filter(None, (answers, texts)))
     return f"{work} by {len(context.models.renderers) + 2} models"
-
-
-def _count_captured_tokens(context: RunContext) -> int:
-    """Return the most tokens that teachers write or score: a text has at most one a byte."""
-    max_new_tokens = context.recipe.capture.max_new_tokens
-    total = 0
-    for prompt in context.corpus.prompts:
-        if prompt.conversation.is_document:
-            total += len(prompt.conversation.messages[0].text.encode(errors="replace"))
-        elif context.are_answers_given:
-            total += len(prompt.given_text.encode(errors="replace"))
-        else:
-            total += max_new_tokens
-    return total
 
 
 def _count_audition_answers(context: RunContext) -> int:
@@ -263,5 +447,7 @@ def _stage_state(context: RunContext, stage: Stage, earlier_states: Mapping[str,
     }
     if any(earlier_states[name] != UP_TO_DATE for name in needed.get(stage.name, ())):
         return WAITS
+    if isinstance(context, SampledContext):  # its keys hold every prompt
+        return UP_TO_DATE if context.stages.has_record(stage.name) else TO_DO
     key = stage_key(stage.name, stage.inputs(context))
     return UP_TO_DATE if context.stages.is_up_to_date(stage.name, key) else TO_DO

@@ -6,7 +6,7 @@ from persea.config.optimization import OptimizerName
 from persea.errors import DataError, RecipeError
 from persea.evaluation.answering import refuse_choice_items
 from persea.pipeline import preflight_data
-from persea.pipeline.lm_eval_stage import refuse_impossible_lm_eval
+from persea.pipeline.lm_eval_stage import given_results_digests, refuse_impossible_lm_eval
 from persea.pipeline.run_context import RunContext
 from persea.pipeline.stage_keys import audition_inputs, stage_key, train_inputs
 from persea.tasks.task import Split
@@ -42,7 +42,7 @@ def check_run(context: RunContext, only_stage: str = "") -> list[str]:
     refuse_unsupported_efforts(context)
     if only_stage in ASKING_STAGES:
         refuse_asking_text_models(context)
-    context.lm_eval_digests()
+    given_results_digests(context)
     refuse_missing_logprobs(context)
     if only_stage not in ASKING_STAGES:
         return []

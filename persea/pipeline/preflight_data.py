@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from persea.data.prompts import Prompt
@@ -176,9 +177,8 @@ def captured_bytes(context: RunContext) -> int:
         given=context.are_answers_given,
     )[1]
     is_sampled = capture.distributions == "sampled"
-    return round(
-        len(prompts) * tokens * (SAMPLED_BYTES_PER_TOKEN if is_sampled else TOPK_BYTES_PER_TOKEN)
-    )
+    a_token = SAMPLED_BYTES_PER_TOKEN if is_sampled else TOPK_BYTES_PER_TOKEN
+    return round(context.num_prompts * tokens * a_token)
 
 
 def example_bytes(context: RunContext) -> int:
@@ -188,14 +188,40 @@ def example_bytes(context: RunContext) -> int:
 
 
 def missing_disk_bytes(context: RunContext) -> int:
-    """Return the bytes that a run may still add to the disk: without stages that have finished."""
+    """Return the bytes that a run may still add to the disk.
+
+    Stages that have finished add none; units, examples and checkpoints that an interrupted run
+    left are there already.
+    """
     trained = cost.training_bytes(
         context.models.student_size, context.recipe.student, context.training
     )
-    needed = 0 if context.stages.has_record("capture") else captured_bytes(context)
+    folder, needed = context.folder, 0
+    if not context.stages.has_record("capture"):
+        needed = max(0, captured_bytes(context) - folder_bytes(folder / "capture"))
     if not context.stages.has_record("train"):
-        needed += example_bytes(context) + (trained or 0)
+        needed += max(0, example_bytes(context) - folder_bytes(folder / "examples"))
+        needed += max(0, (trained or 0) - folder_bytes(folder / "train"))
     return needed
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the bytes of all files below a folder; 0 if it does not exist."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def smaller_settings(context: RunContext) -> list[str]:
+    """Return settings that a run of this recipe would need less disk with, the mildest first."""
+    capture, settings = context.recipe.capture, []
+    if example_bytes(context):
+        settings.append("`training: {store_examples: false}`")
+    if capture.distributions == "topk":
+        settings.append("`capture: {distributions: sampled}`")
+    elif (capture.sampling_threshold or 0) < 0.05:
+        settings.append("`capture: {sampling_threshold: 0.05}`")
+    if context.recipe.student.lora is None:
+        settings.append("`student: {adapt: lora}`")
+    return settings
 
 
 def refuse_full_disk(context: RunContext) -> None:
@@ -210,5 +236,10 @@ def refuse_full_disk(context: RunContext) -> None:
         raise RefusedError(
             f"the run needs up to {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
             where=str(context.folder),
-            remedy="free space or give another --out",
+            remedy=f"free space or give another --out{_with_less_disk(context)}",
         )
+
+
+def _with_less_disk(context: RunContext) -> str:
+    settings = smaller_settings(context)
+    return f"; less is needed with {' or '.join(settings)}" if settings else ""

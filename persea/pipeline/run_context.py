@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from persea import storage
+from persea.cache.canaries import Canaries, choose_canaries
 from persea.cache.capture import CaptureUnit, plan_units
 from persea.cache.given_answers import refuse_missing_answers
 from persea.chat.messages import ThinkingEffort
@@ -193,6 +194,7 @@ class RunContext:
             [
                 *filter(None, [self.recipe.evaluation.judge]),
                 *([t.skill, t.metric, t.rubric] for t in self.recipe.tasks),
+                *tasks_and_prompts.grader_versions(self.benchmarks),
                 *(
                     [
                         i.prompt.id,
@@ -326,6 +328,11 @@ class RunContext:
             notes=tuple(notes),
         )
 
+    @property
+    def num_prompts(self) -> int:
+        """Number of prompts and texts that are captured."""
+        return len(self.corpus.prompts)
+
     def split_documents(self, prompts: Iterable[Prompt]) -> list[Prompt]:
         """Split documents into windows that the student and all its teachers take.
 
@@ -399,18 +406,17 @@ class RunContext:
         """Skills whose texts or answers are given, so that teachers are compared by bits."""
         return tuple(skill for skill in self.recipe.skills if skill not in self.asked_skills)
 
-    def audition_texts(self, skill: str) -> list[GivenTexts]:
-        """Return at most `audition.items` given texts of each language of a skill.
-
-        Every teacher and the student can render them.
+    def text_contestants(self, skill: str) -> tuple[tuple[str, ...], list[GivenTexts]]:
+        """Return the teachers that can render a skill's given texts, and at most `audition.items`
+        texts of each language, which all of them and the student can render.
         """
-        renderers = [self.models.student_renderer, *self.models.renderers.values()]
-        samples = tasks_and_prompts.given_samples(
-            (p for p in self.corpus.prompts if p.skill == skill),
-            self.are_answers_given,
-            self.recipe.audition.items,
-        )
-        return tasks_and_prompts.texts_by_language(samples, renderers)
+        models, items = self.models, self.recipe.audition.items
+        prompts = (p for p in self.corpus.prompts if p.skill == skill)
+        samples = tasks_and_prompts.given_samples(prompts, self.are_answers_given, items)
+        teachers = {name: models.renderers[name] for name in models.teacher_names}
+        able = tasks_and_prompts.able_teachers(samples, teachers)
+        shared = [models.student_renderer, *(teachers[name] for name in able)]
+        return able, tasks_and_prompts.texts_by_language(samples, shared)
 
     @cached_property
     def captured_corpus(self) -> Corpus:
@@ -419,6 +425,13 @@ class RunContext:
         return self.corpus.without(
             lambda p: self.cast.part_of(p.skill, p.language) in skipped, RemovalReason.NO_GAIN
         )
+
+    @cached_property
+    def canaries(self) -> Canaries | None:
+        """The prompts that are answered twice; None if the recipe asks for none."""
+        wanted = self.recipe.capture.canaries
+        prompts = self.captured_corpus.prompts
+        return choose_canaries(self.folder, prompts, wanted) if wanted else None
 
     @cached_property
     def capture_units(self) -> tuple[CaptureUnit, ...]:
@@ -443,6 +456,7 @@ class RunContext:
             "seed": self.recipe.seed,
             "threads": self.recipe.threads,
             **({"version": version} if version > 1 else {}),
+            **(self.canaries.settings if self.canaries else {}),
         }
         longest = max(
             t.generation.max_new_tokens or capture.max_new_tokens for t in self.recipe.teachers
@@ -474,22 +488,3 @@ class RunContext:
                     remedy=f"change the effort_shares of {skill}, or pin a teacher that supports "
                     f"them: audition.pinned.{skill}",
                 )
-
-    # --- results of other programs ---
-
-    def lm_eval_digests(self) -> dict[str, str]:
-        """Return model name -> digest of its lm-eval results file.
-
-        Raises:
-            DataError: A file is missing.
-        """
-        digests = {}
-        for name, file in self.recipe.evaluation.lm_eval_results.items():
-            if not Path(file).is_file():
-                raise DataError(
-                    "no such file",
-                    where=file,
-                    remedy=f"run lm_eval on {name} first (docs/evaluate.md), or delete the line",
-                )
-            digests[name] = storage.digest_file(Path(file))
-        return digests

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from persea.pipeline.licence_gate import licence_verdict
 from persea.pipeline.lineage_stage import earlier_stage_keys
+from persea.pipeline.lm_eval_stage import given_results_digests
 from persea.storage import digest_json
 from persea.tasks.task import Split
 
@@ -88,7 +89,7 @@ def audition_inputs(context: RunContext) -> object:
         *(
             [one.skill, one.language, [c.to_json() for c in one.conversations]]
             for skill in context.scored_skills
-            for one in context.audition_texts(skill)
+            for one in context.text_contestants(skill)[1]
         ),
     ]
 
@@ -179,5 +180,5 @@ def report_inputs(context: RunContext) -> object:
     return [
         *(context.stages.read_record(stage)["key"] for stage in STAGE_NAMES[:-1]),
         context.stages.read_record("train")["outputs"],
-        context.lm_eval_digests(),
+        given_results_digests(context),
     ]

@@ -10,6 +10,7 @@ each output.
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -128,7 +129,7 @@ class StageStore:
         if stage == "train" and not force:
             self.refuse_other_student(key, inputs)
         storage.write_atomic(self.folder / "recipe.yaml", recipe_yaml.encode())
-        start = time.monotonic()
+        start = time.monotonic(), _cpu_seconds()
         progress(stage, 0.0, "")
         if resumable:
             folder = self._clear_in_place(stage, resumable)
@@ -146,7 +147,7 @@ class StageStore:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
             self._publish(stage)
-        progress(stage, 1.0, f"{time.monotonic() - start:.0f} s")
+        progress(stage, 1.0, f"{time.monotonic() - start[0]:.0f} s")
 
     def recover(self) -> None:
         """Finish or undo the publication that a killed run left behind. Deletes its other files."""
@@ -206,7 +207,7 @@ class StageStore:
                 partial.unlink()
         return folder
 
-    def _write_record(self, stage: str, folder: Path, key: str, start: float) -> None:
+    def _write_record(self, stage: str, folder: Path, key: str, start: tuple[float, float]) -> None:
         outputs = {
             str(p.relative_to(folder)): storage.digest_file(p)
             for p in sorted(folder.rglob("*"))
@@ -215,7 +216,8 @@ class StageStore:
         record = {
             "key": key,
             "version": STAGE_VERSIONS[stage],
-            "seconds": round(time.monotonic() - start, 2),
+            "seconds": round(time.monotonic() - start[0], 2),
+            "cpu_seconds": round(_cpu_seconds() - start[1], 2),
             "outputs": outputs,
         }
         storage.write_json_with_checksum(folder / RECORD_FILE, record)
@@ -254,3 +256,9 @@ def _storage_errors(path: Path) -> Iterator[None]:
             remedy="free space or choose another run folder, then run again: committed units and "
             "checkpoints stay",
         ) from error
+
+
+def _cpu_seconds() -> float:
+    """Return the seconds that this process and its ended children have computed."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system

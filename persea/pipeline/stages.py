@@ -203,7 +203,7 @@ def run_report(context: RunContext, folder: Path, progress: ProgressCallback) ->
 STAGES: tuple[Stage, ...] = (
     Stage("check", stage_keys.check_inputs, run_check),
     Stage("audition", stage_keys.audition_inputs, run_audition),
-    Stage("capture", stage_keys.capture_inputs, run_capture, ("units", "commits")),
+    Stage("capture", stage_keys.capture_inputs, run_capture, ("units", "commits", "canaries")),
     Stage(
         "train",
         stage_keys.train_inputs,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from persea import storage
 from persea.errors import DataError, PerseaError, RunInterrupted, StorageError
+from persea.pipeline.ledger_status import UnitsStatus, read_units_status
 from persea.pipeline.stage_keys import STAGE_NAMES
 from persea.pipeline.stage_store import StageStore
 from persea.pipeline.time_left import TimeLeft
@@ -60,6 +61,7 @@ class RunStatus:
         lock_holder: Process that holds the folder; "" = none.
         error: Why the run ended, one line; "" = nothing.
         checkpoint_step: Step of the newest checkpoint of the training; None = no checkpoint.
+        units: Units of work by stage, from the ledger; () = the run has none.
     """
 
     state: RunState
@@ -72,6 +74,7 @@ class RunStatus:
     lock_holder: str
     error: str
     checkpoint_step: int | None
+    units: tuple[UnitsStatus, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the status as JSON."""
@@ -166,6 +169,7 @@ def read_status(folder: Path) -> RunStatus:
         )
     seconds_by_stage = _read_stage_seconds(folder)
     lock_holder = storage.lock_holder(folder)
+    units = read_units_status(folder, time.time(), is_running=bool(lock_holder))
     try:
         recorded = (
             json.loads((folder / STATUS_FILE).read_bytes())
@@ -190,6 +194,7 @@ def read_status(folder: Path) -> RunStatus:
             lock_holder,
             _end_message(state, recorded),
             max(steps, default=None),
+            units,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
@@ -231,7 +236,11 @@ def status_lines(run_status: RunStatus, now: float) -> list[str]:
         head += f", {_format_seconds(now - run_status.updated_at)} ago"
     if run_status.lock_holder:
         head += f", held by {run_status.lock_holder}"
-    lines = [head, *(f"{stage:>9} {_stage_line(run_status, stage)}" for stage in STAGE_NAMES)]
+    units = {one.stage: one.lines() for one in run_status.units}
+    lines = [head]
+    for stage in STAGE_NAMES:
+        lines.append(f"{stage:>9} {_stage_line(run_status, stage)}")
+        lines += [f"{'':9} {line}" for line in units.get(stage, ())]
     return lines + ([f"    error {run_status.error}"] if run_status.error else [])
 
 

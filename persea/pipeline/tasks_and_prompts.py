@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from persea.cache.answer_filter import QuestionKey, question_key
 from persea.chat.messages import Conversation, ThinkingEffort
@@ -411,6 +412,23 @@ def texts_by_language(
         GivenTexts(skill, language, *map(tuple, zip(*texts, strict=True)))
         for (skill, language), texts in found.items()
     ]
+
+
+def able_teachers(
+    samples: Sequence[ConversationSample], renderers: Mapping[str, ChatRenderer]
+) -> tuple[str, ...]:
+    """Return the teachers that can render any of the samples: not all templates have tools."""
+    return tuple(
+        name
+        for name, renderer in renderers.items()
+        if any(_can_render(renderer, c) for sample in samples for c in sample.conversations)
+    )
+
+
+def grader_versions(benchmarks: Iterable[benchmark_tasks.LoadedBenchmark]) -> list[list[Any]]:
+    """Return (name, version) of the graders that grade otherwise than their first version."""
+    found = [one.benchmark for one in benchmarks if one.benchmark.grader_version > 1]
+    return [["grader", one.name, one.grader_version] for one in found]
 
 
 def _can_render(renderer: ChatRenderer, conversation: Conversation) -> bool:

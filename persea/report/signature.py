@@ -32,7 +32,7 @@ def sign_student(student: Path, private_key: Path) -> Path:
             remedy="run `persea run RECIPE` to its end first",
         )
     signature = student / SIGNATURE_FILE
-    config = _model_signing("signing").Config()
+    config = _model_signing("signing").Config().set_hashing_config(_hashing_config())
     try:
         config.use_elliptic_key_signer(private_key=private_key).sign(student, signature)
     except (OSError, ValueError, TypeError) as error:
@@ -62,7 +62,7 @@ def verify_signature(student: Path, public_key: Path) -> None:
             where=str(student),
             remedy="sign it: persea lineage sign RUN --key FILE",
         )
-    config = _model_signing("verifying").Config()
+    config = _model_signing("verifying").Config().set_hashing_config(_hashing_config())
     try:
         config.use_elliptic_key_verifier(public_key=public_key).verify(student, signature)
     except Exception as error:  # model-signing, sigstore and cryptography raise their own kinds
@@ -73,6 +73,16 @@ def verify_signature(student: Path, public_key: Path) -> None:
         ) from error
 
 
+def _hashing_config() -> Any:
+    """Return the settings that hash every file of the folder but the signature itself.
+
+    model-signing's own default also leaves out .gitattributes and the like.
+    """
+    config = _model_signing("hashing").Config()
+    # a path of model-signing's is relative to the model's folder
+    return config.set_ignored_paths(paths=[SIGNATURE_FILE], ignore_git_paths=False)
+
+
 def _model_signing(module: str) -> Any:
     import importlib
 
@@ -80,7 +90,7 @@ def _model_signing(module: str) -> Any:
         return importlib.import_module(f"model_signing.{module}")
     except ImportError as error:
         raise MissingRequirementError(
-            "signatures need the package model-signing",
+            f"signatures need model-signing and pyOpenSSL ({error})",
             where="persea lineage",
             remedy="pip install 'persea[sign]'",
         ) from error

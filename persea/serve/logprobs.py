@@ -48,7 +48,11 @@ def top_k_logprobs(logprobs_W: torch.Tensor, num_top_logprobs: int) -> list[tupl
 
 
 def build_prompt_logprobs(
-    renderer: ChatRenderer, ids: Sequence[int], logprobs: torch.Tensor, num_top_logprobs: int
+    renderer: ChatRenderer,
+    ids: Sequence[int],
+    logprobs: torch.Tensor,
+    num_top_logprobs: int,
+    detokenize: bool = True,
 ) -> list[dict[str, Any] | None]:
     """Build vLLM's `prompt_logprobs`.
 
@@ -57,6 +61,7 @@ def build_prompt_logprobs(
         ids: Prompt token ids, T of them.
         logprobs: Natural-log probabilities [T - 1, W].
         num_top_logprobs: Tokens to list per position; the prompt's own token is always listed.
+        detokenize: Name tokens by text too; as in vLLM, `decoded_token` is None otherwise.
 
     Returns:
         None for the first token, then {id: {logprob, rank, decoded_token}}.
@@ -66,7 +71,7 @@ def build_prompt_logprobs(
     target_logprobs_N1 = logprobs.gather(1, targets_N[:, None])
     target_ranks = (1 + (logprobs > target_logprobs_N1).sum(1)).tolist()
     values, top_ids = logprobs.topk(min(num_top_logprobs, logprobs.shape[1]), dim=1)
-    names: dict[int, str] = {}
+    names: dict[int, str | None] = {}
     for token, target, rank, top_values, tops in zip(
         ids[1:],
         target_logprobs_N1[:, 0].tolist(),
@@ -79,7 +84,7 @@ def build_prompt_logprobs(
         entries.setdefault(token, (target, rank))
         for i in entries:
             if i not in names:
-                names[i] = format_token(renderer, i, False)
+                names[i] = format_token(renderer, i, False) if detokenize else None
         positions.append(
             {
                 str(i): {"logprob": x, "rank": rank, "decoded_token": names[i]}

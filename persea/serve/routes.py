@@ -381,7 +381,12 @@ class Routes:
             logprobs = await self.served_model.compute_logprobs(prompt)
             if params.prompt_logprobs is not None:
                 response["prompt_logprobs"] = await asyncio.to_thread(
-                    build_prompt_logprobs, self.renderer, prompt, logprobs, params.prompt_logprobs
+                    build_prompt_logprobs,
+                    self.renderer,
+                    prompt,
+                    logprobs,
+                    params.prompt_logprobs,
+                    params.detokenize,
                 )
             if params.prompt_logprob_token_ids is not None:
                 response["prompt_token_id_logprobs"] = encode_candidate_logprobs(
@@ -406,7 +411,7 @@ class Routes:
                 remedy="request fewer",
             )
 
-    def _stop_ids(self, ignore_eos: bool, extra: Sequence[int] | None) -> tuple[int, ...]:
+    def _stop_ids(self, ignore_eos: bool | None, extra: Sequence[int] | None) -> tuple[int, ...]:
         return (*(() if ignore_eos else self.renderer.stop_ids), *(extra or ()))
 
     def _response_fields(self, kind: str, prefix: str) -> dict[str, Any]:

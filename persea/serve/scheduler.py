@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from persea.errors import TeacherError
-from persea.serve.batching import ContinuousBatch, Generation
 from persea.serve.constrained import JsonConstraint
 from persea.teachers.engines import Sampling
+from persea.teachers.engines.batching import ContinuousBatch, Generation
 from persea.teachers.engines.transformers import TransformersEngine
 
 T = TypeVar("T")

@@ -65,11 +65,11 @@ class OpenAIRequest(SamplingFields):
     """Fields of both OpenAI routes."""
 
     model: str
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     stop: StopTexts | None = None
-    ignore_eos: bool = False
+    ignore_eos: bool | None = None
     logit_bias: dict[str, Any] | None = Field(default=None, max_length=0)
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -98,7 +98,7 @@ class CompletionRequest(OpenAIRequest):
     best_of: Literal[1] | None = None
     suffix: Literal[""] | None = None
     max_tokens: int | None = Field(default=None, ge=0)
-    echo: bool = False
+    echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0)
     prompt_logprobs: int | None = Field(default=None, ge=0)
     stop_token_ids: TokenIds | None = None
@@ -130,7 +130,7 @@ class TokenParams(SamplingFields):
     max_tokens: int | None = Field(default=None, ge=0)
     stop_token_ids: TokenIds | None = None
     ignore_eos: bool = False
-    detokenize: bool = False
+    detokenize: bool = True
     prompt_logprobs: int | None = Field(default=None, ge=0)
     prompt_logprob_token_ids: list[list[Annotated[int, Field(ge=-1, lt=1 << 31)]]] | None = Field(
         default=None, max_length=1 << 20
@@ -244,7 +244,9 @@ class ChatTemplateKwargs(StrictRequestModel):
 
 
 class ChatCompletionRequest(OpenAIRequest):
-    """/v1/chat/completions."""
+    """/v1/chat/completions. Of keys that this server cannot obey, the values that change nothing
+    are accepted.
+    """
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=10_000)
     max_tokens: int | None = Field(default=None, ge=1)
@@ -257,6 +259,16 @@ class ChatCompletionRequest(OpenAIRequest):
     top_logprobs: int | None = Field(default=None, ge=0)
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
     chat_template_kwargs: ChatTemplateKwargs | None = None
+    modalities: list[Literal["text"]] | None = Field(default=None, max_length=1)
+    verbosity: Literal["medium"] | None = None
+    functions: list[Any] | None = Field(default=None, max_length=0)
+    function_call: Literal["none"] | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
+    audio: None = None
+    prediction: None = None
+    moderation: None = None
+    web_search_options: None = None
 
     def to_conversation(self, family: Family) -> Conversation:
         """Convert the request to a conversation.

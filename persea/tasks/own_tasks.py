@@ -209,6 +209,9 @@ def _item(row: TableRow, section: TaskSection, name: str, *, needs_reference: bo
         )
     values = {str(k): v for k, v in row.value.items() if v is not None}
     for key, column in section.columns.items():
+        if not column:  # the row's own column of that name is left unread
+            values.pop(key, None)
+            continue
         if column not in values:
             raise DataError(f"no column `{column}`", where=row.where, remedy=REMEDY)
         if key != column:

@@ -6,8 +6,8 @@ An evaluated student is a `Teacher` too.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +17,16 @@ from persea.chat.renderer import ChatRenderer
 from persea.data.prompts import Prompt
 from persea.distributions import SparseDistributions
 from persea.errors import DataError, TeacherError
-from persea.teachers.engines import Engine, EngineFailure
+from persea.teachers.engines import Engine, EngineFailure, GeneratedTokens, Reducer
 from persea.tokenization.tokens import RenderedTokens
 
 if TYPE_CHECKING:
     import torch
+
+    from persea.distributions.blocks import BlockedLogits
+
+
+IdArray: TypeAlias = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,10 @@ class Answer:
         failure_reason: Why there is no answer, for finish REFUSED. Empty where the teacher's
             template cannot render the prompt or a server's content filter refused it.
         given: Whether the prompt brought the answer, and the teacher only scored it.
+        prompt_ids_T: Token ids of the prompt that the answer was generated from; None if the
+            answer came another way. Not stored.
+        generated: The tokens that were generated, with their distributions if those were wanted.
+            Not stored.
     """
 
     prompt_id: str
@@ -50,6 +59,8 @@ class Answer:
     effort: ThinkingEffort | None = None
     failure_reason: str = ""
     given: bool = False
+    prompt_ids_T: npt.NDArray[np.int32] | None = field(default=None, compare=False, repr=False)
+    generated: GeneratedTokens | None = field(default=None, compare=False, repr=False)
 
     @property
     def text(self) -> str:
@@ -93,6 +104,23 @@ class Answer:
 
 
 @dataclass(frozen=True, eq=False)
+class _Renumbered:
+    """A reducer whose sequences are some of another's: number k is number `of_K[k]` there."""
+
+    reducer: Reducer
+    of_K: npt.NDArray[np.int64]
+
+    def reduce(
+        self,
+        blocks: BlockedLogits,
+        index_N: npt.NDArray[np.int64],
+        row_N: npt.NDArray[np.int64],
+        target_N: npt.NDArray[np.int64],
+    ) -> SparseDistributions:
+        return self.reducer.reduce(blocks, self.of_K[index_N], row_N, target_N)
+
+
+@dataclass(frozen=True, eq=False)
 class Teacher:
     """A model that answers and scores.
 
@@ -124,25 +152,39 @@ class Teacher:
         reporting = getattr(self.engine, "reporting", None)  # an engine of yours may have none
         return self if reporting is None else replace(self, engine=reporting(on_progress))
 
-    def answer(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
+    def answer(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, reducer: Reducer | None = None
+    ) -> list[Answer]:
         """Answer prompts, each at its own thinking effort or else at the teacher's.
 
         Args:
             prompts: Questions; a prompt that the template cannot render gets an empty answer with
                 finish REFUSED, such as tools for a family without tools.
             max_new_tokens: Longest answer, in the teacher's tokens.
+            reducer: Reduces the distributions of generated tokens, for engines that have them
+                while they generate; its sequences are numbered as the prompts.
 
         Returns:
             One answer per prompt, in order.
         """
         conversations = [self.build_conversation(p) for p in prompts]
         limit = self.max_answer_tokens or max_new_tokens
+        generated: list[tuple[IdArray, GeneratedTokens] | None] = [None] * len(prompts)
         if self.engine.capabilities.takes_token_ids:
-            results = self._generate(conversations, limit)
+            found = self._generate(conversations, limit, reducer)
+            generated = [one if isinstance(one, tuple) else None for one in found]
+            results = [
+                one
+                if isinstance(one, EngineFailure)
+                else self._parse_answer(one[1].ids_T, conversation)
+                for one, conversation in zip(found, conversations, strict=True)
+            ]
         else:
             results = list(self.engine.chat(conversations, limit))
         answers = []
-        for prompt, conversation, result in zip(prompts, conversations, results, strict=True):
+        for prompt, conversation, result, tokens in zip(
+            prompts, conversations, results, generated, strict=True
+        ):
             parts: tuple[ContentPart, ...] = ()
             finish, reason = FinishReason.REFUSED, ""
             if isinstance(result, EngineFailure):
@@ -159,26 +201,42 @@ class Teacher:
                     finish,
                     prompt.effort,
                     reason,
+                    False,
+                    *(tokens or (None, None)),
                 )
             )
         return answers
 
     def _generate(
-        self, conversations: Sequence[Conversation], max_new_tokens: int
-    ) -> list[tuple[tuple[ContentPart, ...], FinishReason] | EngineFailure]:
-        """Render, generate token ids and parse them."""
+        self,
+        conversations: Sequence[Conversation],
+        max_new_tokens: int,
+        reducer: Reducer | None,
+    ) -> list[tuple[IdArray, GeneratedTokens] | EngineFailure]:
+        """Render the prompts and generate token ids; returns prompt and answer of each."""
         rendered = [self._render_prompt(c) for c in conversations]
-        generated = iter(
-            self.engine.generate(
-                [ids for ids in rendered if not isinstance(ids, EngineFailure)],
+        at = [k for k, ids in enumerate(rendered) if not isinstance(ids, EngineFailure)]
+        prompts = [ids for ids in rendered if not isinstance(ids, EngineFailure)]
+        generated: Sequence[GeneratedTokens | EngineFailure]
+        if reducer is None:
+            generated = [
+                ids if isinstance(ids, EngineFailure) else GeneratedTokens(ids)
+                for ids in self.engine.generate(prompts, self.renderer.stop_ids, max_new_tokens)
+            ]
+        else:
+            generated = self.engine.generate_with_distributions(
+                prompts,
                 self.renderer.stop_ids,
                 max_new_tokens,
+                reducer if len(at) == len(rendered) else _Renumbered(reducer, np.array(at)),
             )
-        )
-        return [
-            self._parse_answer(ids if isinstance(ids, EngineFailure) else next(generated), c)
-            for ids, c in zip(rendered, conversations, strict=True)
+        results: list[tuple[IdArray, GeneratedTokens] | EngineFailure] = [
+            ids if isinstance(ids, EngineFailure) else (ids, GeneratedTokens(ids))
+            for ids in rendered
         ]
+        for k, prompt, one in zip(at, prompts, generated, strict=True):
+            results[k] = one if isinstance(one, EngineFailure) else (prompt, one)
+        return results
 
     def build_conversation(self, prompt: Prompt) -> Conversation:
         """Return a prompt's conversation at the effort that this teacher is asked at."""
@@ -197,11 +255,9 @@ class Teacher:
             return EngineFailure("")
 
     def _parse_answer(
-        self, ids: npt.NDArray[np.int32] | EngineFailure, conversation: Conversation
-    ) -> tuple[tuple[ContentPart, ...], FinishReason] | EngineFailure:
-        if isinstance(ids, EngineFailure):
-            return ids
-        return self.renderer.parse(ids.tolist(), conversation.effort, conversation.tools)
+        self, ids_T: IdArray, conversation: Conversation
+    ) -> tuple[tuple[ContentPart, ...], FinishReason]:
+        return self.renderer.parse(ids_T.tolist(), conversation.effort, conversation.tools)
 
     def can_render(self, conversation: Conversation) -> bool:
         """Return whether this teacher's template can render a conversation with its answer."""

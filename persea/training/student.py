@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from persea.chat.renderer import ChatRenderer
 from persea.errors import DataError, MissingRequirementError, RefusedError, StorageError
 from persea.losses import LMHead
+from persea.models.hidden_states import LogitScaling, find_logit_scaling, hidden_states
 from persea.models.identity import model_name
 from persea.models.loading import (
     ModelSource,
@@ -26,13 +27,7 @@ from persea.models.loading import (
 from persea.models.tokenizer_files import copy_tokenizer_files
 from persea.models.weight_shapes import read_stored_dtype
 from persea.training.distributed.world import ParallelStrategy, World
-from persea.training.lm_head import (
-    LogitScaling,
-    find_logit_scaling,
-    hidden_states,
-    pack_sequences,
-    refuse_packing,
-)
+from persea.training.packing import pack_sequences, refuse_packing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -31,12 +31,13 @@ from persea.cache.accounting import (
 from persea.cache.capture import CaptureUnit, capture_teacher, open_teacher_caches, plan_units
 from persea.chat.messages import Conversation, FinishReason, Message, Role, Text, ThinkingEffort
 from persea.data.prompts import Corpus, MalformedLine, Prompt, RemovalReason
-from persea.distributions import DistributionKind
+from persea.distributions import DistributionKind, text_only_distributions
 from persea.errors import DataError, RefusedError
 from persea.evaluation.audition import Cast
 from persea.tasks.generated import LANGUAGES_TASK, REASONING_TASK
 from persea.tasks.task import Split
-from persea.teachers.engines import FULL_DISTRIBUTIONS, Engine
+from persea.teachers.engines import Engine, GeneratedTokens, Reducer
+from persea.teachers.engines.transformers import TransformersEngine
 from persea.teachers.teacher import Answer, Teacher
 from tests.cli.test_cli import tree, warm
 from tests.teachers.engines.test_transformers import engine, opened
@@ -47,12 +48,11 @@ ALONE = Cast({"languages": (("qwen-sapling", 1.0),), "reasoning": (("qwen-saplin
 
 
 @dataclass
-class Counting:
+class Counting(Engine):
     """An engine that notes which prompts it is asked."""
 
     real: Engine
     asked: list[bytes] = field(default_factory=list)
-    capabilities = FULL_DISTRIBUTIONS
 
     @property
     def capabilities(self) -> Any:
@@ -538,6 +538,64 @@ def test_an_answer_that_comes_in_pieces_gives_the_same_unit(
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
 
 
+def test_a_sampled_capture_needs_no_second_pass_and_is_what_scoring_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A likeliest token, an entry of the sample and a log-probability move in last digits only."""
+    planned = units(prompts(6))
+    scored: list[int] = []
+
+    class Noted(TransformersEngine):
+        def reduce_distributions(self, sequences: Any, learn: Any, reducer: Any) -> Any:
+            scored.append(len(sequences))
+            return super().reduce_distributions(sequences, learn, reducer)
+
+    renderer, model = opened("qwen-sapling")
+    noted = Teacher("qwen-sapling", renderer, Noted(model, len(renderer.vocabulary)))
+    ask(planned, tmp_path / "drawn", noted)
+    assert sum(scored) == 0  # the template renders what was generated
+    scored.clear()
+    monkeypatch.setattr("persea.cache.capture.reducer_of_prompts", lambda *given: None)
+    ask(planned, tmp_path / "scored", noted)
+    both = [list(read(planned, tmp_path / name)) for name in ("drawn", "scored")]
+    assert sum(scored) == len(both[0]) > 6
+    moved = 0
+    for one, other in zip(*both, strict=True):
+        assert one.answer == other.answer
+        assert np.array_equal(one.tokens.ids_T, other.tokens.ids_T)
+        a, b = one.distributions, other.distributions
+        assert np.allclose(a.target_logprob_N, b.target_logprob_N, atol=3e-3)
+        moved += not np.array_equal(a.ids_M, b.ids_M)
+    assert moved <= len(both[0]) // 4
+
+
+def test_an_answer_that_is_rendered_in_other_tokens_is_scored(tmp_path: Path) -> None:
+    """A scripted engine writes a text letter by letter; the student learns the usual tokens."""
+    planned = units(prompts(1)[:1])
+    renderer, _ = opened("qwen-sapling")
+    text = [renderer.vocabulary.encode(letter)[0] for letter in "good"]
+    assert len(renderer.vocabulary.encode("good")) < 4
+    reduced: list[int] = []
+
+    class Spelling(Counting):
+        def generate_with_distributions(
+            self, prompts: Any, stop_ids: Any, max_new_tokens: int, reducer: Reducer
+        ) -> list[GeneratedTokens]:
+            ids_T = np.array([*text, stop_ids[0]], np.int32)
+            wrong = text_only_distributions(len(ids_T))
+            return [GeneratedTokens(ids_T, wrong) for _ in prompts]
+
+        def reduce_distributions(self, sequences: Any, learn: Any, reducer: Any) -> Any:
+            reduced.append(len(sequences))
+            return self.real.reduce_distributions(sequences, learn, reducer)
+
+    ask(planned, tmp_path, Teacher("qwen-sapling", renderer, Spelling(engine("qwen-sapling"))))
+    (kept,) = read(planned, tmp_path)
+    assert kept.answer.text == "good" and reduced == [1]
+    assert kept.distributions.kind is DistributionKind.SAMPLED
+    assert len(kept.tokens.ids_T[kept.tokens.loss_mask_T]) < 5
+
+
 # --- answers that came with the prompts ---
 
 
@@ -682,8 +740,10 @@ def test_an_answer_that_a_server_filtered_is_set_aside_with_that_reason(tmp_path
     some = prompts(2)[:2]
 
     class Filtering(Teacher):
-        def answer(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
-            first, *rest = super().answer(prompts, max_new_tokens)
+        def answer(
+            self, prompts: Sequence[Prompt], max_new_tokens: int, reducer: Reducer | None = None
+        ) -> list[Answer]:
+            first, *rest = super().answer(prompts, max_new_tokens, reducer)
             return [replace(first, finish=FinishReason.REFUSED), *rest]
 
     ask(

@@ -220,6 +220,20 @@ def tree(folder: Path) -> dict[str, bytes]:
 # --- small verbs ---
 
 
+def test_under_torchrun_one_process_of_a_machine_prints_an_error_of_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bad.yaml").write_text("students: 1\n")
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    for rank in ("0", "1"):
+        for name, value in (variables | {"RANK": rank, "LOCAL_RANK": rank}).items():
+            monkeypatch.setenv(name, value)
+        ended = command("train", "bad.yaml", folder=tmp_path)
+        assert ended.code == 2
+        assert ("students" in ended.err) is (rank == "0")
+        assert bool(ended.err) is (rank == "0")
+
+
 def test_help_names_every_verb() -> None:
     """How quick it is depends on what it imports (next test) and on the machine: `make bench`
     tells.
@@ -240,6 +254,7 @@ def test_help_names_every_verb() -> None:
         "status",
         "compare",
         "runs",
+        "audit",
         "export",
         "chat",
         "serve",

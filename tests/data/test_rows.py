@@ -196,6 +196,20 @@ def test_thoughts_of_plain_columns_are_read() -> None:
     assert answer == (Thinking("Add."), Text("4"))
 
 
+def test_a_refusal_of_openais_is_the_answer() -> None:
+    message = {"role": "assistant", "content": None, "refusal": "I cannot."}
+    ((_, answer),) = parse_row({"messages": [TWO_TURNS[0], message]}, "x:1").turns(last_only=True)
+    assert answer == (Text("I cannot."),)
+
+
+def test_a_turn_of_weight_0_is_read_and_not_learned() -> None:
+    messages = [TWO_TURNS[0], {**TWO_TURNS[1], "weight": 0}, *TWO_TURNS[2:]]
+    every = parse_row({"messages": messages}, "x:1").turns(last_only=False)
+    assert [answer for _, answer in every] == [(Text("The Severn."),)]
+    last = parse_row({"messages": [*TWO_TURNS[:3], {**TWO_TURNS[3], "weight": 0}]}, "x:1")
+    assert [answer for _, answer in last.turns(last_only=True)] == [(Text("The Tay."),)]
+
+
 def test_undesirable_answers_are_left_out_and_named() -> None:
     assert (
         parse_row({"prompt": "a", "completion": "b", "label": False}, "x:1").left_out
@@ -241,6 +255,13 @@ def test_other_names_are_mapped(
         ({"text": "plain"}, "`text` alone", "`texts:`"),
         ({"query": "a", "reply": "b"}, "the row has `query`, `reply`: no known", "columns:"),
         ({"prompt": 3}, "the user's turn is int", "a line is"),
+        (
+            {"messages": [TWO_TURNS[0], {"role": "assistant", "content": "<tool_call>{}"}]},
+            "a call is written in its text",
+            '"tool_calls"',
+        ),
+        ({"instruction": "a", "demonstration": "b"}, "`demonstration` changes", "columns: {answer"),
+        ({"question": "a", "context": "b"}, "`context` changes", "input: context}"),
         ({"prompt": "a", "image": "x.png"}, "`image`: persea teaches text only", "leave rows"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},

@@ -105,3 +105,13 @@ def test_the_ancestors_that_a_card_and_a_configuration_name():
     assert ancestors_of_files(lambda name: files.get(name, "")) == ("a/b", "c/d")
     assert ancestors_of_files(lambda name: "---\nbase_model: a/b\n---\n") == ("a/b",)
     assert ancestors_of_files(lambda name: "") == ()
+
+
+def test_an_extended_student_descends_from_its_base_and_from_the_teacher_of_its_rows() -> None:
+    files = {
+        "config.json": '{"_name_or_path": "some/base"}',
+        "extension.json": '{"model": "some/base", "teacher_rows": {"model": "other/teacher"}}',
+    }
+    assert ancestors_of_files(lambda name: files.get(name, "")) == ("some/base", "other/teacher")
+    files["extension.json"] = '{"model": "some/base", "teacher_rows": null}'
+    assert ancestors_of_files(lambda name: files.get(name, "")) == ("some/base",)

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from persea import storage
+from persea.cache.unit import read_record
 from persea.config.recipe import load_recipe
+from persea.errors import RecipeError
+from persea.executors.executor import Receipt
+from persea.executors.ledger import read_ledger
+from persea.pipeline.capture_dispatch import refuse_shared_budgets
+from persea.pipeline.capture_worker import RECEIPT_FILE
 from persea.pipeline.run_context import RunContext
 from persea.pipeline.stages import run_pipeline
 from persea.teachers.engines.chat_server import ChatServerEngine
 from persea.teachers.engines.token_server import TokenServerEngine
 from persea.teachers.engines.transformers import TransformersEngine
-from tests.cli.test_cli import SAPLINGS, recipe
+from tests.cli.test_cli import SAPLINGS, recipe, tree
 from tests.pipeline.test_remote_teachers import mixed
 
 ONE: dict[str, Any] = {
@@ -32,7 +43,12 @@ class Requests:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
         for engine in (TransformersEngine, TokenServerEngine, ChatServerEngine):
-            for name in ("generate", "iter_logprobs", "compute_sparse_distributions"):
+            for name in (
+                "generate",
+                "generate_with_distributions",
+                "reduce_distributions",
+                "compute_sparse_distributions",
+            ):
                 if hasattr(engine, name):
                     monkeypatch.setattr(engine, name, self.counted(getattr(engine, name)))
 
@@ -92,3 +108,96 @@ def test_a_store_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     for stage in ("audition", "capture"):
         run_pipeline(context, lambda s, f, words: told.append(words), stage)
     assert [w for w in told if "later runs cannot reuse this capture" in w]
+
+
+def test_worker_processes_write_the_same_cache_and_account_for_every_attempt(
+    tmp_path: Path,
+) -> None:
+    """Two workers, one killed in the middle: the same bytes as from one process, nothing twice."""
+    caches, ledgers = [], []
+    for workers in (1, 2):
+        folder = tmp_path / str(workers)
+        folder.mkdir()
+        overrides = [f"executor.workers={workers}", "capture.prompts_per_unit=3"]
+        context = RunContext(load_recipe(recipe(folder, **ONE), overrides), folder / "run")
+        run_pipeline(context, lambda *ignored: None, "audition")
+        killed: list[int] = []
+
+        def kill_one(
+            stage: str,
+            fraction: float,
+            words: str,
+            run: Path = folder / "run",
+            killed: Any = killed,
+        ) -> None:
+            for attempt in () if killed else (run / ".attempts").glob("*-1"):
+                pid = next(
+                    int(line["worker"].split()[1])
+                    for line in map(json.loads, (run / "ledger.jsonl").read_text().splitlines())
+                    if line["event"] == "started" and attempt.name == f"{line['unit']}-1"
+                )
+                killed.append(pid)
+                os.kill(pid, signal.SIGKILL)
+
+        run_pipeline(context, kill_one if workers == 2 else lambda *ignored: None, "capture")
+        assert not (folder / "run" / ".attempts").exists()
+        caches.append(
+            {
+                **tree(folder / "run" / "capture" / "units"),
+                **tree(folder / "run" / "capture" / "commits"),
+            }
+        )
+        ledgers.append(read_ledger(folder / "run")["capture"])
+    assert len(caches[0]) == 8
+    assert caches[0] == caches[1]
+    one, two = ledgers
+    assert (one.committed, two.committed) == (4, 4)
+    assert one.tokens_paid >= one.tokens_kept == two.tokens_kept > 0
+    assert two.num_attempts == 4 + two.num_lost + two.num_failed + two.num_duplicates
+    assert two.num_unknown == two.num_lost + two.num_failed
+
+
+def test_a_finished_attempt_of_a_dead_run_is_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = recipe(tmp_path, **ONE)
+    context = RunContext(load_recipe(path), tmp_path / "run")
+    for stage in ("audition", "capture"):
+        run_pipeline(context, lambda *ignored: None, stage)
+    run, unit = tmp_path / "run", context.capture_units[0]
+    before = tree(run / "capture")
+    attempt = run / ".attempts" / f"{unit.name}-2"  # the run died before it published this one
+    for kind in ("units", "commits"):
+        (file,) = (run / "capture" / kind).glob(f"{unit.name}*")
+        (attempt / kind).mkdir(parents=True)
+        file.rename(attempt / kind / file.name)
+    record = read_record(attempt, unit.name)
+    receipt = Receipt(attempt.name, "pid 1", 0.5, 500, record["tokens"], record["sha256"])
+    storage.write_json_with_checksum(attempt / RECEIPT_FILE, asdict(receipt))
+    (run / ".attempts" / f"{unit.name}-3" / "units").mkdir(parents=True)  # cut short
+    requests = Requests(monkeypatch)
+    shutil.rmtree(tmp_path / "shared-captures")
+    again = RunContext(load_recipe(path), tmp_path / "run")
+    run_pipeline(again, lambda *ignored: None, "capture")
+    assert requests.take() == 0
+    after = tree(run / "capture")
+    assert {k: v for k, v in after.items() if k != "done.json"} == {
+        k: v for k, v in before.items() if k != "done.json"
+    }
+    sums = read_ledger(run)["capture"]
+    assert (sums.committed, sums.pending, sums.running) == (2, 0, {})
+
+
+def test_workers_do_not_spend_a_budget_each(tmp_path: Path) -> None:
+    context = RunContext(load_recipe(mixed(tmp_path)), tmp_path / "run")
+    names = {t.name for t in context.recipe.teachers if t.endpoint}
+    refuse_shared_budgets(context, names)
+    limited = [
+        t.model_copy(update={"endpoint": t.endpoint.model_copy(update={"max_total_tokens": 9})})
+        if t.endpoint
+        else t
+        for t in context.recipe.teachers
+    ]
+    context.models.recipe = context.recipe.model_copy(update={"teachers": tuple(limited)})
+    with pytest.raises(RecipeError, match="each worker would spend the budget"):
+        refuse_shared_budgets(context, names)

@@ -62,3 +62,19 @@ def test_the_verb_prints_json(tmp_path: Path) -> None:
     ended = persea("doctor", str(ROOT / "recipes" / "quickstart.yaml"), "--json", folder=tmp_path)
     assert ended.code == 0, ended.err
     assert {"python", "sandbox", "hub", "licences"} <= {f["what"] for f in json.loads(ended.out)}
+
+
+def test_a_problem_ends_with_exit_code_3_and_the_same_json(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "student: {model: some/student}\n"
+        "teachers: [{name: a, model: some/a, endpoint: {url: 'http://127.0.0.1:9'}}]\n"
+        "corpus: [{skill: code, generate: 4}]\n"
+    )
+    ended = persea("doctor", str(path), "--json", folder=tmp_path)
+    problems = {f["what"] for f in json.loads(ended.out) if f["state"] == "problem"}
+    assert {"endpoint of a", "licences"} <= problems
+    assert ended.code == 3
+    assert "problems would stop a run: " in ended.err
+    assert "endpoint of a" in ended.err
+    assert "Traceback" not in ended.err

@@ -15,7 +15,9 @@ from persea.config.recipe import load_recipe
 from persea.errors import DataError, RefusedError
 from persea.models.loading import ModelSource
 from persea.models.sizes import read_model_size
+from persea.pipeline import machine_cost
 from persea.pipeline.cost import training_bytes
+from persea.pipeline.hardware import parse_fleet
 from persea.pipeline.plan import plan_run
 from persea.pipeline.preflight_data import (
     EXAMPLE_BYTES_PER_CAPTURED_BYTE,
@@ -24,6 +26,8 @@ from persea.pipeline.preflight_data import (
 )
 from persea.pipeline.run_context import RunContext
 from tests.cli.test_cli import SAPLINGS, STAGES, flowed_copy, recipe, tree
+
+SAPLING_TEACHERS = ("qwen-sapling", "gemma-sapling", "gpt-oss-sapling")
 
 
 def river(folder: Path, *overrides: str) -> RunContext:
@@ -91,8 +95,12 @@ def test_a_damaged_output_is_to_do(tmp_path: Path) -> None:
 
 
 def test_answers_are_counted_and_the_disk_is_enough(tmp_path: Path) -> None:
-    told = plan_run(river(flowed_copy(tmp_path, *STAGES)))
+    recipe(tmp_path)
+    told = plan_run(river(tmp_path))
     assert told.answers == 3 * 8 * 2 + 72 + 3 * 8 * 5  # pinned teachers and the base
+    assert {line.stage for line in told.lines} == {"capture", "train"}
+    assert told.units == 9
+    flowed_copy(tmp_path, *STAGES)
     units = sum(p.stat().st_size for p in (tmp_path / "run" / "capture" / "units").iterdir())
     used = sum(p.stat().st_size for p in (tmp_path / "run").rglob("*") if p.is_file())
     assert 0 < units < 72 * 48 * SAMPLED_BYTES_PER_TOKEN
@@ -106,9 +114,43 @@ def test_answers_are_counted_and_the_disk_is_enough(tmp_path: Path) -> None:
     assert told.table_rows()[-1][2].startswith("240 answers, about 0.0")
     assert told.to_json()["stages"][0] == {
         "stage": "check",
-        "state": "up to date",
+        "state": "to do",
         "work": "3 tokenizer pairs",
     }
+
+
+def test_what_is_done_is_not_counted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk does not refuse a finished run, nor a capture of which one unit is missing."""
+    flowed_copy(tmp_path, *STAGES)
+    full = lambda path: SimpleNamespace(free=0)  # noqa: E731
+    monkeypatch.setattr(shutil, "disk_usage", full)
+    told = plan_run(river(tmp_path))
+    assert (told.answers, told.disk_bytes) == (0, 0)
+    assert all(line.seconds == line.disk_bytes == 0 for line in told.lines)
+    shutil.rmtree(tmp_path / "run" / "train")
+    (tmp_path / "run" / "capture" / "done.json").unlink()
+    commits = sorted((tmp_path / "run" / "capture" / "commits").glob("*.json"))
+    commits[0].unlink()
+    with pytest.raises(RefusedError, match=r"less is needed with `training: \{store_examples: f"):
+        plan_run(river(tmp_path))
+    monkeypatch.undo()
+    told = plan_run(river(tmp_path))
+    work = {c.stage: c.work for c in told.stages}
+    assert "72 answers, 89% of them done, at most" in work["capture"]
+    assert told.answers == 72 - 64 + 3 * 8 * 5
+
+
+def test_the_first_prompt_is_shown_in_every_format(tmp_path: Path) -> None:
+    recipe(tmp_path)
+    shown = plan_run(river(tmp_path)).first_prompt
+    assert [p.model for p in shown] == ["student", *SAPLING_TEACHERS]
+    for one in shown:
+        assert one.tokens > 4
+        assert [learned for _, learned in one.pieces][:2] == [False, True]
+        plain, coloured = ("\n".join(one.lines(colour=c)) for c in (False, True))
+        assert "⟦" in plain
+        assert "\033[32;1m" in coloured
+    assert len({one.pieces[0][0] for one in shown}) == len(shown)
 
 
 def test_a_prompt_that_is_left_out_is_told(tmp_path: Path) -> None:
@@ -153,7 +195,7 @@ def test_a_run_that_the_disk_cannot_hold_is_refused(
     ) as caught:
         plan_run(river(tmp_path))
     assert caught.value.exit_code == 4
-    assert asked == [tmp_path]  # the disk of the run folder, which is not there yet
+    assert set(asked) == {tmp_path}  # the disk of the run folder, which is not there yet
     monkeypatch.setattr(shutil, "disk_usage", usage(needed))
     assert plan_run(river(tmp_path)).disk_free == needed
 
@@ -219,7 +261,8 @@ def peak_bytes(folder: Path, change: Any, *overrides: str) -> tuple[int, int]:
                 self.peak = max(self.peak, sum(p.stat().st_size for p in files))
 
     disk = Weighing()
-    planned = plan_run(river(folder, *overrides)).disk_bytes
+    before = sum(p.stat().st_size for p in (folder / "run").rglob("*") if p.is_file())
+    planned = plan_run(river(folder, *overrides)).disk_bytes + before
     change(storage, "DISK", disk)
     run_pipeline(river(folder, *overrides), lambda *told: None, "train")
     files = (p for p in (folder / "run").rglob("*") if p.is_file())
@@ -291,3 +334,23 @@ def test_a_gguf_file_is_counted_like_the_folder_it_was_written_from(tmp_path: Pa
     whole, gguf = (read_model_size(ModelSource(str(m))) for m in (folder, path))
     assert whole is not None and gguf is not None
     assert (gguf.hidden, gguf.layers) == (whole.hidden, whole.layers)
+
+
+def test_models_on_this_machine_are_planned_for_a_fleet(tmp_path: Path) -> None:
+    recipe(tmp_path)
+    told = plan_run(river(tmp_path), parse_fleet("2xH100"), 2.0)
+    assert told.hardware == "2xH100"
+    assert [line.model for line in told.lines] == [*SAPLING_TEACHERS, "student"]
+    assert all(line.money == 2.0 * (line.gpu_hours or 0) > 0 for line in told.lines)
+    assert {way.kind for way in told.ways} == {"dense", "MoE"}  # gpt-oss-sapling has experts
+    assert told.failures is not None
+
+
+def test_a_teacher_larger_than_the_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe(tmp_path)
+    monkeypatch.setattr(machine_cost, "total_memory", lambda: 1_000_000)
+    with pytest.raises(RefusedError, match=r"in float32, and this machine has 0 GB .*--hardware"):
+        plan_run(river(tmp_path))
+    plan_run(river(tmp_path), parse_fleet("1xH100"))  # not run here

@@ -26,6 +26,7 @@ from persea.pipeline.run_context import RunContext
 from persea.pipeline.stages import STAGES as STREAM
 from persea.pipeline.stages import run_check, run_pipeline
 from persea.storage import digest_json
+from persea.tasks import benchmarks
 from persea.tasks import generated as skills
 from persea.tasks.task import Split
 from tests.cli.test_cli import SAPLINGS, STAGES, TINY, flowed, flowed_copy, recipe
@@ -434,6 +435,19 @@ def test_published_sets_are_skills_beside_the_corpus_or_for_it(tmp_path: Path) -
     assert river(tmp_path).items_digest(Split.TEST) != beside.items_digest(Split.TEST)
     with pytest.raises(DataError, match="reasoning has only 0 training questions"):
         _ = river(tmp_path, evaluation={"benchmarks": [one | {"skill": "reasoning"}]}).corpus
+
+
+def test_another_version_of_a_grader_is_another_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = {"benchmark": "gsm8k", "file": gsm(tmp_path)}
+    before = river(tmp_path, evaluation={"benchmarks": [one]}).items_digest(Split.TEST)
+    raised = [
+        replace(b, grader_version=b.grader_version + 1) if b.name == "gsm8k" else b
+        for b in benchmarks.BENCHMARKS
+    ]
+    monkeypatch.setattr(benchmarks, "BENCHMARKS", tuple(raised))
+    assert river(tmp_path, evaluation={"benchmarks": [one]}).items_digest(Split.TEST) != before
 
 
 def test_a_measured_skill_that_is_taught_from_now_on_is_cast_anew(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ import yaml
 from persea import storage
 from persea.chat.messages import Role, ToolCall
 from persea.config.recipe import Recipe
-from persea.errors import DataError
+from persea.errors import DataError, RefusedError
+from persea.evaluation.audition import Cast
+from persea.pipeline.audition_stage import with_only_able_teachers
 from persea.pipeline.run_context import RunContext
 from persea.pipeline.stages import run_pipeline
 from tests.data.test_rows import TIDE, TWO_TURNS
@@ -39,10 +41,12 @@ CHATS: list[dict[str, Any]] = [
 ]
 
 
-def context_of(folder: Path, **part: Any) -> RunContext:
+def context_of(
+    folder: Path, teachers: list[dict[str, Any]] | None = None, **part: Any
+) -> RunContext:
     content = {
         "student": {"model": str(SAPLINGS / "llama-sapling")},
-        "teachers": [{"model": str(SAPLINGS / "qwen-sapling")}],
+        "teachers": teachers or [{"model": str(SAPLINGS / "qwen-sapling")}],
         "corpus": [{"skill": "languages", "near_duplicate_threshold": 1.0} | part],
         "capture": {"answers": "given"},
         "training": {"steps": 2, "batch_size": 4, "max_length": 256, "checkpoint_every": 2},
@@ -114,3 +118,26 @@ def test_more_broken_rows_than_allowed_end_the_run(tmp_path: Path) -> None:
         _ = context_of(tmp_path, **part).corpus
     with pytest.raises(DataError, match="role 'teacher'"):
         _ = context_of(tmp_path, file="chats.jsonl").corpus
+
+
+def test_a_teacher_without_tools_is_no_candidate_for_answers_with_calls(tmp_path: Path) -> None:
+    """Gemma 3's template has no tools, so nobody can be compared with it on them."""
+    two = [{"name": n, "model": str(SAPLINGS / f"{n}-sapling")} for n in ("qwen", "gemma")]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(json.dumps(CHATS[1]) + "\n")
+    context = context_of(tmp_path, teachers=two, file="chats.jsonl", skill="tides")
+    able, texts = context.text_contestants("tides")
+    assert able == ("qwen",)
+    assert [one.conversations[0].messages[-1].text for one in texts] == ["At 06:12."]
+    assert with_only_able_teachers(context, Cast({}, ())).parts == {"tides": (("qwen", 1.0),)}
+
+
+def test_answers_that_measure_nobody_are_refused_with_the_teacher_to_pin(tmp_path: Path) -> None:
+    two = [{"name": n, "model": str(SAPLINGS / f"{n}-sapling")} for n in ("qwen", "gpt-oss")]
+    chats = tmp_path / "calls.jsonl"
+    chats.write_text(json.dumps({**CHATS[1], "messages": CHATS[1]["messages"][:2]}) + "\n")
+    context = context_of(tmp_path, teachers=two, file="calls.jsonl", skill="tides")
+    assert context.text_contestants("tides") == (("qwen", "gpt-oss"), [])
+    with pytest.raises(RefusedError, match="none has a text to measure them by") as caught:
+        with_only_able_teachers(context, Cast({}, ()))
+    assert "`audition: {pinned: {tides: qwen}}`" in (caught.value.remedy or "")

@@ -31,8 +31,10 @@ def write_keys(folder: Path) -> tuple[Path, Path]:
     return private, public
 
 
-def test_a_signed_student_verifies_until_a_byte_changes(tmp_path: Path) -> None:
-    pytest.importorskip("model_signing")
+def test_a_signed_student_verifies_until_a_byte_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("model_signing.signing", exc_type=ImportError)
     private, public = write_keys(tmp_path)
     (tmp_path / "other").mkdir()
     _, other = write_keys(tmp_path / "other")
@@ -46,10 +48,22 @@ def test_a_signed_student_verifies_until_a_byte_changes(tmp_path: Path) -> None:
         verify_signature(student, public)
     with pytest.raises(DataError, match="cannot sign"):
         sign_student(student, tmp_path / "none.pem")
-    sign_student(student, private)
-    verify_signature(student, public)
+    (student / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    for _ in range(2):  # a second signature replaces the first, and does not sign it
+        sign_student(student, private)
+        verify_signature(student, public)
+    monkeypatch.chdir(tmp_path)
+    verify_signature(Path("student"), public)
     with pytest.raises(DataError, match="the signature does not hold"):
         verify_signature(student, other)
+    (student / ".gitattributes").write_text("")
+    with pytest.raises(DataError, match=r"the signature does not hold.*gitattributes"):
+        verify_signature(student, public)
+    sign_student(student, private)
+    (student / "added.txt").write_text("x")
+    with pytest.raises(DataError, match=r"the signature does not hold.*added\.txt"):
+        verify_signature(student, public)
+    (student / "added.txt").unlink()
     (student / "model.safetensors").write_bytes(b"weightz")
     with pytest.raises(DataError, match="the signature does not hold"):
         verify_signature(student, public)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import httpx2
@@ -63,6 +64,88 @@ def test_the_openai_client_may_send_every_value_that_changes_nothing() -> None:
     assert client().models.retrieve(NAME).id == NAME
 
 
+# Every parameter of openai 3.57's `create` with a value that changes nothing.
+NEUTRAL_OF_BOTH: dict[str, Any] = {
+    "frequency_penalty": 0,
+    "logit_bias": {},
+    "max_tokens": 8,
+    "n": 1,
+    "presence_penalty": 0,
+    "seed": 0,
+    "stop": [],
+    "stream": False,
+    "stream_options": None,
+    "temperature": 0,
+    "top_p": 1,
+    "user": "somebody",
+}
+NEUTRAL_OF_CHAT: dict[str, Any] = NEUTRAL_OF_BOTH | {
+    "audio": None,
+    "function_call": None,
+    "functions": [],
+    "logprobs": False,
+    "max_completion_tokens": 8,
+    "metadata": {},
+    "modalities": ["text"],
+    "moderation": None,
+    "parallel_tool_calls": True,
+    "prediction": None,
+    "prompt_cache_key": "a",
+    "prompt_cache_options": {},
+    "prompt_cache_retention": "24h",
+    "reasoning_effort": "none",
+    "response_format": {"type": "text"},
+    "safety_identifier": "a",
+    "service_tier": "auto",
+    "store": False,
+    "tool_choice": "none",
+    "tools": [],
+    "top_logprobs": 0,
+    "verbosity": "medium",
+    "web_search_options": None,
+}
+NEUTRAL_OF_COMPLETIONS = NEUTRAL_OF_BOTH | {
+    "best_of": 1,
+    "echo": False,
+    "logprobs": None,
+    "suffix": "",
+}
+GIVEN = {"messages", "model", "prompt", "extra_headers", "extra_query", "extra_body", "timeout"}
+# What this server cannot obey is refused with its name.
+IMPOSSIBLE: dict[str, Any] = {
+    "audio": {"format": "wav", "voice": "alloy"},
+    "frequency_penalty": 0.5,
+    "functions": [{"name": "f"}],
+    "logit_bias": {"5": 1.0},
+    "modalities": ["text", "audio"],
+    "moderation": {"model": "m"},
+    "prediction": {"type": "content", "content": "a"},
+    "tool_choice": "required",
+    "verbosity": "low",
+    "web_search_options": {},
+}
+
+
+def test_every_parameter_of_the_openai_client_is_obeyed_or_refused_by_name() -> None:
+    chat, text = client().chat.completions.create, client().completions.create
+    if openai.__version__.startswith("3.57."):  # others may have more
+        assert set(signature(chat).parameters) - GIVEN == NEUTRAL_OF_CHAT.keys()
+        assert set(signature(text).parameters) - GIVEN == NEUTRAL_OF_COMPLETIONS.keys()
+    question: Any = {"model": NAME, "messages": [{"role": "user", "content": "To Vietnamese: two"}]}
+    plain = chat(**question, max_tokens=8).choices[0].message.content
+    for key, value in NEUTRAL_OF_CHAT.items():
+        found: Any = chat(**question, **({"max_tokens": 8} | {key: value}))
+        assert found.choices[0].message.content == plain, key
+    every: Any = chat(**question, **NEUTRAL_OF_CHAT)
+    assert every.choices[0].message.content == plain
+    plain = text(model=NAME, prompt="a b", max_tokens=8).choices[0].text
+    answer: Any = text(model=NAME, prompt="a b", **NEUTRAL_OF_COMPLETIONS)
+    assert answer.choices[0].text == plain
+    for key, value in IMPOSSIBLE.items():
+        with pytest.raises(openai.UnprocessableEntityError, match=key):
+            chat(**question, **{key: value})
+
+
 def test_prompts_come_as_lists_of_token_ids_and_every_token_is_scored() -> None:
     """lm-eval's local-completions asks so, and cuts the last entry, the generated one, itself."""
     ids = opened(NAME)[0].vocabulary.encode("To Vietnamese: seventy-eight")
@@ -88,6 +171,21 @@ def test_prompts_come_as_lists_of_token_ids_and_every_token_is_scored() -> None:
         "completion_tokens": 2,
         "total_tokens": len(ids) + 7,
     }
+
+
+def test_tokens_are_named_by_text_only_where_the_client_wants_text() -> None:
+    """vLLM 0.32 does so: `detokenize: false` leaves `decoded_token` null."""
+    ids = opened(NAME)[0].vocabulary.encode("To Vietnamese")
+    found = [
+        post(
+            "/inference/v1/generate",
+            token_ids=ids,
+            sampling_params={"max_tokens": 1, "prompt_logprobs": 2} | settings,
+        )["prompt_logprobs"][1]
+        for settings in ({}, {"detokenize": False})
+    ]
+    assert all(isinstance(entry["decoded_token"], str) for entry in found[0].values())
+    assert found[1] == {i: e | {"decoded_token": None} for i, e in found[0].items()}
 
 
 def test_an_answer_ends_before_a_stop_text_streamed_or_not() -> None:

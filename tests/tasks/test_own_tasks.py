@@ -53,6 +53,11 @@ def test_columns_are_mapped(tmp_path: Path) -> None:
     rows = [{"query": "Tide?", "gold": "high"}, {"query": "Wind?", "gold": "west"}]
     loaded = load(tmp_path, rows, columns=columns)
     assert [i.reference for i in loaded.items] == ["high", "west"]
+    rows = [{**row, "context": f"Page {k}."} for k, row in enumerate(rows)]
+    with pytest.raises(DataError, match="`context` changes what the row means"):
+        load(tmp_path, rows, columns=columns)
+    unread = load(tmp_path, rows, columns=columns | {"context": ""})
+    assert [i.prompt.conversation.messages[0].text for i in unread.items] == ["Tide?", "Wind?"]
 
 
 @pytest.mark.parametrize("wanted", ["Leith", "B", 1])

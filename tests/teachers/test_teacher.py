@@ -16,13 +16,13 @@ from persea.data.prompts import Prompt
 from persea.errors import DataError
 from persea.tasks.generated import CODE_TASK, LANGUAGES_TASK, REASONING_TASK, TOOLS_TASK
 from persea.tasks.task import Split
-from persea.teachers.engines import FULL_DISTRIBUTIONS, Engine
+from persea.teachers.engines import FULL_DISTRIBUTIONS, Engine, EngineCapabilities
 from persea.teachers.teacher import Answer, Teacher
 from tests.teachers.engines.test_transformers import NAMES, engine, opened
 
 
 @dataclass
-class Scripted:
+class Scripted(Engine):
     """An engine with scripted answers, one per prompt; it records its prompts and scores with a
     real engine.
     """
@@ -30,7 +30,10 @@ class Scripted:
     real: Engine
     says: list[list[int]]
     asked: list[list[int]] = field(default_factory=list)
-    capabilities = FULL_DISTRIBUTIONS
+
+    @property
+    def capabilities(self) -> EngineCapabilities:
+        return FULL_DISTRIBUTIONS
 
     def generate(
         self, prompts: Sequence[np.ndarray], stop_ids: Sequence[int], max_new_tokens: int

@@ -80,6 +80,7 @@ class Benchmark:
         make_grader: Grading options -> the grader, if the options matter to it; else `grade` is
             used.
         options: The options in use.
+        grader_version: Raised when equal answers get other grades; evaluations are made anew.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Benchmark:
     skill: str = ""
     make_grader: Callable[[GradingOptions], Grader] | None = None
     options: GradingOptions = GradingOptions()
+    grader_version: int = 1
 
     def with_options(self, options: GradingOptions) -> Benchmark:
         """Return the benchmark with other grading options."""

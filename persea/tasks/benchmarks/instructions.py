@@ -36,6 +36,7 @@ RELATIONS: Mapping[str, Callable[[int, int], bool]] = {
     "less than": operator.lt,
 }
 IFEVAL_WORD = re.compile(r"\w+(?:['’-]\w+)*")
+COUNTED_WORD = re.compile(r"\w+")  # as lm-eval and IFEval's authors count: "it's" is two
 # End of a sentence: a stop before a space, but not the stop of a title, an initial or a number.
 SENTENCE_END = re.compile(
     r"(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bvs)(?<!\bMrs)(?<!\be\.g)(?<!\bi\.e)(?<!\b[A-Z])[.!?。！？]+[\"'”’)\]]*(?=\s|$)"
@@ -61,7 +62,7 @@ def no_comma(text: str) -> bool:
 
 def number_words(text: str, relation: str, num_words: int) -> bool:
     """Check the number of words."""
-    return _satisfies_relation(len(IFEVAL_WORD.findall(text)), relation, num_words)
+    return _satisfies_relation(len(COUNTED_WORD.findall(text)), relation, num_words)
 
 
 def number_sentences(text: str, relation: str, num_sentences: int) -> bool:
@@ -124,11 +125,9 @@ def bullet_lists(text: str, num_bullets: int) -> bool:
 
 
 def multiple_sections(text: str, section_spliter: str, num_sections: int) -> bool:
-    """Check the number of section headings, such as "Section 3"."""
-    return (
-        len(re.findall(rf"(?<!\w){re.escape(section_spliter.strip())}\s?\d+", text, re.IGNORECASE))
-        >= num_sections
-    )
+    """Check the number of section headings, such as "Section 3", in the prompt's own capitals."""
+    heading = rf"(?<!\w){re.escape(section_spliter.strip())}\s?\d+"
+    return len(re.findall(heading, text)) >= num_sections
 
 
 def title(text: str) -> bool:
@@ -152,11 +151,10 @@ def placeholders(text: str, num_placeholders: int) -> bool:
 
 
 def postscript(text: str, postscript_marker: str) -> bool:
-    """Check for a line that begins with the marker, with any stops and spaces in it, and has text
-    after it.
-    """
+    """Check for the marker behind white space, with any stops and spaces in it, and text after."""
     letters = r"\s?\.?\s?".join(map(re.escape, postscript_marker.strip().replace(".", "").upper()))
-    return bool(re.search(rf"^\W*{letters}\b\.?:?\s*\S", text, re.IGNORECASE | re.MULTILINE))
+    marker = rf"(?:^\W*|(?<=\s)[*_\"'(]*){letters}\b[.:\s]*[^\s.:]"
+    return bool(re.search(marker, text, re.IGNORECASE | re.MULTILINE))
 
 
 def constrained_response(text: str) -> bool:
@@ -283,4 +281,4 @@ def grade_instructions(item: TaskItem, answer: Message) -> Grade:
     )
 
 
-BENCHMARKS = (Benchmark("ifeval", "en", ifeval, grade_instructions),)
+BENCHMARKS = (Benchmark("ifeval", "en", ifeval, grade_instructions, grader_version=2),)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from persea.chat.messages import Message, Tool, ToolCall, canonical_json
@@ -29,8 +29,9 @@ from persea.tasks.task import Grade, TaskItem
 
 # BFCL's type names -> those of JSON schema; the others are equal.
 BFCL_TO_JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": ""}
-# Two text arguments are equal if they differ only in these characters and in case (BFCL's rule).
-IGNORED_CHARACTERS = re.compile(r"[\s,./\-_*^'\"]")
+# Two text arguments are equal if they differ only in these characters, in case and in the kind of
+# quotation mark: the rule of bfcl-eval 2026.3.23, with which `bench/graders.py` compares.
+IGNORED_CHARACTERS = re.compile(r"[ ,./\-_*^]")
 
 
 def to_json_schema(value: Any) -> Any:
@@ -92,8 +93,9 @@ def bfcl(source: BenchmarkSource) -> BenchmarkItems:
         answer = possible[row.text("id")]
         truth = answer.value("ground_truth", list)
         try:
+            required = {tool.name: _required_arguments(tool) for tool in tools}
             calls = tuple(
-                ToolCall(name, canonical_json(json.dumps(_first_possible_arguments(arguments))))
+                ToolCall(name, _first_possible_arguments(arguments, required.get(name, ())))
                 for call in truth
                 for name, arguments in call.items()
             )
@@ -111,8 +113,13 @@ def bfcl(source: BenchmarkSource) -> BenchmarkItems:
     return collect_items(map(one, read_benchmark_rows(source, read_json_lines)), source)
 
 
-def _first_possible_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the first possible value of each required argument.
+def _required_arguments(tool: Tool) -> Sequence[str]:
+    required = json.loads(tool.parameters).get("required", ())
+    return required if isinstance(required, list) else ()
+
+
+def _first_possible_arguments(arguments: Mapping[str, Any], required: Sequence[str]) -> str:
+    """Return the first possible value of each argument that may not be missing.
 
     Raises:
         IndexError: If an argument has no possible value.
@@ -123,37 +130,71 @@ def _first_possible_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
             return {k: plain(v[0]) if isinstance(v, list) else plain(v) for k, v in value.items()}
         return [plain(v) for v in value] if isinstance(value, list) else value
 
-    return {k: plain(values[0]) for k, values in arguments.items() if "" not in values}
+    chosen = {
+        k: plain(next((v for v in values if v != ""), values[0]))
+        for k, values in arguments.items()
+        if "" not in values or (k in required and any(v != "" for v in values))
+    }
+    return canonical_json(json.dumps(chosen))
 
 
 def grade_calls(item: TaskItem, answer: Message) -> Grade:
-    """Grade by calls: the same functions, each argument one of its possible values; optional ones
-    may be missing.
+    """Grade by calls: the same functions in any order, each argument one of its possible values;
+    optional ones may be missing.
     """
     truth = json.loads(item.answer_key)
     if not answer.calls:
         return malformed_grade("no call")
     if len(answer.calls) != len(truth):
         return binary_grade(False, f"{len(answer.calls)} calls instead of {len(truth)}")
-    for call, wanted in zip(answer.calls, truth, strict=True):
+    schemas = {t.name: json.loads(t.parameters) for t in item.prompt.conversation.tools}
+    left = list(answer.calls)
+    for wanted in truth:
         ((name, possible),) = wanted.items()
-        if call.name not in (
-            name,
-            name.replace(".", "_"),
-        ):  # some chat templates allow no dots in names
-            return binary_grade(False, f"calls {call.name} instead of {name}")
-        given = json.loads(call.arguments)
-        if unknown := given.keys() - possible.keys():
-            return binary_grade(False, f"unknown argument {sorted(unknown)[0]}")
-        for key, values in possible.items():
-            if key not in given:
-                if "" not in values:
-                    return binary_grade(False, f"{key} is missing")
-            elif not any(_values_match(given[key], v) for v in values):
-                return binary_grade(
-                    False, f"{key} is {json.dumps(given[key], ensure_ascii=False)[:60]}"
-                )
+        reasons = [_call_difference(call, name, possible, schemas.get(name, {})) for call in left]
+        if "" not in reasons:
+            # the reason of the call of that function, if there is one
+            named = [r for r in reasons if not r.startswith("calls ")]
+            return binary_grade(False, (named or reasons)[0])
+        del left[reasons.index("")]
     return binary_grade(True)
+
+
+def _call_difference(
+    call: ToolCall, name: str, possible: Mapping[str, Any], schema: Mapping[str, Any]
+) -> str:
+    """Return why a call is not the wanted one; "" if it is."""
+    # some chat templates allow no dots in names
+    if call.name not in (name, name.replace(".", "_")):
+        return f"calls {call.name} instead of {name}"
+    given = json.loads(call.arguments)
+    if unknown := given.keys() - possible.keys():
+        return f"unknown argument {sorted(unknown)[0]}"
+    required = schema.get("required") or ()
+    properties = schema.get("properties") or {}
+    for key, values in possible.items():
+        if key not in given:
+            if "" not in values or key in required:
+                return f"{key} is missing"
+        elif _is_float_for_integer(given[key], values, properties.get(key)) or not any(
+            _values_match(given[key], v) for v in values
+        ):
+            return f"{key} is {json.dumps(given[key], ensure_ascii=False)[:60]}"
+    return ""
+
+
+def _is_float_for_integer(given: Any, values: Sequence[Any], schema: Any) -> bool:
+    """Whether an argument that is declared as integer is given as a float, such as 5.0."""
+    if not isinstance(schema, dict):
+        return False
+    if isinstance(given, list) and schema.get("type") == "array":
+        wanted = [one for value in values if isinstance(value, list) for one in value]
+        return any(_is_float_for_integer(one, wanted, schema.get("items")) for one in given)
+    return (
+        schema.get("type") == "integer"
+        and isinstance(given, float)
+        and not any(isinstance(v, float) for v in values)
+    )
 
 
 def _values_match(given: Any, wanted: Any) -> bool:
@@ -178,7 +219,7 @@ def _values_match(given: Any, wanted: Any) -> bool:
 
 
 def _normalize_string(text: str) -> str:
-    return IGNORED_CHARACTERS.sub("", text).casefold()
+    return IGNORED_CHARACTERS.sub("", text).lower().replace("'", '"')
 
 
 # --- no tool fits ---
@@ -220,6 +261,6 @@ def _written_call(name: str) -> re.Pattern[str]:
 
 
 BENCHMARKS = (
-    Benchmark("bfcl", "en", bfcl, grade_calls),
+    Benchmark("bfcl", "en", bfcl, grade_calls, grader_version=2),
     Benchmark("bfcl-irrelevance", "en", bfcl_irrelevance, grade_no_call),
 )

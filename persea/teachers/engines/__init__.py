@@ -19,6 +19,8 @@ from persea.chat.messages import ContentPart, Conversation, FinishReason, Thinki
 from persea.config.schema import TeacherSection
 from persea.config.yaml_source import suggest_choice
 from persea.distributions import DistributionKind, SparseDistributions
+from persea.distributions.blocks import BlockedLogits, blocks_of_logprobs
+from persea.distributions.sparse import rows_per_chunk
 from persea.errors import RecipeError, TeacherError
 
 if TYPE_CHECKING:
@@ -91,6 +93,41 @@ class EngineFailure:
     reason: str
 
 
+@dataclass(frozen=True, eq=False)
+class GeneratedTokens:
+    """A generated answer.
+
+    Attributes:
+        ids_T: int32, with the stop token where one was generated.
+        distributions: The distribution that each token was drawn from, at temperature 1; None if
+            they were not wanted, or the engine does not have them.
+    """
+
+    ids_T: npt.NDArray[np.int32]
+    distributions: SparseDistributions | None = None
+
+
+class Reducer(Protocol):
+    """Reduces whole distributions to stored entries, where an engine makes them."""
+
+    def reduce(
+        self,
+        blocks: BlockedLogits,
+        index_N: npt.NDArray[np.int64],
+        row_N: npt.NDArray[np.int64],
+        target_N: npt.NDArray[np.int64],
+    ) -> SparseDistributions:
+        """Reduce some positions, of one sequence or of several.
+
+        Args:
+            blocks: Their logits, on the engine's device; only entries leave it.
+            index_N: Number of each position's sequence.
+            row_N: Number of the position among its sequence's supervised tokens.
+            target_N: The supervised token.
+        """
+        ...
+
+
 class Engine(Protocol):
     """Generates answers and computes log-probabilities.
 
@@ -116,6 +153,30 @@ class Engine(Protocol):
             Generated ids, with the stop token where one was generated.
         """
         _refuse(self, "cannot continue token ids", "use `chat`")
+
+    def generate_with_distributions(
+        self,
+        prompts: Sequence[npt.NDArray[np.int32]],
+        stop_ids: Sequence[int],
+        max_new_tokens: int,
+        reducer: Reducer,
+    ) -> Sequence[GeneratedTokens | EngineFailure]:
+        """Generate as `generate` does, and reduce the distribution that each token is drawn from.
+
+        An engine that has no distributions while it generates returns tokens alone, so that they
+        are scored afterwards.
+
+        Args:
+            prompts: Token ids, one int32 array [T] per prompt.
+            stop_ids: Tokens that end an answer.
+            max_new_tokens: Longest answer, in tokens.
+            reducer: Reduces the distributions; the number of a position's sequence is that of its
+                prompt, the number of its token that within the answer.
+        """
+        return [
+            answer if isinstance(answer, EngineFailure) else GeneratedTokens(answer)
+            for answer in self.generate(prompts, stop_ids, max_new_tokens)
+        ]
 
     def reporting(self, on_progress: Callable[[float], None]) -> Engine:
         """Return this engine, calling `on_progress` with the share of each `generate` that is done.
@@ -167,6 +228,39 @@ class Engine(Protocol):
             TeacherError: The engine has no full distributions.
         """
         _refuse(self, "has no full distributions", "use `compute_sparse_distributions`")
+
+    def reduce_distributions(
+        self,
+        sequences: Sequence[npt.NDArray[np.int32]],
+        loss_masks: Sequence[npt.NDArray[np.bool_]],
+        reducer: Reducer,
+    ) -> Iterator[tuple[int, SparseDistributions | EngineFailure]]:
+        """Yield the sparse distributions of the supervised tokens, whatever the engine returns.
+
+        Whole distributions are reduced by `reducer`, a few positions at a time; the lists of a
+        server are as they came. An engine that computes logits itself may override this to reduce
+        them where they are.
+
+        Yields:
+            (index of the sequence, its next distributions), as in `iter_logprobs`.
+
+        Raises:
+            DataError: The log-probabilities of a position are no distribution.
+        """
+        if not self.capabilities.has_full_distributions:
+            yield from enumerate(self.compute_sparse_distributions(sequences, loss_masks))
+            return
+        done = [0] * len(sequences)
+        for index, logprobs_NW in self.iter_logprobs(sequences, loss_masks):
+            target_N = sequences[index][loss_masks[index]].astype(np.int64)
+            chunk = rows_per_chunk(logprobs_NW)
+            for begin in range(0, max(1, len(logprobs_NW)), chunk):
+                span = slice(begin, begin + chunk)
+                blocks = blocks_of_logprobs(logprobs_NW, span, f"sequence {index}", True)
+                row_N = np.arange(done[index], done[index] + len(blocks))
+                index_N = np.full(len(row_N), index)
+                yield index, reducer.reduce(blocks, index_N, row_N, target_N[row_N])
+                done[index] += len(row_N)
 
     def compute_sparse_distributions(
         self,

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from persea.errors import RefusedError, TeacherError
@@ -27,6 +28,8 @@ from persea.teachers.engines.response_validation import (
 )
 
 if TYPE_CHECKING:
+    import ssl
+
     import httpx2
 
 T = TypeVar("T")
@@ -198,6 +201,14 @@ class HttpClient:
                 raise error.exceptions[0] from None  # the cause; the others were cancelled
         return [t.result() for t in tasks]
 
+    @cached_property
+    def _ssl_context(self) -> ssl.SSLContext:
+        """Certificates are read once, not for every client, and not at all for http://."""
+        import httpx2
+
+        is_encrypted = not self.url.lower().startswith("http://")
+        return httpx2.create_ssl_context(verify=is_encrypted, trust_env=False)
+
     def _open_client(self) -> httpx2.AsyncClient:
         import httpx2
 
@@ -209,6 +220,7 @@ class HttpClient:
             base_url=self.url.rstrip("/"),
             headers=headers,
             timeout=httpx2.Timeout(stall, pool=None),
+            verify=self._ssl_context,
             trust_env=False,
             limits=httpx2.Limits(max_connections=n, max_keepalive_connections=n),
         )

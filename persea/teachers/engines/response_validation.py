@@ -22,6 +22,7 @@ from persea.distributions import (
     SparseDistributions,
     distributions_from_top_logprobs,
 )
+from persea.errors import TeacherError
 from persea.storage import parse_strict_json
 
 # A log-probability may exceed 0 by the rounding of float32.
@@ -29,6 +30,8 @@ POSITIVE_LOGPROB_TOLERANCE_NATS = 1e-6
 RETRYABLE_STATUS_CODES = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 # vLLM and SGLang write -9999 for minus infinity: the server truncated its distributions.
 LOGPROB_SENTINEL_THRESHOLD = -9000.0
+# Ratio of the likeliest token anywhere in a text to a uniform distribution, for any trained model.
+MIN_LIKELIHOOD_RATIO = 2.0
 # Two values of one token in one answer may differ by the rounding of float16.
 REPEATED_LOGPROB_TOLERANCE_NATS = 1e-3
 
@@ -159,6 +162,32 @@ def to_sparse_distributions(
             int(ids_T[t]), float(target_logprob_N[n]), ids_NK[n], logprob_NK[n], where
         )
     return distributions_from_top_logprobs(ids_NK, logprob_NK, ids_T[supervised], target_logprob_N)
+
+
+def refuse_equal_probabilities(
+    distributions: SparseDistributions, vocab_size: int, where: str
+) -> None:
+    """Check that a model prefers some tokens to others.
+
+    vLLM 0.32 serves gpt-oss models with tied embeddings with a head that it never fills: all tokens
+    are equally likely, at every position, and nothing else looks wrong.
+
+    Args:
+        distributions: At least one distribution of a conversation.
+        vocab_size: Number of token ids.
+        where: Teacher, for the message.
+
+    Raises:
+        TeacherError: No token has twice the probability of a uniform distribution anywhere.
+    """
+    best = float(distributions.probs_M.max(initial=0.0))
+    if len(distributions) and best * vocab_size < MIN_LIKELIHOOD_RATIO:
+        raise TeacherError(
+            f"the model gives all {vocab_size:,} tokens the same probability: parts of its weights "
+            "were not loaded",
+            where=where,
+            remedy="look at the log of the program that loads the model, or use `engine: local`",
+        )
 
 
 def _require_top_logprobs(

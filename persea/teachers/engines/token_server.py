@@ -32,6 +32,7 @@ from persea.teachers.engines.http_client import HttpClient, Request
 from persea.teachers.engines.response_validation import (
     MalformedResponseError,
     decode_candidate_logprobs,
+    refuse_equal_probabilities,
     require_object,
     require_token_ids,
     to_sparse_distributions,
@@ -131,6 +132,9 @@ class TokenServerEngine(ServerEngine):
         is_generated_T = np.arange(len(ids_T)) >= len(prompt_ids)
         scored: SparseDistributions = self.send_handshake(
             self._build_logprobs_request(ids_T, is_generated_T), HANDSHAKE_REMEDY
+        )
+        refuse_equal_probabilities(
+            scored, len(self.renderer.vocabulary), f"{self.client.name}, {self.client.url}"
         )
         for n in range(len(scored)):
             start, end = scored.offsets_N1[n : n + 2]
@@ -232,7 +236,9 @@ class TokenServerEngine(ServerEngine):
     ) -> Request[SparseDistributions]:
         def parse(response: Any) -> SparseDistributions:
             return to_sparse_distributions(
-                self.wire_format.parse_logprobs_response(response, ids_T.tolist()),
+                self.wire_format.parse_logprobs_response(
+                    response, ids_T.tolist(), loss_mask_T.tolist()
+                ),
                 ids_T,
                 loss_mask_T,
                 self.num_top_logprobs,

@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
-from persea.distributions import DistributionKind
-from persea.errors import TeacherError
+from persea.distributions import DistributionKind, SparseDistributions
+from persea.distributions.blocks import BlockedLogits, blocks_of_logits
+from persea.distributions.lm_head import LMHead
+from persea.distributions.sparse import slice_distributions
+from persea.errors import RefusedError, TeacherError
+from persea.models.hidden_states import LogitScaling, find_logit_scaling, run_without_head
 from persea.teachers.engines import (
     GREEDY,
     Engine,
     EngineCapabilities,
+    EngineFailure,
     EngineOptions,
+    GeneratedTokens,
+    Reducer,
     Sampling,
 )
+from persea.teachers.engines.batched_answers import generate_batched
+from persea.teachers.engines.token_sampling import (
+    BROKEN_WEIGHTS_REMEDY,
+    require_finite_logits,
+    sample_token,
+    seeded_generator,
+)
 
-# Logits of one forward pass, 256 MiB in float32: one Gemma sequence (262k tokens) has room for 256
-# positions. Another value moves results in their last digits only.
-MAX_LOGIT_ELEMENTS_PER_FORWARD = 1 << 26
+# Logits that exist at once: 128 MiB in float32 on a CPU, where 128 positions of Gemma's 262k tokens
+# are as fast as 256; 512 MiB elsewhere. Another value moves results in their last digits only.
+MAX_LOGIT_ELEMENTS = {"cpu": 1 << 25}
+MAX_LOGIT_ELEMENTS_ELSEWHERE = 1 << 27
+MAX_TOKENS_PER_FORWARD = 2048  # padding included; a longer sequence is computed in pieces
 LOCAL_CAPABILITIES = EngineCapabilities(DistributionKind.FULL, has_local_model=True)
-BROKEN_WEIGHTS_REMEDY = "the weights are broken, or need another dtype"
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,19 +84,46 @@ class TransformersEngine(Engine):
     def generate(
         self, prompts: Sequence[npt.NDArray[np.int32]], stop_ids: Sequence[int], max_new_tokens: int
     ) -> list[npt.NDArray[np.int32]]:
-        """Generate one answer per prompt, batched by length, left padded. See Engine.
+        """Generate one answer per prompt, in a continuous batch. See Engine.
 
-        With a temperature, answers are drawn one by one, so that each depends on its prompt and
-        the seed only.
+        Each answer depends on its prompt and the seed only.
         """
-        if self.sampling.temperature:
-            drawn = []
-            for prompt in prompts:
-                ids = list(self.stream(prompt, stop_ids, max_new_tokens, self.sampling))
-                drawn.append(np.array(ids, np.int32))
-                self.on_progress(len(drawn) / len(prompts))
-            return drawn
-        return self.generate_rollouts(prompts, stop_ids, max_new_tokens, temperature=0.0, seed=0)
+        return [one.ids_T for one in self._generate(prompts, stop_ids, max_new_tokens, None)]
+
+    @torch.no_grad()
+    def generate_with_distributions(
+        self,
+        prompts: Sequence[npt.NDArray[np.int32]],
+        stop_ids: Sequence[int],
+        max_new_tokens: int,
+        reducer: Reducer,
+    ) -> list[GeneratedTokens]:
+        """Generate as `generate` does, and keep the distributions. See Engine."""
+        return self._generate(prompts, stop_ids, max_new_tokens, reducer)
+
+    def _generate(
+        self,
+        prompts: Sequence[npt.NDArray[np.int32]],
+        stop_ids: Sequence[int],
+        max_new_tokens: int,
+        reducer: Reducer | None,
+    ) -> list[GeneratedTokens]:
+        batched = generate_batched(self, prompts, stop_ids, max_new_tokens, reducer)
+        if batched is not None:
+            return batched
+        # The cache of a state-space model cannot be joined: transformers generates whole batches,
+        # and answers with a temperature are drawn one by one.
+        if not self.sampling.temperature:
+            answers = self.generate_rollouts(
+                prompts, stop_ids, max_new_tokens, temperature=0.0, seed=0
+            )
+            return [GeneratedTokens(ids_T) for ids_T in answers]
+        drawn = []
+        for prompt in prompts:
+            ids = list(self.stream(prompt, stop_ids, max_new_tokens, self.sampling))
+            drawn.append(GeneratedTokens(np.array(ids, np.int32)))
+            self.on_progress(len(drawn) / len(prompts))
+        return drawn
 
     @torch.no_grad()
     def generate_rollouts(
@@ -193,34 +236,139 @@ class TransformersEngine(Engine):
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Compute distributions in blocks of rows, teacher-forced. See Engine.
 
-        Sequences keep their order and are right padded; a batch holds as many as
-        MAX_LOGIT_ELEMENTS_PER_FORWARD allows. A sequence that exceeds it alone is computed in
-        pieces with a KV cache.
+        Sequences keep their order. The head runs at supervised positions only.
         """
+        for blocks, index_N, _ in self._iter_blocks(sequences, loss_masks, range(len(sequences))):
+            logprobs_NW = blocks.logits_NW[:, : self.vocab_size]
+            logprobs_NW -= blocks.log_total_N[:, None].float()
+            for index, begin, end in _runs(index_N):
+                yield index, logprobs_NW[begin:end].cpu()
+        for index, mask_T in enumerate(loss_masks):
+            if not mask_T.any():
+                yield index, torch.empty(0, self.vocab_size)
+
+    @torch.inference_mode()
+    def reduce_distributions(
+        self,
+        sequences: Sequence[npt.NDArray[np.int32]],
+        loss_masks: Sequence[npt.NDArray[np.bool_]],
+        reducer: Reducer,
+    ) -> Iterator[tuple[int, SparseDistributions | EngineFailure]]:
+        """Reduce distributions in blocks of rows, the longest sequences first. See Engine."""
+        targets = [
+            ids_T[mask_T].astype(np.int64)
+            for ids_T, mask_T in zip(sequences, loss_masks, strict=True)
+        ]
+        order = sorted(range(len(sequences)), key=lambda k: -len(sequences[k]))
+        for blocks, index_N, row_N in self._iter_blocks(sequences, loss_masks, order):
+            target_N = np.array(
+                [targets[k][n] for k, n in zip(index_N, row_N, strict=True)], np.int64
+            )
+            reduced = reducer.reduce(blocks, index_N, row_N, target_N)
+            for index, begin, end in _runs(index_N):
+                yield index, slice_distributions(reduced, begin, end)
+        nothing = np.empty(0, np.int64)
+        for index in (k for k, target_N in enumerate(targets) if not len(target_N)):
+            blocks = blocks_of_logits(torch.empty(0, self.vocab_size))
+            yield index, reducer.reduce(blocks, nothing, nothing, nothing)
+
+    def _iter_blocks(
+        self,
+        sequences: Sequence[npt.NDArray[np.int32]],
+        loss_masks: Sequence[npt.NDArray[np.bool_]],
+        order: Sequence[int],
+    ) -> Iterator[tuple[BlockedLogits, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+        """Yield (logits, index of the sequence, number among its supervised tokens) of positions.
+
+        Each logit is computed once, by the head at supervised positions from hidden states. Where
+        the head is not known, the model's own logits of all positions are made.
+        """
+        head = self._lm_head()
+        for batch in self._batches([len(sequences[k]) for k in order], head):
+            chosen = [order[k] for k in batch]
+            positions = [np.flatnonzero(loss_masks[k]) - 1 for k in chosen]
+            for first, output_BTX in self._iter_outputs([sequences[k] for k in chosen], head):
+                rows, places, numbers = [], [], []
+                for row, at in enumerate(positions):
+                    (number,) = ((at >= first) & (at < first + output_BTX.shape[1])).nonzero()
+                    rows.append(np.full(len(number), row))
+                    places.append(at[number] - first)
+                    numbers.append(number)
+                row_N, place_N, number_N = map(np.concatenate, (rows, places, numbers))
+                output_NX = output_BTX[torch.from_numpy(row_N), torch.from_numpy(place_N)]
+                index_N = np.array(chosen, np.int64)[row_N]
+                step = max(1, _max_logit_elements(output_NX.device) // self._logits_width())
+                for begin in range(0, len(output_NX), step):
+                    span = slice(begin, begin + step)
+                    blocks = (
+                        blocks_of_logits(output_NX[span, : self.vocab_size])
+                        if head is None
+                        else head.blocked_logits(output_NX[span].to(head.weight_VD.device))
+                    )
+                    _require_finite_blocks(blocks, index_N[span])
+                    yield blocks, index_N[span], number_N[span]
+
+    def _batches(self, lengths: Sequence[int], head: LMHead | None) -> Iterator[range]:
+        """Yield sequences that share a forward pass; one that exceeds the limit is alone."""
+        limit = MAX_TOKENS_PER_FORWARD
+        if head is None:
+            limit = min(limit, _max_logit_elements(self.model.device) // self._logits_width())
         begin = 0
-        while begin < len(sequences):
-            end, width = begin, 0
-            while end < len(sequences) and end - begin < self.batch_size:
-                new_width = max(width, len(sequences[end]))
-                num_elements = new_width * (end - begin + 1) * self._logits_width()
-                if end > begin and num_elements > MAX_LOGIT_ELEMENTS_PER_FORWARD:
+        while begin < len(lengths):
+            end, width = begin + 1, lengths[begin]
+            while end < min(len(lengths), begin + self.batch_size):
+                width = max(width, lengths[end])
+                if width * (end - begin + 1) > limit:
                     break
-                end, width = end + 1, new_width
-            ids_BT = torch.zeros((end - begin, width), dtype=torch.int64, device=self.model.device)
-            mask_BT = torch.zeros_like(ids_BT)
-            for row, sequence in enumerate(sequences[begin:end]):
-                ids_BT[row, : len(sequence)] = torch.from_numpy(sequence)
-                mask_BT[row, : len(sequence)] = 1
-            for first, logits in self._iter_logits(ids_BT, mask_BT):
-                for row, loss_mask_T in enumerate(loss_masks[begin:end]):
-                    at = np.flatnonzero(loss_mask_T) - 1 - first
-                    here = torch.from_numpy(at[(at >= 0) & (at < logits.shape[1])])
-                    if len(here) or (first == 0 and not len(at)):
-                        yield (
-                            begin + row,
-                            self._to_logprobs(logits[row, here], f"sequence {begin + row}"),
-                        )
+                end += 1
+            yield range(begin, end)
             begin = end
+
+    def _iter_outputs(
+        self, sequences: Sequence[npt.NDArray[np.int32]], head: LMHead | None
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (first position, hidden states or logits [B, T, X]) of a batch, right padded.
+
+        A long sequence is computed in pieces with a KV cache.
+        """
+        width = max(map(len, sequences))
+        ids_BT, mask_BT = torch.zeros(
+            (2, len(sequences), width), dtype=torch.int64, device=self.model.device
+        )
+        for row, sequence in enumerate(sequences):
+            ids_BT[row, : len(sequence)], mask_BT[row, : len(sequence)] = (
+                torch.from_numpy(sequence),
+                1,
+            )
+        step = MAX_TOKENS_PER_FORWARD // len(sequences)
+        if head is None:
+            elements = len(sequences) * self._logits_width()
+            step = max(1, min(step, _max_logit_elements(self.model.device) // elements))
+        past = None
+        for first in range(0, width, step):
+            end = min(first + step, width)
+            inputs: dict[str, Any] = {"input_ids": ids_BT[:, first:end], "use_cache": step < width}
+            if past is not None or not bool(mask_BT.all()):
+                inputs["attention_mask"] = mask_BT[:, :end]
+            if past is not None:
+                inputs["past_key_values"] = past
+            if head is None:
+                output = self.model(**inputs)
+                yield first, output.logits
+            else:
+                hidden_BTD, output = run_without_head(self.model, **inputs)
+                yield first, hidden_BTD
+            past = output.past_key_values if step < width else None
+
+    def _lm_head(self) -> LMHead | None:
+        """Return the head; None where it is not known, offloaded, or no plain linear layer."""
+        linear = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        if type(linear) is not torch.nn.Linear or linear.weight.is_meta:
+            return None
+        scaling = _scaling_of(self.model, self.vocab_size)
+        if scaling is None:
+            return None
+        return LMHead(linear.weight, self.vocab_size, linear.bias, scaling.scale, scaling.softcap)
 
     def stream(
         self,
@@ -250,35 +398,6 @@ class TransformersEngine(Engine):
             if token in stop_ids:
                 return
 
-    def _iter_logits(
-        self, ids_BT: torch.Tensor, mask_BT: torch.Tensor
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield the logits of one batch: (first position, [B, some positions, matrix rows])."""
-        width = ids_BT.shape[1]
-        step = max(1, MAX_LOGIT_ELEMENTS_PER_FORWARD // (len(ids_BT) * self._logits_width()))
-        if width <= step:
-            yield 0, self.model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
-            return
-        past = None
-        for first in range(0, width, step):
-            end = min(first + step, width)
-            output = self.model(
-                input_ids=ids_BT[:, first:end],
-                attention_mask=mask_BT[:, :end],
-                past_key_values=past,
-                use_cache=True,
-            )
-            past = output.past_key_values
-            yield first, output.logits
-
-    def _to_logprobs(self, logits_NW: torch.Tensor, where: str) -> torch.Tensor:
-        logprobs_NW = torch.log_softmax(logits_NW[:, : self.vocab_size].float(), dim=-1)
-        if not torch.isfinite(logprobs_NW).all():
-            raise TeacherError(
-                "log-probabilities that are not finite", where=where, remedy=BROKEN_WEIGHTS_REMEDY
-            )
-        return logprobs_NW.cpu()
-
     def _logits_width(self) -> int:
         head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         return int(head.weight.shape[0])
@@ -299,33 +418,41 @@ def _default_generation_config(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
-def seeded_generator(prompt: npt.NDArray[np.int32], sampling: Sampling) -> torch.Generator:
-    """Return the random generator of one answer, decided by the seed and the prompt."""
-    seed = f"{sampling.seed} ".encode() + np.asarray(prompt, np.int32).tobytes()
-    digest = hashlib.sha256(seed).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+_SCALINGS: WeakKeyDictionary[PreTrainedModel, LogitScaling | None] = WeakKeyDictionary()
 
 
-def sample_token(logits_W: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Take the most likely token, or sample from the fewest that reach `top_p` together."""
-    if not sampling.temperature:
-        return int(logits_W.argmax())
-    prob_K, id_K = torch.softmax(logits_W.double() / sampling.temperature, -1).sort(descending=True)
-    prob_K[prob_K.cumsum(0) - prob_K >= sampling.top_p] = 0
-    return int(id_K[torch.multinomial(prob_K, 1, generator=generator)])
+def _scaling_of(model: PreTrainedModel, vocab_size: int) -> LogitScaling | None:
+    """Return the scaling of a model's logits, found once a model; None if it is not known."""
+    if model not in _SCALINGS:
+        try:
+            _SCALINGS[model] = find_logit_scaling(model, vocab_size, "teacher")
+        except RefusedError:
+            _SCALINGS[model] = None
+    return _SCALINGS[model]
 
 
-def require_finite_logits(scores: torch.Tensor) -> None:
-    """Check that each row of logits has a finite maximum: the argmax of NaN is no answer.
+def _max_logit_elements(device: torch.device) -> int:
+    return MAX_LOGIT_ELEMENTS.get(device.type, MAX_LOGIT_ELEMENTS_ELSEWHERE)
 
-    -inf is allowed, since suppressed tokens have it, but not in a whole row.
 
-    Raises:
-        TeacherError: A row has NaN or infinity, or -inf alone.
-    """
-    if not ((scores < float("inf")).all() and torch.isfinite(scores.amax(dim=-1)).all()):
+def _runs(index_N: npt.NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
+    """Yield (value, begin, end) of each run of equal values."""
+    edges = [0, *(np.flatnonzero(np.diff(index_N)) + 1).tolist(), len(index_N)]
+    for begin, end in pairwise(edges):
+        if begin < end:
+            yield int(index_N[begin]), begin, end
+
+
+def _require_finite_blocks(blocks: BlockedLogits, index_N: npt.NDArray[np.int64]) -> None:
+    """Check that every logit is finite. The largest of each block is in the total already."""
+    least_N = blocks.logits_NW[:, : blocks.vocab_size].amin(1)
+    is_finite_N = torch.isfinite(least_N) & torch.isfinite(blocks.log_total_N)
+    if not bool(is_finite_N.all()):
+        row = int((~is_finite_N).nonzero()[0])
         raise TeacherError(
-            "logits that are not finite", where="generate", remedy=BROKEN_WEIGHTS_REMEDY
+            "log-probabilities that are not finite",
+            where=f"sequence {index_N[row]}",
+            remedy=BROKEN_WEIGHTS_REMEDY,
         )
 
 

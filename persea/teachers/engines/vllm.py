@@ -7,7 +7,8 @@ vLLM 0.32 on a CPU; not run on a GPU yet.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -30,9 +31,11 @@ from persea.teachers.engines import (
 )
 from persea.teachers.engines.response_validation import (
     MalformedResponseError,
+    refuse_equal_probabilities,
     to_sparse_distributions,
 )
-from persea.teachers.engines.wire_formats import parse_vllm_prompt_logprobs
+from persea.teachers.engines.token_server import HANDSHAKE_TEXT
+from persea.teachers.engines.wire_formats import is_supervised, parse_vllm_prompt_logprobs
 
 if TYPE_CHECKING:
     import torch
@@ -97,15 +100,16 @@ class VllmEngine(Engine):
             if isinstance(output, EngineFailure):
                 yield output
                 continue
+            loss_mask = loss_mask_T.tolist()
             positions = [
-                None
-                if position is None
-                else {str(i): {"logprob": entry.logprob} for i, entry in position.items()}
-                for position in output.prompt_logprobs
+                {str(i): {"logprob": entry.logprob} for i, entry in position.items()}
+                if position is not None and is_supervised(loss_mask, t)
+                else None
+                for t, position in enumerate(output.prompt_logprobs)
             ]
             try:
                 yield to_sparse_distributions(
-                    parse_vllm_prompt_logprobs(list(output.prompt_token_ids), positions),
+                    parse_vllm_prompt_logprobs(list(output.prompt_token_ids), positions, loss_mask),
                     ids_T,
                     loss_mask_T,
                     self.num_top_logprobs,
@@ -130,31 +134,33 @@ class VllmEngine(Engine):
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Compute whole distributions, one sequence at a time. See Engine.
 
-        vLLM lists all tokens of all positions as Python numbers, about 100 bytes each.
+        Each position takes 12 bytes a token of the vocabulary until the sequence is done.
         """
         import torch
 
         for index, (ids_T, loss_mask_T) in enumerate(zip(sequences, loss_masks, strict=True)):
-            (output,) = self._run_llm(
-                [ids_T],
-                max_tokens=1,
-                temperature=0.0,
-                prompt_logprobs=WHOLE_VOCABULARY,
-                flat_logprobs=True,
-            )
+            with _prompt_logprob_tensors() as tensors:
+                (output,) = self._run_llm(
+                    [ids_T],
+                    max_tokens=1,
+                    temperature=0.0,
+                    prompt_logprobs=WHOLE_VOCABULARY,
+                    flat_logprobs=True,
+                )
             if isinstance(output, EngineFailure):
                 raise TeacherError(
                     output.reason,
                     where=f"sequence {index}",
                     remedy="raise `max_model_len` in engine_options, or shorten the text",
                 )
-            flat = output.prompt_logprobs
             rows = np.flatnonzero(loss_mask_T)
             logprobs_NW = np.full((len(rows), self.vocab_size), -np.inf, np.float32)
             for row_W, t in zip(logprobs_NW, rows.tolist(), strict=True):
-                listed = slice(flat.start_indices[t], flat.end_indices[t])
-                ids = np.array(flat.token_ids[listed])
-                values = np.array(flat.logprobs[listed], np.float32)
+                ids, values = (
+                    _listed_tensors(tensors, t)
+                    if tensors
+                    else _listed_numbers(output.prompt_logprobs, t)
+                )
                 is_token = ids < self.vocab_size  # the others are padding of the embedding matrix
                 row_W[ids[is_token]] = values[is_token]
             rows_NW = torch.log_softmax(torch.from_numpy(logprobs_NW), dim=-1)
@@ -183,6 +189,47 @@ class VllmEngine(Engine):
             if len(prompts) == 1:
                 return [EngineFailure(f"vLLM refuses the prompt: {error}")]
         return [result for prompt in prompts for result in self._run_llm([prompt], **params)]
+
+
+@contextmanager
+def _prompt_logprob_tensors() -> Iterator[list[Any]]:
+    """Keep log-probabilities of prompts as the tensors that come from vLLM's workers.
+
+    vLLM makes Python numbers of them, about 100 bytes each, and has no option against it. The list
+    stays empty in a version that keeps them elsewhere.
+    """
+    tensors: list[Any] = []
+    name = "_update_prompt_logprobs"
+    processor = getattr(import_module("vllm.v1.engine.logprobs"), "LogprobsProcessor", None)
+    usual = getattr(processor, name, None)
+    if usual is None:
+        yield tensors
+        return
+    setattr(processor, name, lambda self, new: tensors.append(new))
+    try:
+        yield tensors
+    finally:
+        setattr(processor, name, usual)
+
+
+def _listed_tensors(
+    tensors: Sequence[Any], t: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Return ids and log-probabilities of the prediction of token t, from rows [T - 1, W + 1]."""
+    row = t - 1
+    for part in tensors:
+        if row < len(part.logprobs):
+            return part.logprob_token_ids[row].numpy(), part.logprobs[row].numpy()
+        row -= len(part.logprobs)
+    raise TeacherError(
+        "vLLM returned no distribution of a token", where=f"token {t}", remedy="use `engine: local`"
+    )
+
+
+def _listed_numbers(flat: Any, t: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Return the same from vLLM's lists of all positions."""
+    listed = slice(flat.start_indices[t], flat.end_indices[t])
+    return np.array(flat.token_ids[listed], np.int64), np.array(flat.logprobs[listed], np.float32)
 
 
 def load_vllm_engine(
@@ -248,13 +295,23 @@ def load_vllm_engine(
 
 
 def open_engine(name: str, options: EngineOptions) -> VllmEngine:
-    """Load a model into vLLM. See EngineSpec."""
+    """Load a model into vLLM, and check that its weights were loaded. See EngineSpec."""
     assert options.source is not None
-    return load_vllm_engine(
+    vocabulary = options.renderer.vocabulary
+    engine = load_vllm_engine(
         loadable_name(options.source.model, name),
         options.source.revision,
-        len(options.renderer.vocabulary),
+        len(vocabulary),
         options.sampling,
         options.num_top_logprobs,
         options.engine_options,
     )
+    ids_T = np.array(vocabulary.encode_alone(HANDSHAKE_TEXT), np.int32)
+    listing = replace(engine, num_top_logprobs=1)
+    (scored,) = listing.compute_sparse_distributions([ids_T], [np.arange(len(ids_T)) > 0])
+    if isinstance(scored, EngineFailure):
+        raise TeacherError(
+            scored.reason, where=options.teacher_name, remedy="look at vLLM's own messages"
+        )
+    refuse_equal_probabilities(scored, len(vocabulary), options.teacher_name)
+    return engine

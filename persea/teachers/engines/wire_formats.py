@@ -34,7 +34,8 @@ class WireFormat:
         join_event_token_ids: All events -> the ids of the answer.
         parse_finish_reason: Event -> "stop", "length" or another reason; "" before the end.
         build_logprobs_request: (served model, ids, tokens to list per position) -> body.
-        parse_logprobs_response: (answer, prompt ids) -> log-probabilities of the prompt.
+        parse_logprobs_response: (answer, prompt ids, loss mask) -> log-probabilities of the
+            prompt, the most likely tokens at supervised positions only.
         tokenize_path: Path of tokenization requests.
         build_tokenize_request: (served model, text) -> body that makes the server tokenize.
         parse_tokenize_response: Answer -> token ids, with or without a BOS.
@@ -49,7 +50,7 @@ class WireFormat:
     join_event_token_ids: Callable[[list[Any]], list[Any]]
     parse_finish_reason: Callable[[Any], str]
     build_logprobs_request: Callable[[str, Sequence[int], int], dict[str, Any]]
-    parse_logprobs_response: Callable[[Any, Sequence[int]], RawPromptLogprobs]
+    parse_logprobs_response: Callable[[Any, Sequence[int], Sequence[bool]], RawPromptLogprobs]
     tokenize_path: str
     build_tokenize_request: Callable[[str, str], dict[str, Any]]
     parse_tokenize_response: Callable[[Any], list[Any]]
@@ -138,23 +139,28 @@ def _tokens_logprobs_request(
     }
 
 
-def _parse_tokens_logprobs(response: Any, prompt_ids: Sequence[int]) -> RawPromptLogprobs:
+def _parse_tokens_logprobs(
+    response: Any, prompt_ids: Sequence[int], loss_mask: Sequence[bool]
+) -> RawPromptLogprobs:
     answer = require_object(response, "the answer")
     ids = require_list(answer.get("prompt_token_ids"), "prompt_token_ids")
     return parse_vllm_prompt_logprobs(
-        ids, require_list(answer.get("prompt_logprobs"), "prompt_logprobs")
+        ids, require_list(answer.get("prompt_logprobs"), "prompt_logprobs"), loss_mask
     )
 
 
-def parse_vllm_prompt_logprobs(ids: list[Any], prompt_logprobs: list[Any]) -> RawPromptLogprobs:
+def parse_vllm_prompt_logprobs(
+    ids: list[Any], prompt_logprobs: list[Any], loss_mask: Sequence[bool]
+) -> RawPromptLogprobs:
     """Read vLLM's prompt_logprobs: per position an object {token id: {"logprob": ...}}.
 
-    It holds the most likely tokens and the prompt's own token; the first position is null.
+    It holds the most likely tokens and the prompt's own token; the first position is null. Only
+    supervised positions are read.
     """
     target_logprobs: list[Any] = []
     top_logprobs: list[list[tuple[Any, Any]]] = []
     for t, position in enumerate(prompt_logprobs):
-        if t == 0 and position is None:
+        if not is_supervised(loss_mask, t) or (t == 0 and position is None):
             target_logprobs.append(None)
             top_logprobs.append([])
             continue
@@ -169,6 +175,11 @@ def parse_vllm_prompt_logprobs(ids: list[Any], prompt_logprobs: list[Any]) -> Ra
         target_logprobs.append(own[0] if own else None)
         top_logprobs.append(sorted(entries, key=_descending_logprob_key))
     return RawPromptLogprobs(ids, target_logprobs, top_logprobs)
+
+
+def is_supervised(loss_mask: Sequence[bool], t: int) -> bool:
+    """Positions past the mask count as supervised: their number is checked later."""
+    return t >= len(loss_mask) or loss_mask[t]
 
 
 def _parse_token_id(key: str) -> int:
@@ -239,7 +250,9 @@ def _completions_logprobs_request(
     }
 
 
-def _parse_completions_logprobs(response: Any, prompt_ids: Sequence[int]) -> RawPromptLogprobs:
+def _parse_completions_logprobs(
+    response: Any, prompt_ids: Sequence[int], loss_mask: Sequence[bool]
+) -> RawPromptLogprobs:
     logs = single_choice(response).get("logprobs")
     if logs is None:
         raise MalformedResponseError("the server dropped the log-probabilities")
@@ -255,7 +268,7 @@ def _parse_completions_logprobs(response: Any, prompt_ids: Sequence[int]) -> Raw
     for t, position in enumerate(positions):
         entries = (
             []
-            if t == 0 and position is None
+            if not is_supervised(loss_mask, t) or (t == 0 and position is None)
             else [
                 (_parse_token_id(k), x)
                 for k, x in require_object(position, f"position {t}").items()
@@ -354,13 +367,15 @@ def _require_logprob_entries(value: Any, label: str) -> list[list[Any]]:
     return triples
 
 
-def _parse_sglang_logprobs(response: Any, prompt_ids: Sequence[int]) -> RawPromptLogprobs:
+def _parse_sglang_logprobs(
+    response: Any, prompt_ids: Sequence[int], loss_mask: Sequence[bool]
+) -> RawPromptLogprobs:
     meta = require_object(require_object(response, "the answer").get("meta_info"), "meta_info")
     own = _require_logprob_entries(meta.get("input_token_logprobs"), "input_token_logprobs")
     tops = require_list(meta.get("input_top_logprobs"), "input_top_logprobs")
     top_logprobs = [
         []
-        if top is None
+        if top is None or not is_supervised(loss_mask, k)
         else [(t[1], t[0]) for t in _require_logprob_entries(top, f"position {k}")]
         for k, top in enumerate(tops)
     ]

@@ -147,11 +147,33 @@ def detect_world(
     )
 
 
+# What accelerate launch can be told about a training, and where persea takes it from instead.
+ACCELERATE_SETTINGS = (
+    ("ACCELERATE_MIXED_PRECISION", "`training.precision`"),
+    ("ACCELERATE_USE_FSDP", "`--shard fsdp`"),
+    ("ACCELERATE_USE_DEEPSPEED", "`--shard fsdp`"),
+    ("ACCELERATE_USE_MEGATRON_LM", "`--shard fsdp`"),
+    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "`training.gradient_accumulation_steps`"),
+)
+UNSET_VALUES = ("", "no", "false", "False", "0", "1")
+
+
 def _foreign_launch(environment: Mapping[str, str]) -> str:
-    """Return the fault of a launch by accelerate, or ""."""
-    for name in environment:
-        if name == "ACCELERATE_MIXED_PRECISION" or name.startswith("ACCELERATE_USE_"):
-            return "started by accelerate, whose settings persea does not read"
+    """Return the fault of a launch by accelerate, or "".
+
+    With torchrun's variables and no settings of its own, accelerate launch is a launcher as any.
+    """
+    if not any(name.startswith("ACCELERATE_") for name in environment):
+        return ""
+    for name, instead in ACCELERATE_SETTINGS:
+        value = environment.get(name, "")
+        if value not in UNSET_VALUES:
+            return f"accelerate sets {name}={value}, which persea does not read: it reads {instead}"
+    if not environment.get("WORLD_SIZE"):
+        return (
+            "accelerate started a single process: without GPUs it starts one, whatever "
+            "--num_processes says"
+        )
     return ""
 
 

@@ -43,12 +43,12 @@ from persea.alignment.spans import align
 from persea.alignment.token_order import UNRESTRICTED_CONTEXT
 from persea.errors import RefusedError, TeacherError
 from persea.losses import ImpossibleTokens, LMHead, SpanTargets
+from persea.models.hidden_states import find_logit_scaling, hidden_states
 from persea.teachers.engines import EngineFailure
 from persea.teachers.engines.transformers import TransformersEngine
 from persea.teachers.teacher import Teacher
 from persea.tokenization.tokens import IntArray, RenderedTokens
 from persea.training.example import supervised_index
-from persea.training.lm_head import find_logit_scaling, hidden_states
 from persea.training.on_policy.candidates import (
     MAX_LOGIT_ELEMENTS,
     NO_TOKENS,

@@ -13,7 +13,15 @@ from typing import Any
 
 import pytest
 
-from persea.chat.messages import Conversation, FinishReason, Message, Role, ToolCall, canonical_json
+from persea.chat.messages import (
+    Conversation,
+    FinishReason,
+    Message,
+    Role,
+    Tool,
+    ToolCall,
+    canonical_json,
+)
 from persea.data.prompts import Prompt
 from persea.errors import MissingRequirementError, RefusedError
 from persea.tasks import benchmarks as sets
@@ -504,6 +512,8 @@ BAD_CALLS: list[dict[str, Any]] = [
     {"base": 10.5},
     {"height": -5},
     {"tags": [["a", "b"]]},
+    {"unit": "units'"},
+    {"unit": "un\nits"},
 ]
 GOOD_CALLS: list[dict[str, Any]] = [
     {},
@@ -533,6 +543,46 @@ def called(*calls: tuple[str, dict[str, Any]], words: str = "") -> float:
         .grade_answer(made("bfcl", ROW, "en", "Area?", answer_key=json.dumps(TRUTH)), said)
         .value
     )
+
+
+def test_calls_are_compared_as_bfcl_eval_does():
+    """Any order; an integer is no float; what a tool requires must be there."""
+    schema = {
+        "type": "object",
+        "properties": {
+            "n": {"type": "integer"},
+            "of": {"type": "array", "items": {"type": "integer"}},
+        },
+        "required": ["n", "of", "exact"],
+    }
+    truth = [
+        {"count.all": {"n": [2], "of": [[1, 2]], "exact": ["", True]}},
+        {"other": {"x": [1, 2.5]}},
+    ]
+    item = made(
+        "bfcl",
+        ROW,
+        "en",
+        "How many?",
+        answer_key=json.dumps(truth),
+        tools=(
+            Tool("count.all", "d", canonical_json(json.dumps(schema))),
+            Tool("other", "d", "{}"),
+        ),
+    )
+
+    def right(*calls: tuple[str, dict[str, Any]]) -> bool:
+        parts = tuple(ToolCall(n, canonical_json(json.dumps(a))) for n, a in calls)
+        message = Message(Role.ASSISTANT, parts)
+        return sets.find_benchmark("bfcl").grade_answer(item, message).value == 1.0
+
+    whole, other = {"n": 2, "of": [1, 2], "exact": True}, ("other", {"x": 1.0})
+    assert right(("count.all", whole), other)
+    assert right(other, ("count_all", whole))
+    assert not right(("count.all", {**whole, "n": 2.0}), other)
+    assert not right(("count.all", {**whole, "of": [1, 2.0]}), other)
+    assert not right(("count.all", {"n": 2, "of": [1, 2]}), other)
+    assert not right(other, other)
 
 
 @pytest.mark.parametrize("change", GOOD_CALLS)
@@ -584,7 +634,6 @@ def test_calls_that_are_not_the_call():
     ],
 )
 def test_text_where_no_tool_fits(text: str, right: float):
-    from persea.chat.messages import Tool
 
     item = made("bfcl-irrelevance", ROW, "en", "Sing?", tools=(Tool("area", "d", "{}"),))
     assert value("bfcl-irrelevance", item, text) == right
@@ -609,7 +658,7 @@ FOLLOWED: list[
     (
         "length_constraints:number_words",
         {"relation": "at least", "num_words": 3},
-        "It's a well-known fact.",
+        "It's so.",
         "Two words.",
     ),
     (
@@ -701,8 +750,8 @@ FOLLOWED: list[
     (
         "detectable_format:multiple_sections",
         {"section_spliter": "SECTION", "num_sections": 2},
+        "SECTION 1\na\nSECTION 2\nb",
         "SECTION 1\na\nSection 2\nb",
-        "SECTION 1\nSECTION",
     ),
     ("detectable_format:title", {}, "<<A title>>\nText", "<< >>\nText"),
     ("detectable_format:title", {}, "Text <<t>>", "<A title>"),
@@ -714,7 +763,7 @@ FOLLOWED: list[
         "detectable_content:postscript",
         {"postscript_marker": "P.S."},
         "Bye\nP.S. Write soon",
-        "Bye. P.S. on the same line",
+        "The U.P.S. van came",
     ),
     (
         "detectable_content:postscript",
@@ -723,6 +772,7 @@ FOLLOWED: list[
         "Bye\nP.S. more",
     ),
     ("detectable_content:postscript", {"postscript_marker": "P.S."}, "a\np. s. b", "a\nPS"),
+    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "Bye. P.S. More", "Bye. P.S."),
     ("combination:two_responses", {}, "One\n******\nTwo", "One\n******\nOne"),
     ("combination:two_responses", {}, "******\nA\n******\nB", "A ****** B ****** C"),
     (

@@ -794,6 +794,7 @@ def test_sglang_streams_all_ids_or_the_new_ones() -> None:
             }
         },
         [7, 8],
+        [False, True],
     )
     rows = to_sparse_distributions(
         positions, np.array([7, 8], np.int32), np.array([False, True]), 2, 10
@@ -829,9 +830,11 @@ def test_an_openai_server_that_names_tokens_by_text_is_refused() -> None:
         ]
     }
     with pytest.raises(MalformedResponseError, match="text loses half characters"):
-        COMPLETIONS_FORMAT.parse_logprobs_response(said, [1, 2])
+        COMPLETIONS_FORMAT.parse_logprobs_response(said, [1, 2], [False, True])
     with pytest.raises(MalformedResponseError, match="dropped the log-probabilities"):
-        COMPLETIONS_FORMAT.parse_logprobs_response({"choices": [{"text": "x"}]}, [1, 2])
+        COMPLETIONS_FORMAT.parse_logprobs_response(
+            {"choices": [{"text": "x"}]}, [1, 2], [False, True]
+        )
 
 
 def test_a_chat_answer_is_put_together_and_half_characters_are_refused() -> None:
@@ -1035,6 +1038,54 @@ def test_vllm_lists_the_whole_vocabulary_of_every_position() -> None:
             list(far.compute_logprobs([np.zeros(5, np.int32)], [np.arange(5) > 0]))
         with pytest.raises(TeacherError, match="did not list the whole vocabulary"):
             list(VllmEngine(Llm(), 9, -1).compute_logprobs([ids_T], [np.arange(3) > 0]))
+
+
+def test_vllms_tensors_are_kept_before_it_makes_python_numbers_of_them() -> None:
+    """As vLLM 0.32's front end gets them: rows [T - 1, W + 1], the token itself first."""
+    from types import SimpleNamespace as Thing
+
+    rows = torch.log_softmax(torch.tensor([[1.0, 0.0, 2.0, -9.0], [0.5, 1.5, 0.0, -9.0]]), -1)
+
+    class Processor:
+        def _update_prompt_logprobs(self, tensors: Any) -> None:
+            raise AssertionError("Python numbers were made")
+
+    usual = Processor._update_prompt_logprobs
+
+    class Llm:
+        fails = False
+
+        def generate(self, prompts: Any, params: Any, use_tqdm: bool) -> list[Any]:
+            assert params["prompt_logprobs"] == -1
+            if self.fails:
+                raise ValueError("too long")
+            for own, row in zip([2, 1], rows, strict=True):  # one chunk of the prompt each
+                order = row.argsort(descending=True)
+                ids = torch.cat([torch.tensor([own]), order])[None]
+                logprobs = torch.cat([row[own, None], row[order]])[None]
+                part = Thing(logprob_token_ids=ids, logprobs=logprobs)
+                Processor()._update_prompt_logprobs(part)
+            return [Thing(prompt_logprobs=[None])]
+
+    modules = {
+        "vllm": Thing(SamplingParams=lambda **k: k),
+        "vllm.v1.engine.logprobs": Thing(LogprobsProcessor=Processor),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("persea.teachers.engines.vllm.import_module", modules.__getitem__)
+        llm = Llm()
+        far = VllmEngine(llm, 3, -1)
+        ids_T = np.array([0, 2, 1], np.int32)
+        for mask in ([False, True, True], [False, False, True]):
+            (found,) = far.compute_logprobs([ids_T], [np.array(mask)])
+            assert torch.allclose(found, torch.log_softmax(rows[-sum(mask) :, :3], -1), atol=1e-6)
+            assert Processor._update_prompt_logprobs is usual
+        with pytest.raises(TeacherError, match="returned no distribution"):
+            list(far.compute_logprobs([np.zeros(5, np.int32)], [np.arange(5) > 0]))
+        llm.fails = True
+        with pytest.raises(TeacherError, match="too long"):
+            list(far.compute_logprobs([ids_T], [np.arange(3) > 0]))
+        assert Processor._update_prompt_logprobs is usual
 
 
 # --- real servers, where somebody has them ---

@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from persea.chat.messages import Conversation, ThinkingEffort
 from persea.chat.renderer import ChatRenderer
+from persea.distributions import SparseDistributions, concat_distributions
+from persea.distributions.blocks import BlockedLogits
 from persea.errors import TeacherError
 from persea.models.loading import ModelSource, load_model, load_renderer
 from persea.tasks.generated import CODE_TASK, LANGUAGES_TASK, REASONING_TASK
@@ -228,21 +230,47 @@ def test_learned_tokens_may_have_gaps() -> None:
     assert torch.allclose(rows, every[np.flatnonzero(some) - 1], atol=1e-5)
 
 
-def test_a_forward_never_makes_more_logits_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    renderer, model = opened("qwen-sapling")
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_forward_has_no_more_positions_and_logits_than_it_may(
+    monkeypatch: pytest.MonkeyPatch, is_known: bool
+) -> None:
+    """Hidden states and the head, and whole logits where the head is not known."""
+    name = "qwen-sapling"
+    renderer, model = opened(name)
     prompts = asked(renderer)
     learn = [np.arange(len(p)) > 0 for p in prompts]
-    together = list(engine("qwen-sapling").compute_logprobs(prompts, learn))
-    shapes: list[torch.Size] = []
-    hook = model.register_forward_hook(lambda module, inputs, out: shapes.append(out.logits.shape))
-    monkeypatch.setattr(local, "MAX_LOGIT_ELEMENTS_PER_FORWARD", 100 * len(renderer.vocabulary))
+    together = list(engine(name).compute_logprobs(prompts, learn))
+    shapes: list[tuple[torch.Size, torch.Size]] = []
+    hook = model.register_forward_hook(
+        lambda module, args, given, out: shapes.append(
+            (given["input_ids"].shape, out.logits.shape)
+        ),
+        with_kwargs=True,
+    )
+    made = []
+    real = local._require_finite_blocks
+    monkeypatch.setattr(
+        local,
+        "_require_finite_blocks",
+        lambda blocks, index_N: (made.append(len(blocks)), real(blocks, index_N)),
+    )
+    monkeypatch.setattr(local, "MAX_TOKENS_PER_FORWARD", 250)
+    width = model.get_output_embeddings().weight.shape[0]
+    monkeypatch.setattr(local, "MAX_LOGIT_ELEMENTS", {"cpu": 100 * width})
+    if not is_known:
+        monkeypatch.setattr(local, "_scaling_of", lambda model, vocab_size: None)
     try:
-        apart = list(engine("qwen-sapling").compute_logprobs(prompts, learn))
+        apart = list(engine(name).compute_logprobs(prompts, learn))
     finally:
         hook.remove()
     assert len(shapes) > 3
-    assert any(s[0] > 1 for s in shapes)
-    assert all(s.numel() <= 100 * s[-1] for s in shapes)
+    assert any(ids[0] > 1 for ids, _ in shapes)
+    most = 250 if is_known else 100
+    assert all(ids.numel() <= most for ids, _ in shapes)
+    last = model.config.hidden_size if is_known else width
+    assert {out[-1] for _, out in shapes} == {last}  # the head ran at supervised positions only
+    assert max(made) <= 100
+    assert sum(made) == sum(int(one.sum()) for one in learn)
     for one, other in zip(together, apart, strict=True):
         assert torch.allclose(one, other, atol=1e-4)
 
@@ -263,18 +291,61 @@ def test_a_long_answer_comes_in_pieces_that_are_the_whole(
     )
     whole = list(engine(name).compute_logprobs(sequences, learn))
     assert [len(w) for w in whole] == [369, 0, 1]
-    monkeypatch.setattr(
-        local, "MAX_LOGIT_ELEMENTS_PER_FORWARD", 37 * model.get_output_embeddings().weight.shape[0]
-    )
+    monkeypatch.setattr(local, "MAX_TOKENS_PER_FORWARD", 150)
+    width = model.get_output_embeddings().weight.shape[0]
+    monkeypatch.setattr(local, "MAX_LOGIT_ELEMENTS", {"cpu": 37 * width})
     pieces = list(engine(name).iter_logprobs(sequences, learn))
     assert max(len(some) for _, some in pieces) <= 37
-    assert [k for k, _ in pieces] == [0] * 11 + [1, 2]
+    # 119, 150 and 100 supervised tokens in three pieces of the text, and each text once
+    assert [k for k, _ in pieces] == [0] * (4 + 5 + 3) + [2, 1]
     for k, one in enumerate(whole):
         assert torch.allclose(
             torch.cat([some for number, some in pieces if number == k]), one, atol=1e-4
         )
     for one, other in zip(whole, engine(name).compute_logprobs(sequences, learn), strict=True):
         assert torch.allclose(one, other, atol=1e-4)
+
+
+class Whole:
+    """A reducer that stores every token, so that nothing is lost."""
+
+    def reduce(
+        self, blocks: BlockedLogits, index_N: np.ndarray, row_N: np.ndarray, target_N: np.ndarray
+    ) -> SparseDistributions:
+        logprobs_NW = blocks.logits_NW[:, : blocks.vocab_size] - blocks.log_total_N[:, None]
+        n, width = logprobs_NW.shape
+        return SparseDistributions(
+            np.arange(n + 1) * width,
+            np.tile(np.arange(width, dtype=np.int32), n),
+            logprobs_NW.exp().float().numpy().ravel(),
+            blocks.token_logprobs(target_N),
+        )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("is_known", [True, False])
+def test_reduced_distributions_are_those_of_each_sequence_whatever_the_order(
+    name: str, is_known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_known:
+        monkeypatch.setattr(local, "_scaling_of", lambda model, vocab_size: None)
+    renderer, _ = opened(name)
+    prompts = asked(renderer)
+    learn = [np.arange(len(p)) % 3 == 1 for p in prompts]
+    learn[4][:] = False
+    parts: dict[int, list[SparseDistributions]] = {}
+    order = []
+    for k, part in engine(name).reduce_distributions(prompts, learn, Whole()):
+        assert isinstance(part, SparseDistributions)
+        parts.setdefault(k, []).append(part)
+        order.append(k)
+    assert order != sorted(order)  # the longest are first
+    for k, rows in enumerate(engine(name).compute_logprobs(prompts, learn)):
+        found = concat_distributions(parts[k])
+        assert len(found) == len(rows) == int(learn[k].sum())
+        assert np.allclose(found.probs_M.reshape(rows.shape), rows.exp().numpy(), atol=1e-5)
+        target = prompts[k][learn[k]]
+        assert np.allclose(found.target_logprob_N, rows[range(len(rows)), target], atol=1e-4)
 
 
 # --- broken weights ---
@@ -311,7 +382,9 @@ def test_the_models_own_generation_config_comes_back_also_after_an_exception(
 
     monkeypatch.setattr(model, "generate", fail)
     with pytest.raises(KeyboardInterrupt):
-        engine("qwen-sapling").generate(asked(renderer)[:1], renderer.stop_ids, 2)
+        engine("qwen-sapling").generate_rollouts(
+            asked(renderer)[:1], renderer.stop_ids, 2, temperature=1.0, seed=0
+        )
     assert model.generation_config is own
 
 

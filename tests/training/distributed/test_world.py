@@ -40,6 +40,11 @@ def test_what_torchrun_sets_is_a_world() -> None:
     assert detect_world(1, FIRST | {"WORLD_SIZE": "1"}) == World(0, 1)
 
 
+def test_accelerate_launch_is_a_launcher_as_any() -> None:
+    settings = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "no"}
+    assert detect_world(1, TORCHRUN | settings) == World(1, 2)
+
+
 WRONG: dict[str, tuple[int, dict[str, str], bool, str]] = {
     "half of torchrun's": (
         1,
@@ -61,11 +66,22 @@ WRONG: dict[str, tuple[int, dict[str, str], bool, str]] = {
     ),
     "accelerate": (
         1,
-        FIRST | {"ACCELERATE_MIXED_PRECISION": "no"},
+        FIRST | {"ACCELERATE_MIXED_PRECISION": "bf16"},
         True,
-        "started by accelerate, whose settings persea does not read",
+        "MIXED_PRECISION=bf16, which persea does not read: it reads `training.precision`",
     ),
-    "accelerate alone": (1, {"ACCELERATE_USE_FSDP": "true"}, True, "started by accelerate"),
+    "accelerate's FSDP": (
+        1,
+        FIRST | {"ACCELERATE_USE_FSDP": "true"},
+        True,
+        "it reads `--shard fsdp`",
+    ),
+    "accelerate alone": (
+        1,
+        {"ACCELERATE_MIXED_PRECISION": "no"},
+        True,
+        "accelerate started a single process",
+    ),
     "mpirun": (
         1,
         {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"},
@@ -96,7 +112,7 @@ def test_a_launch_that_is_half_done_is_refused_with_what_to_say_instead(what: st
 @pytest.mark.parametrize(
     "environment",
     [
-        TORCHRUN | {"ACCELERATE_USE_CPU": "true"},
+        TORCHRUN | {"ACCELERATE_USE_DEEPSPEED": "true"},
         {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"},
         {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "7"},
         FIRST | {"RANK": "2"},

@@ -182,7 +182,7 @@ def test_how_many_rows_are_worked_on_at_once_changes_nothing(
 ) -> None:
     logs = logprobs(4, 23, 300, 1.5)
     whole = sample_rows(logs, 0.03, "chunks")
-    monkeypatch.setattr("persea.distributions.MAX_CHUNK_ELEMENTS", at_once)
+    monkeypatch.setattr("persea.distributions.sparse.MAX_CHUNK_ELEMENTS", at_once)
     some = sample_rows(logs, 0.03, "chunks")
     for field in ("offsets_N1", "ids_M", "probs_M"):
         assert np.array_equal(getattr(whole, field), getattr(some, field))
@@ -298,9 +298,9 @@ def test_likeliest_entries_do_not_hang_on_how_many_rows_are_worked_on(
         [logprobs(4, 20, 300, 1.5), torch.full((3, 300), -np.log(300)).float()]
     )  # and rows of equals
     some = [topk_within_kl(logs, np.zeros(23, np.int64), 0.01, frequency(1, 300), "chunks")]
-    monkeypatch.setattr("persea.distributions.MAX_CHUNK_ELEMENTS", at_once)
+    monkeypatch.setattr("persea.distributions.sparse.MAX_CHUNK_ELEMENTS", at_once)
     some.append(topk_within_kl(logs, np.zeros(23, np.int64), 0.01, frequency(1, 300), "chunks"))
-    monkeypatch.setattr("persea.distributions.INITIAL_CANDIDATES", 7)
+    monkeypatch.setattr("persea.distributions.topk.INITIAL_CANDIDATES", 7)
     some.append(topk_within_kl(logs, np.zeros(23, np.int64), 0.01, frequency(1, 300), "chunks"))
     for other in some[1:]:
         for field in ("offsets_N1", "ids_M", "probs_M", "target_logprob_N"):

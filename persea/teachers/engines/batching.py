@@ -13,21 +13,22 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch.nn.functional import pad
 
 from persea.errors import PerseaError, TeacherError
-from persea.serve.constrained import JsonConstraint
 from persea.teachers.engines import Sampling
-from persea.teachers.engines.transformers import (
-    TransformersEngine,
+from persea.teachers.engines.token_sampling import (
     require_finite_logits,
     sample_token,
     seeded_generator,
 )
+
+if TYPE_CHECKING:
+    from persea.teachers.engines.transformers import TransformersEngine
 
 MAX_BATCH_ANSWERS = 64
 # Answers times the longest of them, in tokens of prompt and answer: bounds the key-value cache.
@@ -43,6 +44,18 @@ JOINABLE_LAYERS = frozenset(
         "DummyLayer",
     }
 )
+
+
+class TokenConstraint(Protocol):
+    """Decides which tokens may follow in an answer."""
+
+    def allow(self, logits_W: torch.Tensor) -> torch.Tensor:
+        """Return the logits with -inf for tokens that may not follow."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Note the token that followed."""
+        ...
 
 
 @dataclass(eq=False)
@@ -64,7 +77,7 @@ class Generation:
     stop_ids: Sequence[int]
     max_new_tokens: int
     sampling: Sampling
-    constraint: JsonConstraint | None = None
+    constraint: TokenConstraint | None = None
     ids: list[int] = field(default_factory=list)
     error: Exception | None = None
     is_cancelled: bool = False
@@ -119,17 +132,32 @@ class Group:
 class ContinuousBatch:
     """Generates several answers at once.
 
+    Args:
+        engine: Runs the weights.
+        on_drawn: Called after each pass with its answers, each with a new token or an error, and
+            the logits [answers, vocabulary] that the tokens were drawn from.
+
     Example:
         >>> batch = ContinuousBatch(engine)                            # doctest: +SKIP
         >>> batch.add([Generation(prompt, stop_ids, 256, Sampling())]) # doctest: +SKIP
         >>> while batch.members: batch.step()                          # doctest: +SKIP
     """
 
-    def __init__(self, engine: TransformersEngine) -> None:
+    def __init__(
+        self,
+        engine: TransformersEngine,
+        on_drawn: Callable[[Sequence[Generation], torch.Tensor], None] | None = None,
+    ) -> None:
         self.engine = engine
+        self._on_drawn = on_drawn
         self._groups: list[Group] = []
         self._can_join: bool | None = None  # known after the first prefill
         self._takes_positions = "position_ids" in inspect.signature(engine.model.forward).parameters
+
+    @property
+    def can_join(self) -> bool:
+        """Whether answers share passes; True before the first prompt shows otherwise."""
+        return self._can_join is not False
 
     @property
     def members(self) -> list[Generation]:
@@ -215,6 +243,8 @@ class ContinuousBatch:
         group.width = new_width
         for generation, logits_W in zip(group.members, logits_BW, strict=True):
             generation.draw(logits_W)
+        if self._on_drawn is not None:
+            self._on_drawn(group.members, logits_BW)
         _keep(group, [g for g in group.members if not g.is_finished])
         return cache
 
@@ -227,9 +257,9 @@ def _as_teacher_error(error: Exception, num_answers: int) -> Exception:
         f"the model failed with {num_answers} answers at once: {type(error).__name__}: "
         f"{str(error)[:200]}",
         where="generate",
-        remedy="start the server with a lower --concurrency"
+        remedy="lower the batch size, or the --concurrency of a server"
         if out_of_memory
-        else "look at the server's log",
+        else "check that the model runs with this version of transformers",
     )
 
 

@@ -7,6 +7,7 @@ known.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from persea.distributions.lm_head import LMHead
 from persea.errors import RefusedError
-from persea.losses import LMHead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 # config keys of a factor of the head's output: Cohere; Falcon-H1; others
 LOGIT_SCALE_KEYS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 HEAD_PROBE_TOKENS = 5  # tokens of the probe; one token would show a scale or a cap
+PROBE_RANGE = 100.0  # outputs of a head that are tried on its scaling
 # largest relative difference of a probe
 FLOAT32_PROBE_TOLERANCE, HALF_PROBE_TOLERANCE = 1e-4, 2e-2
 
@@ -57,25 +59,50 @@ def hidden_states(
         positions_BS: for rows of several texts (mask_BS None), each token's position in its own
             text, so that texts do not attend to each other; None = one text a row.
     """
-    inputs: dict[str, Any] = {"input_ids": ids_BS.to(model.device), "use_cache": False}
+    inputs: dict[str, Any] = {"input_ids": ids_BS, "use_cache": False}
     if mask_BS is not None:
-        inputs["attention_mask"] = mask_BS.to(model.device)
+        inputs["attention_mask"] = mask_BS
     if positions_BS is not None:
-        inputs["position_ids"] = positions_BS.to(model.device)
+        inputs["position_ids"] = positions_BS
+    return run_without_head(model, **inputs)[0]
+
+
+def run_without_head(model: PreTrainedModel, **inputs: Any) -> tuple[torch.Tensor, Any]:
+    """Run a model with any inputs of its forward pass, and bypass its head.
+
+    Returns:
+        The hidden states that its head was given, and the output of the forward pass, whose
+        logits mean nothing.
+
+    Raises:
+        RefusedError: The model does not call its head once.
+    """
+    given = {
+        key: value.to(model.device) if isinstance(value, torch.Tensor) else value
+        for key, value in inputs.items()
+    }
     with _bypass_head(model.get_output_embeddings()) as captured:
-        model(**inputs)
-    (hidden_BSD,) = captured
-    return hidden_BSD
+        output = model(**given)
+    if len(captured) != 1:
+        raise RefusedError(
+            f"{type(model).__name__} calls its head {len(captured)} times",
+            where="head",
+            remedy="persea needs a model that calls its output embedding once for each forward "
+            "pass; use another model",
+        )
+    return captured[0], output
 
 
 @contextmanager
-def _bypass_head(linear: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Within the block, let the head return its input unchanged and record it."""
+def _bypass_head(
+    linear: torch.nn.Module, output: torch.Tensor | None = None
+) -> Iterator[list[torch.Tensor]]:
+    """Within the block, let the head return its input unchanged, or an output, and record it."""
     captured: list[torch.Tensor] = []
 
     def forward(hidden_BSD: torch.Tensor) -> torch.Tensor:
         captured.append(hidden_BSD)
-        return hidden_BSD
+        return hidden_BSD if output is None else output
 
     before = linear.__dict__.get("forward")  # hooks of accelerate replace the method too
     linear.forward = forward
@@ -114,19 +141,16 @@ def find_logit_scaling(model: PreTrainedModel, vocab_size: int, where: str) -> L
         scale *= getattr(config, name, None) or 1.0
     scaling = LogitScaling(scale, getattr(config, "final_logit_softcapping", None) or 0.0)
     ids_BS = torch.arange(min(HEAD_PROBE_TOKENS, vocab_size))[None]
-    with _eval_mode(model):
+    with eval_mode(model):
         hidden_SD = hidden_states(model, ids_BS, None)[0]
         expected_SV = (
             model(input_ids=ids_BS.to(model.device), use_cache=False)
             .logits[0, :, :vocab_size]
             .float()
         )
-    if not _is_close(
-        LMHead(linear.weight, vocab_size, linear.bias, scaling.scale, scaling.softcap).logits(
-            hidden_SD
-        ),
-        expected_SV,
-        hidden_SD.dtype,
+    head = LMHead(linear.weight, vocab_size, linear.bias, scaling.scale, scaling.softcap)
+    if not is_close(head.logits(hidden_SD), expected_SV, hidden_SD.dtype) or not _is_scaled_so(
+        model, ids_BS, scaling
     ):
         raise RefusedError(
             f"the logits of {type(model).__name__} do not follow from its configuration",
@@ -137,74 +161,26 @@ def find_logit_scaling(model: PreTrainedModel, vocab_size: int, where: str) -> L
     return scaling
 
 
-@torch.no_grad()
-def refuse_packing(model: PreTrainedModel, vocab_size: int, where: str) -> None:
-    """Check that packed texts do not influence each other.
+def _is_scaled_so(model: PreTrainedModel, ids_BS: torch.Tensor, scaling: LogitScaling) -> bool:
+    """Return whether a model turns head outputs from -PROBE_RANGE to PROBE_RANGE into these logits.
 
-    Args:
-        model: a causal language model.
-        vocab_size: number of tokens of its tokenizer.
-        where: place for error messages.
-
-    Raises:
-        RefusedError: if a text's hidden states change when another text precedes it in the row
-            (recurrent state, attention without masks): packed texts would train on each other.
+    Logits of a few tokens may be too small to show a cap.
     """
-    one_BS, two_BS = (
-        torch.arange(n)[None] % vocab_size for n in (HEAD_PROBE_TOKENS + 1, HEAD_PROBE_TOKENS)
-    )
-    with _eval_mode(model):
-        alone_SD = hidden_states(model, two_BS, None)[0]
-        both_SD = hidden_states(
-            model,
-            torch.cat([one_BS, two_BS], 1),
-            None,
-            torch.cat([torch.arange(HEAD_PROBE_TOKENS + 1), torch.arange(HEAD_PROBE_TOKENS)])[None],
-        )[0]
-    if not _is_close(both_SD[HEAD_PROBE_TOKENS + 1 :], alone_SD, alone_SD.dtype):
-        raise RefusedError(
-            f"{type(model).__name__} does not separate texts in one row",
-            where=where,
-            remedy="packing: false",
-        )
-
-
-def pack_sequences(
-    ids_BS: torch.Tensor, mask_BS: torch.Tensor, row_N: torch.Tensor, position_N: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    """Pack right-padded texts into fewer rows of the same width: first fit, longest first.
-
-    The rest of a row is a text of its own without supervised positions.
-
-    Args:
-        ids_BS: int64 token ids, right-padded.
-        mask_BS: 1 = token, 0 = padding.
-        row_N: row of each wanted position.
-        position_N: the position.
-
-    Returns:
-        Token ids [P, S], each token's position in its own text [P, S], and the new row_N and
-        position_N.
-    """
-    width, lengths_B = ids_BS.shape[1], mask_BS.sum(1).tolist()
-    used: list[int] = []
-    place_B: list[tuple[int, int]] = [(0, 0)] * len(lengths_B)
-    for b in sorted(range(len(lengths_B)), key=lambda b: -lengths_B[b]):
-        row = next((r for r, full in enumerate(used) if full + lengths_B[b] <= width), len(used))
-        used += [0] if row == len(used) else []
-        place_B[b] = row, used[row]
-        used[row] += lengths_B[b]
-    ids_PS = torch.zeros((len(used), width), dtype=torch.int64)
-    positions_PS = torch.stack([torch.arange(width) - full for full in used])
-    for b, (row, begin) in enumerate(place_B):
-        ids_PS[row, begin : begin + lengths_B[b]] = ids_BS[b, : lengths_B[b]]
-        positions_PS[row, begin : begin + lengths_B[b]] = torch.arange(lengths_B[b])
-    row_B, begin_B = torch.tensor(place_B).T
-    return ids_PS, positions_PS, row_B[row_N], position_N + begin_B[row_N]
+    linear = model.get_output_embeddings()
+    dtype = linear.weight.dtype
+    size = ids_BS.numel() * linear.weight.shape[0]
+    output = torch.linspace(-PROBE_RANGE, PROBE_RANGE, size).to(linear.weight.device, dtype)
+    output = output.view(1, ids_BS.numel(), -1)
+    with eval_mode(model), _bypass_head(linear, output):
+        found = model(input_ids=ids_BS.to(model.device), use_cache=False).logits.float()
+    expected = output.float() * scaling.scale
+    if scaling.softcap:
+        expected = scaling.softcap * torch.tanh(expected / scaling.softcap)
+    return is_close(found, expected, dtype)
 
 
 @contextmanager
-def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
+def eval_mode(model: PreTrainedModel) -> Iterator[None]:
     """Within the block, put the model in evaluation mode (no dropout)."""
     was_training = model.training
     model.eval()
@@ -214,8 +190,10 @@ def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-def _is_close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
+def is_close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
     """Return whether values agree within the tolerance of a probe in `dtype`."""
     tolerance = FLOAT32_PROBE_TOLERANCE if dtype is torch.float32 else HALF_PROBE_TOLERANCE
     atol = tolerance * float(expected.abs().max())
+    if not math.isfinite(atol):
+        return False
     return torch.allclose(found, expected, rtol=tolerance, atol=atol)

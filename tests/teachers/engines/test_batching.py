@@ -12,9 +12,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from persea.errors import TeacherError
-from persea.serve import batching
-from persea.serve.batching import ContinuousBatch, Generation
-from persea.teachers.engines import Sampling
+from persea.teachers.engines import Sampling, batching
+from persea.teachers.engines.batching import ContinuousBatch, Generation
 from persea.teachers.engines.transformers import TransformersEngine
 from tests.teachers.engines.test_transformers import NAMES, asked, engine, opened
 

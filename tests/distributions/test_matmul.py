@@ -9,9 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persea.losses import Divergence, LMHead, divergence_loss_from_hidden
-from persea.losses import matmul as products
-from persea.losses.matmul import (
+from persea.distributions import matmul as products
+from persea.distributions.matmul import (
     STRIP_ROWS,
     accumulate_weight_gradient,
     can_use_onednn,
@@ -20,6 +19,7 @@ from persea.losses.matmul import (
     project_to_hidden,
     project_to_logits,
 )
+from persea.losses import Divergence, LMHead, divergence_loss_from_hidden
 
 SIZES = st.sampled_from([1, 7, STRIP_ROWS, STRIP_ROWS + 1, 2 * STRIP_ROWS + 5])
 HAS_ONEDNN = (

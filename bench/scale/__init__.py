@@ -1,0 +1,1 @@
+"""What persea costs at real size, beside an earlier build and beside bare PyTorch."""

@@ -1,0 +1,52 @@
+"""The rows of the table: what is measured, and in which arms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to do the work of a row.
+
+    Attributes:
+        name: Its title; the module's `prepare` gets it.
+        module: File of this folder with `prepare(name, models, folder) -> work`, where
+            `work(number)` is measured and returns figures to show. It imports persea, and nothing
+            of bench.
+        has_earlier_build: Whether an earlier build does it too.
+    """
+
+    name: str
+    module: str
+    has_earlier_build: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: the first arm is persea's, with which the others are compared."""
+
+    name: str
+    what: str
+    arms: tuple[Arm, ...]
+
+
+ROWS = (
+    Row(
+        "score",
+        "capture by scoring: Gemma 3 270M (262,144 tokens), 8 documents of about 92 tokens",
+        (
+            Arm("persea", "score", has_earlier_build=True),
+            Arm("hidden states, head at learned positions", "score"),
+            Arm("model(...).logits", "score"),
+        ),
+    ),
+    Row(
+        "answer",
+        "capture by answering: SmolLM2-135M-Instruct, 8 prompts of 34 to 238 tokens, 48 new",
+        (
+            Arm("persea", "answer", has_earlier_build=True),
+            Arm("model.generate", "answer"),
+        ),
+    ),
+)
