@@ -76,7 +76,7 @@ chaos: .venv/persea
 
 chaos-ray: .venv/persea
 	$(BIN)/pip install -q -e '.[ray]'
-	$(BIN)/python bench/chaos_ray.py
+	$(BIN)/python bench/chaos_ray.py --out bench/results/chaos_ray.json
 
 results: .venv/persea
 	$(BIN)/python bench/results.py

@@ -17,7 +17,8 @@ from persea import cli
 
 FLEET = Path(__file__).resolve().parent.parent / "examples" / "fleet"
 STAND_IN = """#!/bin/bash
-printf '%q ' "$(basename "$0")" "$@" >> "$RECORD"; echo >> "$RECORD"
+line=$(printf '%q ' "$(basename "$0")" "$@")
+echo "$line" >> "$RECORD"  # one write: commands in the background write at the same time
 case "$(basename "$0")" in
   scontrol) printf 'node1\\nnode2\\nnode3\\n' ;;
   srun) while [ $# -gt 0 ]; do case $1 in ray|torchrun) exec "$@";; esac; shift; done ;;

@@ -65,6 +65,23 @@ Out = Annotated[
         "--out", help="The run folder. Default: runs/<name of the recipe>.", show_default=False
     ),
 ]
+ExecutorKind = Annotated[
+    str,
+    typer.Option(
+        "--executor",
+        help="Where the teachers answer: local or ray; short for --set executor.kind=ray.",
+        show_default=False,
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=0,
+        help="Processes that hold a teacher each; short for --set executor.workers=2.",
+        show_default=False,
+    ),
+]
 Procs = Annotated[int, typer.Option("--procs", min=1, help="Number of training processes.")]
 Sharding = Annotated[
     ParallelStrategy,
@@ -132,6 +149,14 @@ def load_checked_recipe(
         # the first process of this machine reads the same file, and prints the error
         raise SystemExit(RecipeError.exit_code) from None
     return recipe
+
+
+def executor_overrides(kind: str, workers: int | None) -> list[str]:
+    """Return the `--set` changes that `--executor` and `--workers` are short for."""
+    return [
+        *([f"executor.kind={kind}"] if kind else []),
+        *([f"executor.workers={workers}"] if workers is not None else []),
+    ]
 
 
 def make_run_context(

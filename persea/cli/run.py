@@ -18,6 +18,7 @@ from persea.cli.options import (
     PIPELINE_PANEL,
     STAGE_PANEL,
     AsJson,
+    ExecutorKind,
     Out,
     Procs,
     RecipePath,
@@ -25,8 +26,10 @@ from persea.cli.options import (
     Sets,
     Sharding,
     TaskFiles,
+    Workers,
     app,
     count_available_cores,
+    executor_overrides,
     load_checked_recipe,
     make_run_context,
 )
@@ -70,11 +73,14 @@ def run(
         bool, typer.Option("--dry-run", help="Print the plan, and stop: persea plan.")
     ] = False,
     tasks: TaskFiles = NO_TASKS,
+    executor: ExecutorKind = "",
+    workers: Workers = None,
 ) -> None:
     """Run all stages: check, audition, capture, train, evaluate, lineage, report.
 
     Stages that are up to date are skipped, and an interrupted stage continues.
     """
+    set_ = [*set_, *executor_overrides(executor, workers)]
     if dry_run:
         plan(recipe, set_, out, as_json, tasks)
         return
@@ -121,27 +127,45 @@ def make_stage_command(name: str, help_text: str) -> Callable[..., None]:
         as_json: AsJson = False,
         tasks: TaskFiles = NO_TASKS,
     ) -> None:
-        context = make_run_context(recipe, set_, out, task_files=tasks)
-        try:
-            _run_with_progress(context, name, as_json)
-        except RefusedError as error:
-            # a refused result is shown with the rest
-            if not as_json and (name == "check" or isinstance(error, SafetyRegressionError)):
-                _show_stage(name, context)
-            raise
-        if not as_json:
-            _show_stage(name, context)
-            return
-        is_check = name == "check"
-        result = _read_check(context.folder) if is_check else context.stages.read_record(name)
-        typer.echo(json.dumps(result, indent=1))
+        _run_stage(name, make_run_context(recipe, set_, out, task_files=tasks), as_json)
 
     stage.__doc__ = help_text
     return stage
 
 
+def _run_stage(name: str, context: RunContext, as_json: bool) -> None:
+    """Run a stage and print its result."""
+    try:
+        _run_with_progress(context, name, as_json)
+    except RefusedError as error:
+        # a refused result is shown with the rest
+        if not as_json and (name == "check" or isinstance(error, SafetyRegressionError)):
+            _show_stage(name, context)
+        raise
+    if not as_json:
+        _show_stage(name, context)
+        return
+    is_check = name == "check"
+    result = _read_check(context.folder) if is_check else context.stages.read_record(name)
+    typer.echo(json.dumps(result, indent=1))
+
+
 def _add_stage_command(name: str, help_text: str) -> None:
     app.command(name, rich_help_panel=STAGE_PANEL)(make_stage_command(name, help_text))
+
+
+def capture(
+    recipe: RecipePath,
+    set_: Sets = NO_OVERRIDES,
+    out: Out = DEFAULT_OUT,
+    as_json: AsJson = False,
+    tasks: TaskFiles = NO_TASKS,
+    executor: ExecutorKind = "",
+    workers: Workers = None,
+) -> None:
+    """Let the cast teachers answer the corpus; store answers and token distributions."""
+    changes = [*set_, *executor_overrides(executor, workers)]
+    _run_stage("capture", make_run_context(recipe, changes, out, task_files=tasks), as_json)
 
 
 def train(
@@ -169,10 +193,8 @@ _add_stage_command(
 _add_stage_command(
     "audition", "Measure every teacher on every skill, and cast the best teacher for each skill."
 )
-_add_stage_command(
-    "capture", "Let the cast teachers answer the corpus; store answers and token distributions."
-)
-app.command(rich_help_panel=STAGE_PANEL)(train)  # has options of its own
+for own_options in (capture, train):
+    app.command(rich_help_panel=STAGE_PANEL)(own_options)
 _add_stage_command(
     "evaluate", "Compare the student with its base and every teacher on held-out items."
 )

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -337,6 +338,22 @@ def _workers_in(resources: dict[str, float], settings: RaySettings) -> int:
     return min(counts, default=settings.max_workers or 1)
 
 
+def refuse_missing_ray() -> None:
+    """Raise if Ray is not installed. Ray itself is not imported.
+
+    Raises:
+        MissingRequirementError: Ray is not installed.
+    """
+    if find_spec("ray") is None:
+        raise _missing_ray()
+
+
+def _missing_ray() -> MissingRequirementError:
+    return MissingRequirementError(
+        "Ray is not installed", where="executor.kind: ray", remedy="pip install 'persea[ray]'"
+    )
+
+
 def connect(settings: RaySettings) -> bool:
     """Connect this process to a cluster, or start one on this machine.
 
@@ -388,11 +405,7 @@ def _import_ray() -> Any:
         import ray
         import ray.exceptions
     except ImportError as error:
-        raise MissingRequirementError(
-            "Ray is not installed",
-            where="executor.kind: ray",
-            remedy="pip install 'persea[ray]'",
-        ) from error
+        raise _missing_ray() from error
     return ray
 
 

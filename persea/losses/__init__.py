@@ -11,6 +11,7 @@ GPU runs Triton kernels (triton_kernels.py), imported only there.
 
 from collections.abc import Iterable
 
+from persea.distributions.lm_head import LMHead
 from persea.errors import RecipeError
 from persea.losses.chunked_head import (
     divergence_loss_from_hidden,
@@ -25,7 +26,7 @@ from persea.losses.divergence import (
 from persea.losses.event_divergence import MaskedEventMap, event_divergence_loss
 from persea.losses.event_kl import event_kl_loss, event_logprobs
 from persea.losses.event_sums import ImpossibleTokens
-from persea.losses.loss import HiddenStates, LMHead, Loss, LossOutput
+from persea.losses.loss import HiddenStates, Loss, LossOutput
 from persea.losses.modules import (
     CrossEntropy,
     EventDivergence,

@@ -22,6 +22,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from persea.distributions import DistributionKind
+from persea.distributions.lm_head import LMHead
 from persea.distributions.matmul import (
     accumulate_weight_gradient,
     max_padded_rows,
@@ -33,7 +34,7 @@ from persea.errors import DataError
 from persea.losses.divergence import Divergence, divergence_with_gradient
 from persea.losses.event_divergence import MaskedEventMap, event_divergence_per_token
 from persea.losses.event_kl import event_kl_metrics, event_kl_per_token, row_slices
-from persea.losses.loss import LMHead, LossOutput
+from persea.losses.loss import LossOutput
 from persea.losses.targets import BatchTargets, split_targets
 
 # Bytes of the logits of a chunk, teacher's included; with the other tensors 64 MiB and 1 GiB.

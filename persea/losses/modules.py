@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from persea.alignment.event_map import EventMap
+from persea.distributions.lm_head import LMHead
 from persea.errors import DataError, RecipeError
 from persea.losses.chunked_head import (
     divergence_loss_from_hidden,
@@ -25,7 +26,7 @@ from persea.losses.divergence import Divergence, divergence_of_logprobs
 from persea.losses.event_divergence import MaskedEventMap, event_divergence_per_token
 from persea.losses.event_kl import event_kl_loss, event_kl_metrics, event_kl_per_token
 from persea.losses.event_sums import ImpossibleTokens
-from persea.losses.loss import HiddenOrLogits, HiddenStates, LMHead, Loss, LossOutput
+from persea.losses.loss import HiddenOrLogits, HiddenStates, Loss, LossOutput
 from persea.losses.span_likelihood import SpanTargets, span_likelihood_loss
 from persea.losses.targets import BatchTargets, EventTargets, build_batch_targets
 

@@ -57,7 +57,11 @@ def machine_lines(
 def _scaled(line: CostLine, share: float) -> CostLine:
     if share == 1:
         return line
-    scale = lambda value: None if value is None else value * share  # noqa: E731
+
+
+    def scale(value: float | None) -> float | None:
+        return None if value is None else value * share
+
     return CostLine(
         line.stage,
         line.model,
@@ -210,7 +214,7 @@ def _training_line(
         time = measured.step * context.training.steps + measured.example * answers
         time = time + measured.loading
         is_stored = context.recipe.training.store_examples
-        disk = is_stored * measured.example_bytes * answers + (trained or 0)
+        disk = round(is_stored * measured.example_bytes * answers) + (trained or 0)
         basis, is_upper_bound = f"measured here ({calibration.measured_on})", False
     return _line(
         "train",

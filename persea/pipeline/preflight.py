@@ -5,6 +5,7 @@ from __future__ import annotations
 from persea.config.optimization import OptimizerName
 from persea.errors import DataError, RecipeError
 from persea.evaluation.answering import refuse_choice_items
+from persea.executors.ray_cluster import refuse_missing_ray
 from persea.pipeline import preflight_data
 from persea.pipeline.lm_eval_stage import given_results_digests, refuse_impossible_lm_eval
 from persea.pipeline.run_context import RunContext
@@ -46,6 +47,8 @@ def check_run(context: RunContext, only_stage: str = "") -> list[str]:
     refuse_missing_logprobs(context)
     if only_stage not in ASKING_STAGES:
         return []
+    if only_stage in ("", "capture") and context.recipe.executor.kind == "ray":
+        refuse_missing_ray()
     refuse_impossible_lm_eval(context)
     preflight_data.refuse_missing_keys(context)
     preflight_data.refuse_unknown_lora_targets(context)

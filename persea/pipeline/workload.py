@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -154,10 +153,11 @@ def context_shares(context: RunContext) -> dict[str, dict[str, float]]:
     for skill in recipe.skills:
         of_skill = [p for name, p in parts.items() if name.partition("/")[0] == skill]
         if of_skill:
-            totals = Counter[str]()
+            totals: dict[str, float] = {}
             for part in of_skill:
-                totals.update({name: share / len(of_skill) for name, share in part})
-            found[skill] = dict(totals)
+                for name, share in part:
+                    totals[name] = totals.get(name, 0.0) + share / len(of_skill)
+            found[skill] = totals
             continue
         efforts = {e for part in recipe.corpus if part.skill == skill for e in part.effort_shares}
         able = {

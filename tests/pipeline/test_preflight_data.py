@@ -95,3 +95,13 @@ def test_a_finished_stage_needs_no_disk(tmp_path: Path) -> None:
     (tmp_path / "run" / "train").mkdir(parents=True)
     (tmp_path / "run" / "train" / "done.json").write_text("{}")
     assert 0 < missing_disk_bytes(context) < before
+
+
+def test_ray_is_missed_before_a_teacher_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("persea.executors.ray_cluster.find_spec", lambda name: None)
+    context = context_of(tmp_path, SHORT, executor={"kind": "ray"})
+    with pytest.raises(MissingRequirementError, match=r"pip install 'persea\[ray\]'"):
+        check_run(context)
+    check_run(context, "train")

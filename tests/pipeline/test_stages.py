@@ -43,7 +43,9 @@ FILES = {
     },
     "report": {"report.json", "index.html", "README.md"},
 }
-JOURNAL = ("lock", "status.json")  # written by every run, whatever it does
+JOURNAL = ("lock", "status.json", "ledger.jsonl")  # written by every run, whatever it does
+
+CLOCK_KEYS = ("seconds", "cpu_seconds", "state", "metrics", "outputs", "seal", "left")
 
 
 def told(err: str) -> dict[str, str]:
@@ -80,7 +82,7 @@ def without_clocks(files: dict[str, bytes]) -> dict[str, object]:
                 else [json.loads(data)]
             )
             for line in lines:
-                for key in ("seconds", "state", "metrics", "outputs", "seal", "left"):
+                for key in CLOCK_KEYS:
                     line.pop(key, None)
             out[name] = (
                 lines

@@ -16,7 +16,7 @@ from tests.cli.test_cli import flowed, persea
 
 NUM_CHANGES = 50
 # Files that a live run writes; and folders of intermediate files, which have digests of their own.
-LIVE = {"status.json", "lock"}
+LIVE = {"status.json", "lock", "ledger.jsonl"}
 INTERMEDIATE = {"checkpoints", "examples"}
 
 
