@@ -1,6 +1,6 @@
 """How time and memory grow: with prompts, answers, units, positions, vocabulary.
 
-    python -m bench.growth [name ...]          (make bench-growth, about 15 minutes)
+    python -m bench.growth [name ...]          (make bench-growth, about 10 minutes)
 
 Every point is a process of its own with one thread. Writes bench/results/growth.json after each
 row: CPU seconds, megabytes, and the exponent b of size^b, fitted by least squares.
