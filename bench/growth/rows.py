@@ -232,7 +232,7 @@ def align_positions(size: int, folder: Path) -> Work:
     for name in ("gemma3", "qwen3"):
         vocabulary = _real(name)
         ids = np.asarray(vocabulary.encode(text), np.int32)
-        ends = np.cumsum([len(vocabulary.token_bytes[i]) for i in ids.tolist()]).astype(np.int32)
+        ends = np.cumsum(vocabulary.lengths_W[ids]).astype(np.int32)
         starts = np.concatenate([[0], ends[:-1]]).astype(np.int32)
         sides.append(RenderedTokens(ids, starts, ends, np.ones(len(ids), np.bool_)))
 
