@@ -86,17 +86,18 @@ def _quickstart_answers(num_answers: int) -> tuple[list[Any], Any, Any]:
         tokens = teacher.render(conversation)
         real_N = tokens.ids_T[tokens.loss_mask_T]
         others_N3 = rng.integers(0, 300, (len(real_N), 3))
-        ids, probs, offsets = [], [], [0]
+        ids, probs, offsets, own = [], [], [0], []
         for real, others in zip(real_N.tolist(), others_N3.tolist(), strict=True):
             row = sorted({real, *others})
             ids += row
             probs += [1 / len(row)] * len(row)
             offsets.append(len(ids))
+            own.append(-np.log(len(row)))
         distributions = SparseDistributions(
             ids_M=np.array(ids, np.int32),
             probs_M=np.array(probs, np.float32),
             offsets_N1=np.array(offsets, np.int64),
-            target_logprob_N=np.full(len(real_N), -1.0, np.float32),
+            target_logprob_N=np.array(own, np.float32),
             kind=DistributionKind.SAMPLED,
         )
         answer = Answer(f"p{k}", "teacher", "skill", "en", conversation, FinishReason.STOP)
@@ -104,19 +105,25 @@ def _quickstart_answers(num_answers: int) -> tuple[list[Any], Any, Any]:
     return answers, teacher, student
 
 
+def _record(folder: Path, name: str) -> dict[str, Any]:
+    """Return a unit's record without its checksum."""
+    record = json.loads((folder / "commits" / f"{name}.json").read_text())
+    return {key: value for key, value in record.items() if key != "seal"}
+
+
 def _write_units(folder: Path, answers: list[Any], num_units: int) -> list[str]:
     """Write a unit, and further ones under other names with the same bytes."""
     from persea import storage
-    from persea.cache.unit import read_record, write_unit
+    from persea.cache.unit import write_unit
 
     write_unit(folder, "unit0000000", answers, {}, tau=0.1, unit_metadata={"teacher": "teacher"})
-    record = {k: v for k, v in read_record(folder, "unit0000000").items() if k != "checksum"}
+    record = _record(folder, "unit0000000")
     names = [f"unit{k:07}" for k in range(num_units)]
     source = folder / "units" / "unit0000000.safetensors"
     for name in names[1:]:
         os.link(source, folder / "units" / f"{name}.safetensors")
         path = folder / "commits" / f"{name}.json"
-        path.write_text(json.dumps(storage.with_checksum(record | {"unit": name})))
+        storage.write_json_with_checksum(path, record | {"unit": name})
     return names
 
 
@@ -162,12 +169,11 @@ def first_step_again(size: int, folder: Path) -> Work:
     names = _write_units(folder, answers, num_units)
     # each unit has a digest of its own, and so a file of examples of its own
     from persea import storage
-    from persea.cache.unit import read_record
 
     for name in names[1:]:
-        record = {k: v for k, v in read_record(folder, name).items() if k != "checksum"}
+        record = _record(folder, name)
         path = folder / "commits" / f"{name}.json"
-        path.write_text(json.dumps(storage.with_checksum(record | {"sha256": name * 4})))
+        storage.write_json_with_checksum(path, record | {"sha256": name * 4})
     maps = {"teacher": load_event_map(teacher, student)}
     store = ExampleStore(folder / "examples", ExampleMaker.create(student, maps, False, "auto"))
     store.build(folder, names[0])
