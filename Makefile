@@ -10,6 +10,8 @@
 # make results      the quickstart with three seeds, and its comparisons (about 90 minutes; resumes)
 # make bench-scale  what persea costs with real models, beside bare PyTorch and, with AGAINST=FOLDER, beside an earlier checkout (about
 #                   15 minutes; needs PERSEA_DATA; downloads as above)
+# make bench-growth   time and memory against prompts, answers, units, positions, vocabulary, with fitted exponents (about 10 minutes;
+#                   some rows need PERSEA_DATA)
 # make bench-cache  what the cache costs and what it is worth (about 15 minutes)
 # make bench-rollouts   how fast a student answers many prompts at once (about a minute)
 # make bench        the cost of alignment, event maps and the event loss, beside TRL, and persea --help (about 9 minutes; installs TRL)
@@ -42,7 +44,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint docs chaos chaos-ray results bench bench-audit bench-bias bench-cache bench-rollouts bench-train bench-onpolicy bench-plan bench-objectives bench-extension bench-real bench-scale real templates graders bench-gpu engines export soak saplings clean
+.PHONY: quickstart test lint docs chaos chaos-ray results bench bench-audit bench-bias bench-cache bench-growth bench-rollouts bench-train bench-onpolicy bench-plan bench-objectives bench-extension bench-real bench-scale real templates graders bench-gpu engines export soak saplings clean
 .DELETE_ON_ERROR:
 
 .venv/persea: pyproject.toml
@@ -115,6 +117,9 @@ bench-scale: .venv/persea
 	$(BIN)/pip install -q -e '.[bench,gguf]'
 	$(BIN)/python -m bench.real_models $(REAL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.scale --models $(REAL) $(if $(AGAINST),--against $(AGAINST))
+
+bench-growth: .venv/persea
+	$(BIN)/python -m bench.growth
 
 bench-cache: .venv/persea
 	$(BIN)/python bench/cache.py
