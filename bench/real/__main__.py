@@ -77,6 +77,13 @@ def main() -> None:
     parser.add_argument(
         "--stages", nargs="+", choices=tuple(STAGES), default=tuple(STAGES), help="in this order"
     )
+    parser.add_argument(
+        "--arithmetic",
+        choices=("half", "single"),
+        default="half",
+        help="single = float32: for a processor without bfloat16, on which half takes ten times as "
+        "long; its runs have lines of their own, the best settings are those of half",
+    )
     parser.add_argument("--plan", action="store_true", help="print the next run only")
     parser.add_argument("--report", action="store_true", help="write the tables only")
     options = parser.parse_args()
@@ -89,7 +96,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     world, begun = World(options.models, options.cache), time.monotonic()
     ran = False
-    while (run := next_run(read(options.results), options.stages)) is not None:
+    while (run := next_run(read(options.results), options.stages, options.arithmetic)) is not None:
         if options.plan or (ran and time.monotonic() - begun > 60 * options.budget_minutes):
             print("next:", run)
             return

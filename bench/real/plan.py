@@ -122,6 +122,7 @@ def other_seeds(results: Mapping[str, Any]) -> Iterator[Run]:
 def single_settings(results: Mapping[str, Any]) -> Iterator[Run]:
     """One setting changed, on dev, beside the best recipe."""
     at = best(results, FULLS)
+    yield at
     yield replace(at, method=SMOOTHED)
     yield replace(at, share=0.9)
     yield replace(at, temperature=1.5)
@@ -196,10 +197,13 @@ STAGES = {
 }
 
 
-def next_run(results: Mapping[str, Any], stages: Sequence[str] = tuple(STAGES)) -> Run | None:
-    """Return the first run of the plan without a line."""
+def next_run(
+    results: Mapping[str, Any], stages: Sequence[str] = tuple(STAGES), arithmetic: str = "half"
+) -> Run | None:
+    """Return the first run of the plan, in this arithmetic, without a line."""
     for stage in stages:
-        for run in STAGES[stage](results):
+        for planned in STAGES[stage](results):
+            run = replace(planned, arithmetic=arithmetic)
             if run.key not in results:
                 return run
     return None

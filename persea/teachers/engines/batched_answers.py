@@ -4,6 +4,7 @@ Prompts are sorted by length, the longest first, and prefilled with others of ab
 that little of a pass is padding. When answers end, the next prompts take their places. Each answer
 has its own random generator, so it depends on its prompt and the seed alone. The logits that a
 token is drawn from are its distribution: reduced there, they need no second pass over the answer.
+What all prompts begin with is computed once (`shared_prefix.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ from persea.distributions import SparseDistributions, concat_distributions
 from persea.distributions.blocks import blocks_of_logits
 from persea.distributions.sparse import slice_distributions
 from persea.teachers.engines import GeneratedTokens, Reducer
-from persea.teachers.engines.batching import ContinuousBatch, Generation
+from persea.teachers.engines.batching import (
+    ContinuousBatch,
+    Generation,
+    as_teacher_error,
+)
+from persea.teachers.engines.shared_prefix import compute_shared_prefix
 
 if TYPE_CHECKING:
     from persea.teachers.engines.transformers import TransformersEngine
@@ -82,13 +88,18 @@ def generate_batched(
     kept = None
     if reducer is not None:
         kept = _Distributions(reducer, {answer: k for k, answer in enumerate(answers)})
-    batch = ContinuousBatch(engine, on_drawn=None if kept is None else kept.collect)
+    try:
+        prefix = compute_shared_prefix(engine, [answer.prompt for answer in answers])
+    except Exception as error:
+        raise as_teacher_error(error, 1) from error
+    num_shared = 0 if prefix is None else len(prefix.ids)
+    batch = ContinuousBatch(engine, None if kept is None else kept.collect, prefix)
     waiting = sorted(answers, key=lambda answer: len(answer.prompt), reverse=True)
     while waiting or batch.members:
         batch.step()
         free = engine.batch_size - len(batch.members)
         if waiting and (not batch.members or free >= max(1, engine.batch_size * REFILL_SHARE)):
-            for group in _groups(_admit(waiting, batch, free)):
+            for group in _groups(_admit(waiting, batch, free), num_shared):
                 batch.add(group)
                 if not batch.can_join:
                     return None
@@ -117,12 +128,17 @@ def _admit(waiting: list[Generation], batch: ContinuousBatch, free: int) -> list
     return admitted
 
 
-def _groups(sorted_answers: Sequence[Generation]) -> Iterator[list[Generation]]:
-    """Split prompts, the longest first, into groups with little padding."""
+def _groups(
+    sorted_answers: Sequence[Generation], num_shared: int = 0
+) -> Iterator[list[Generation]]:
+    """Split prompts, the longest first, into groups with little padding.
+
+    The first `num_shared` tokens of each prompt are not computed again, and do not count.
+    """
     group: list[Generation] = []
     for answer in sorted_answers:
-        width = len((group or [answer])[0].prompt)
-        tokens = sum(len(g.prompt) for g in group) + len(answer.prompt)
+        width = len((group or [answer])[0].prompt) - num_shared
+        tokens = sum(len(g.prompt) - num_shared for g in [*group, answer])
         if group and width * (len(group) + 1) - tokens > MAX_PADDING_SHARE * tokens:
             yield group
             group = []

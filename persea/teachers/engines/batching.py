@@ -2,7 +2,8 @@
 
 All answers of a batch are aligned at their ends: the answer with the longest text so far decides
 the width of the key-value cache, and shorter ones are padded on the left. A new answer is prefilled
-beside the others, and joins them at the next step; a finished one leaves at once.
+beside the others, and joins them at the next step; a finished one leaves at once. Prompts that begin
+with a shared prefix are prefilled from its keys and values.
 
 transformers' own manager of continuous batches (5.24) draws all answers from one seed, so that an
 answer would depend on its neighbours; here every answer has its own generator.
@@ -10,7 +11,6 @@ answer would depend on its neighbours; here every answer has its own generator.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 
 from persea.errors import PerseaError, TeacherError
 from persea.teachers.engines import Sampling
+from persea.teachers.engines.shared_prefix import SharedPrefix, takes_positions
 from persea.teachers.engines.token_sampling import (
     require_finite_logits,
     sample_token,
@@ -122,11 +123,13 @@ class Group:
         members: The answers, one row of the cache each.
         cache: A cache of transformers.
         width: Columns of the cache: tokens of the longest member that are in it.
+        num_prefix: Columns on the left that hold a shared prefix, whose padding is behind them.
     """
 
     members: list[Generation]
-    cache: Any
-    width: int
+    cache: Any = None
+    width: int = 0
+    num_prefix: int = 0
 
 
 class ContinuousBatch:
@@ -136,6 +139,7 @@ class ContinuousBatch:
         engine: Runs the weights.
         on_drawn: Called after each pass with its answers, each with a new token or an error, and
             the logits [answers, vocabulary] that the tokens were drawn from.
+        prefix: What prompts may begin with; None = compute every prompt whole.
 
     Example:
         >>> batch = ContinuousBatch(engine)                            # doctest: +SKIP
@@ -147,12 +151,14 @@ class ContinuousBatch:
         self,
         engine: TransformersEngine,
         on_drawn: Callable[[Sequence[Generation], torch.Tensor], None] | None = None,
+        prefix: SharedPrefix | None = None,
     ) -> None:
         self.engine = engine
         self._on_drawn = on_drawn
+        self._prefix = prefix
         self._groups: list[Group] = []
         self._can_join: bool | None = None  # known after the first prefill
-        self._takes_positions = "position_ids" in inspect.signature(engine.model.forward).parameters
+        self._takes_positions = takes_positions(engine.model)
 
     @property
     def can_join(self) -> bool:
@@ -190,10 +196,15 @@ class ContinuousBatch:
 
     def _prefill(self, new: Sequence[Generation]) -> None:
         width = max(len(g.prompt) for g in new)
-        ids_BT = torch.full((len(new), width), int(new[0].prompt[0]))
+        group, prefix = Group(list(new)), self._prefix
+        if prefix and prefix.fits(width) and all(prefix.begins(g.prompt) for g in new):
+            group.width = group.num_prefix = len(prefix.ids)
+            group.cache = prefix.copy(len(new))
+        ids_BT = torch.full((len(new), width - group.width), int(new[0].prompt[0]))
         for row, generation in enumerate(new):
-            ids_BT[row, width - len(generation.prompt) :] = torch.tensor(generation.prompt)
-        group = Group(list(new), None, 0)
+            ids_BT[row, width - len(generation.prompt) :] = torch.tensor(
+                generation.prompt[group.width :]
+            )
         cache = self._forward(group, ids_BT)
         if cache is not None:
             self._can_join = _can_join(cache.layers)
@@ -221,7 +232,9 @@ class ContinuousBatch:
         model, engine = self.engine.model, self.engine
         new_width = group.width + ids_BT.shape[1]
         lengths_B1 = torch.tensor([[len(g.prompt) + len(g.ids)] for g in group.members])
-        mask_BT = (torch.arange(new_width) >= new_width - lengths_B1).long()
+        column_T = torch.arange(new_width)
+        begins_B1 = new_width - lengths_B1 + group.num_prefix
+        mask_BT = ((column_T < group.num_prefix) | (column_T >= begins_B1)).long()
         inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
         if self._takes_positions:
             positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
@@ -236,11 +249,12 @@ class ContinuousBatch:
             logits_BW = output.logits[:, -1, : engine.vocab_size].float().cpu()
         except Exception as error:
             for generation in group.members:
-                generation.error = _as_teacher_error(error, len(group.members))
+                generation.error = as_teacher_error(error, len(group.members))
             group.members.clear()
             return None
         cache = group.cache = output.past_key_values
         group.width = new_width
+        _move_padding_left(group)
         for generation, logits_W in zip(group.members, logits_BW, strict=True):
             generation.draw(logits_W)
         if self._on_drawn is not None:
@@ -249,7 +263,27 @@ class ContinuousBatch:
         return cache
 
 
-def _as_teacher_error(error: Exception, num_answers: int) -> Exception:
+def _move_padding_left(group: Group) -> None:
+    """Move each member's padding from behind the shared prefix to the left of it."""
+    lengths = {len(g.prompt) for g in group.members}
+    if group.num_prefix and lengths != {group.width}:
+        missing_B1 = torch.tensor([[group.width - len(g.prompt)] for g in group.members])
+        source_BT = torch.arange(group.width).expand(len(group.members), -1)
+        source_BT = torch.where(
+            source_BT < group.num_prefix + missing_B1,
+            (source_BT - missing_B1) % group.width,  # padding itself: any column, it is masked
+            source_BT,
+        )
+        for layer in group.cache.layers:
+            for name in ("keys", "values") if layer.is_initialized else ():
+                states = getattr(layer, name)
+                index = source_BT.to(states.device)[:, None, :, None].expand(states.shape)
+                setattr(layer, name, states.gather(-2, index))
+    group.num_prefix = 0
+
+
+def as_teacher_error(error: Exception, num_answers: int) -> Exception:
+    """Return the error of persea that tells that a pass over answers failed."""
     if isinstance(error, PerseaError):
         return error
     out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
