@@ -33,6 +33,19 @@ def compute_device() -> torch.device:
     return torch.device("cpu")
 
 
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Return whether a device has instructions for products in bfloat16.
+
+    A processor without them computes such a product in several times the time of float32. GPUs are
+    not asked: each that torch supports has them, or float32 is no faster there.
+    """
+    import torch
+
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return True  # not known to be slow
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def placement_kwargs(quantize: str, offload: bool, where: str) -> dict[str, Any]:
     """Return the arguments of `from_pretrained` for quantisation and offloading; {} for neither.
 

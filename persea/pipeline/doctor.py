@@ -98,9 +98,12 @@ def _packages() -> Iterator[Finding]:
 def _device() -> Finding:
     import torch
 
+    from persea.models.placement import has_fast_bfloat16
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if not torch.cuda.is_available():
-        return Finding("devices", State.OK, f"no GPU; {cores} CPU cores")
+        slow = "" if has_fast_bfloat16(torch.device("cpu")) else ", slow in bfloat16"
+        return Finding("devices", State.OK, f"no GPU; {cores} CPU cores{slow}")
     names = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
     return Finding("devices", State.OK, f"{', '.join(names)}; {cores} CPU cores")
 

@@ -17,6 +17,7 @@ from persea.errors import DataError
 from persea.licences.verdict import LicenceVerdict
 from persea.models.facts import find_facts
 from persea.models.loading import set_threads
+from persea.models.placement import compute_device, has_fast_bfloat16
 from persea.pipeline import cost, preflight, preflight_data
 from persea.pipeline.audition_stage import contestants, is_contested_on_texts
 from persea.pipeline.base_contest import asks_base, measures_base
@@ -379,6 +380,12 @@ def _notes(context: RunContext, trained_bytes: int | None) -> tuple[str, ...]:
     if size is not None:
         found = unusual_settings(recipe, size.num_parameters)
         notes += [f"warning: {warning}" for warning in found]
+    if recipe.training.precision == "bfloat16" and not has_fast_bfloat16(compute_device()):
+        notes.append(
+            "warning: training.precision bfloat16: this processor has no instructions for it, and "
+            "a step takes several times as long as in float32 -> `precision: float32` under "
+            "training, or a GPU"
+        )
     if line := describe_size_defaults(context.size_defaults, size.num_parameters if size else 0):
         notes.append(f"{line} (docs/reference/defaults.md)")
     return tuple(notes)

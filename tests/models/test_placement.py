@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from persea.errors import MissingRequirementError
 from persea.models import placement as placements
 from persea.models.identity import fingerprint
 from persea.models.loading import ModelSource, load_model
-from persea.models.placement import placement_kwargs
+from persea.models.placement import has_fast_bfloat16, placement_kwargs
 from tests.teachers.engines.test_transformers import SAPLINGS, opened
 
 SAPLING = ModelSource(str(SAPLINGS / "gpt-oss-sapling"))
@@ -91,3 +93,15 @@ def test_a_teacher_in_fewer_bits_is_another_teacher() -> None:
         len({fingerprint(replace(SAPLING, quantize=q), "t") for q in ("none", "8bit", "4bit")}) == 3
     )
     assert fingerprint(SAPLING, "t") == fingerprint(replace(SAPLING, offload=True), "t")
+
+
+def test_a_processor_without_instructions_for_bfloat16_is_known() -> None:
+    names = Path("/proc/cpuinfo")
+    if not names.is_file() or platform.machine() != "x86_64":
+        pytest.skip("the processor's instructions are not listed here")
+    listed = set(names.read_text().split())
+    if listed.isdisjoint({"avx512f", "amx_bf16"}):
+        assert not has_fast_bfloat16(torch.device("cpu"))
+    if "avx512_bf16" in listed:
+        assert has_fast_bfloat16(torch.device("cpu"))
+    assert has_fast_bfloat16(torch.device("cuda"))

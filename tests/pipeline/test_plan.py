@@ -15,7 +15,7 @@ from persea.config.recipe import load_recipe
 from persea.errors import DataError, RefusedError
 from persea.models.loading import ModelSource
 from persea.models.sizes import read_model_size
-from persea.pipeline import machine_cost
+from persea.pipeline import machine_cost, plan
 from persea.pipeline.cost import training_bytes
 from persea.pipeline.hardware import parse_fleet
 from persea.pipeline.plan import plan_run
@@ -308,6 +308,17 @@ def test_cost_is_told_with_how_it_was_got(tmp_path: Path) -> None:
     assert told.notes[-1].startswith("persea pilot would try 3 teachers with 8 steps each, about ")
     (warned, _) = plan_run(river(tmp_path, "training.learning_rate=0.1")).notes[1:]
     assert warned.startswith("warning: training.learning_rate 0.1 is high for a student of 0.8 M")
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_on_a_processor_without_it_is_told(
+    fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe(tmp_path)
+    monkeypatch.setattr(plan, "has_fast_bfloat16", lambda device: fast)
+    notes = plan_run(river(tmp_path, "training.precision=bfloat16")).notes
+    assert any("no instructions for it" in note for note in notes) is not fast
+    assert not any("no instructions" in note for note in plan_run(river(tmp_path)).notes)
 
 
 def test_a_gguf_file_is_counted_like_the_folder_it_was_written_from(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 All answers of a batch are aligned at their ends: the answer with the longest text so far decides
 the width of the key-value cache, and shorter ones are padded on the left. A new answer is prefilled
-beside the others, and joins them at the next step; a finished one leaves at once. Prompts that begin
-with a shared prefix are prefilled from its keys and values.
+beside the others, and joins them at the next step; a finished one leaves at once. Prompts that
+begin with a shared prefix are prefilled from its keys and values.
 
 transformers' own manager of continuous batches (5.24) draws all answers from one seed, so that an
 answer would depend on its neighbours; here every answer has its own generator.
