@@ -49,4 +49,13 @@ ROWS = (
             Arm("model.generate", "answer"),
         ),
     ),
+    Row(
+        "step",
+        "training step: SmolLM2-135M-Instruct, 4 documents of about 220 tokens, float32",
+        (
+            Arm("persea", "step", has_earlier_build=True),
+            Arm("transformers, cross-entropy", "step"),
+            Arm("TRL SFT", "step"),
+        ),
+    ),
 )
