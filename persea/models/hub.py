@@ -14,6 +14,17 @@ from persea.errors import DataError
 from persea.models.folder_files import refuse_unsafe_files
 
 COMMIT = re.compile("[0-9a-f]{40}")
+TEMPLATE_PATTERN = "*.jinja"  # also in the folder additional_chat_templates
+# Configurations, templates and tokenizers of any form.
+TEXT_PATTERNS = (
+    TEMPLATE_PATTERN,
+    "*.json",
+    "*.model",
+    "*.tiktoken",
+    "merges.txt",
+    "vocab.txt",
+    "tokenization_*.py",
+)
 
 
 @lru_cache(maxsize=256)
@@ -49,33 +60,36 @@ def _download_file(model: str, name: str, revision: str) -> Path | None:
         return None
 
 
+@lru_cache(maxsize=256)
 def download_snapshot(model: str, revision: str, where: str, with_weights: bool = True) -> Path:
     """Return the folder of a hub model's commit; it is downloaded, with or without its weights.
 
     Only the weights that transformers reads are downloaded: some repositories hold them twice, in a
-    folder or under another name.
+    folder or under another name. Its files are checked as those of a local folder before any
+    library reads them.
 
     Raises:
         DataError: The model cannot be downloaded, or its files cannot be read safely.
     """
     from huggingface_hub import snapshot_download
 
+    patterns = [*TEXT_PATTERNS, *(["model*.safetensors"] if with_weights else [])]
     try:
-        patterns = ["*.json", "*.jinja", *(["model*.safetensors"] if with_weights else [])]
         folder = Path(
             snapshot_download(
                 model,
                 revision=resolve_commit(model, revision) or None,
                 allow_patterns=patterns,
-                ignore_patterns=["*/*"],
+                ignore_patterns=[f"*/{p}" for p in patterns if p != TEMPLATE_PATTERN],
             )
         )
     except Exception as error:  # a missing model, no network, no licence, ...
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise DataError(
-            f"cannot fetch {model!r}: {first_line}",
+            f"cannot fetch {model!r}: {first_line.rstrip(':')}",
             where=where,
-            remedy="give a folder in Hugging Face form",
+            remedy="fetch it first where there is network (`hf download`), accept its licence "
+            "there, or give a folder in Hugging Face form",
         ) from error
     refuse_unsafe_files(folder, where)
     return folder

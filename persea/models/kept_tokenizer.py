@@ -67,19 +67,17 @@ class OpenedTokenizer:
         return list(encoded.ids)
 
 
-def open_tokenizer(folder: Path | None, name: str, load: Callable[[], Any]) -> OpenedTokenizer:
+def open_tokenizer(folder: Path, name: str, load: Callable[[], Any]) -> OpenedTokenizer:
     """Read the kept form of a tokenizer, or load and keep it.
 
     Args:
-        folder: The folder of the tokenizer; None = load it anew.
+        folder: The folder of the tokenizer.
         name: Its name in messages.
         load: Loads it with transformers.
 
     Raises:
         DataError: The tokenizer cannot be read, or `load_vocabulary` refuses it.
     """
-    if folder is None:
-        return _open_anew(load(), name)
     key = _digest_of_sources(folder)
     path = storage.persea_home() / "tokenizers" / f"{key[:32]}.tokenizer"
     kept = _read(path, key, name)

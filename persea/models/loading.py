@@ -132,10 +132,13 @@ def loadable_name(name_or_path: str, where: str) -> str:
     return name_or_path if gguf is None else str(model_folder(gguf, where))
 
 
-def local_tokenizer_folder(source: ModelSource, where: str) -> Path | None:
-    """Return the local folder of a model's tokenizer; None for a hub id.
+def local_tokenizer_folder(source: ModelSource, where: str) -> Path:
+    """Return the local folder of a model's tokenizer; for a hub id that of its commit.
 
     A tokenizer.json beside a GGUF file is preferred to the tokenizer in the file.
+
+    Raises:
+        DataError: The folder does not exist, or the hub model cannot be downloaded.
     """
     name_or_path = source.tokenizer_name_or_path
     path = Path(name_or_path).expanduser()
@@ -145,12 +148,12 @@ def local_tokenizer_folder(source: ModelSource, where: str) -> Path | None:
     gguf = find_gguf(name_or_path, where)
     if gguf is not None:
         return tokenizer_folder(gguf, where)
-    return local_folder(name_or_path, where)
+    return local_folder(name_or_path, where) or hub.download_snapshot(
+        name_or_path, source.revision, where, with_weights=False
+    )
 
 
-def _refuse_other_tokenizer(
-    source: ModelSource, folder: Path | None, tokenizer: Any, where: str
-) -> None:
+def _refuse_other_tokenizer(source: ModelSource, folder: Path, tokenizer: Any, where: str) -> None:
     """Raise if a GGUF file is given a tokenizer that is not its own."""
     gguf = None if source.is_random else find_gguf(source.model, where)
     if gguf is not None and (source.tokenizer or folder == Path(source.model).expanduser()):
@@ -210,27 +213,21 @@ def load_tokenizer(source: ModelSource, where: str) -> Any:
     from transformers import AutoTokenizer
 
     folder = local_tokenizer_folder(source, where)
-    if folder is not None:
-        definition = folder / "tokenizer.json"
-        refuse_endless_tokenizer(definition if definition.is_file() else folder, where)
-        opened = open_tokenizer_file(folder, where)
-        if opened is not None:
-            return opened
-        refuse_remote_code(folder, where)
     name = source.tokenizer_name_or_path
-    commit = hub.resolve_commit(name, source.revision) if folder is None else ""
+    definition = folder / "tokenizer.json"
+    refuse_endless_tokenizer(definition if definition.is_file() else folder, where)
+    opened = open_tokenizer_file(folder, where)
+    if opened is not None:
+        return opened
+    if local_folder(name, where) is not None:  # a hub model behind a server may have code beside it
+        refuse_remote_code(folder, where)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder or name, trust_remote_code=False, **({"revision": commit} if commit else {})
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises a dozen kinds here
         raise DataError(
             f"no tokenizer in {name!r}: {_first_line(error).rstrip(':')}",
             where=where,
-            remedy="the folder needs tokenizer.json and tokenizer_config.json"
-            if folder is not None
-            else "fetch it first where there is network (`hf download`), accept its licence there, "
-            "or give a folder",
+            remedy="the folder needs tokenizer.json and tokenizer_config.json",
         ) from error
     _refuse_other_tokenizer(source, folder, tokenizer, where)
     return tokenizer
@@ -239,11 +236,8 @@ def load_tokenizer(source: ModelSource, where: str) -> Any:
 def _open_tokenizer(source: ModelSource, where: str) -> OpenedTokenizer:
     """Open a model's tokenizer; from the second time on without transformers."""
     folder = local_tokenizer_folder(source, where)
-    name, files = source.tokenizer_name_or_path, folder
-    if folder is None:
-        path = download_hub_file(ModelSource(name, source.revision), "tokenizer_config.json")
-        files = None if path is None else path.parent
-    opened = open_tokenizer(files, name, lambda: load_tokenizer(source, where))
+    name = source.tokenizer_name_or_path
+    opened = open_tokenizer(folder, name, lambda: load_tokenizer(source, where))
     _refuse_other_tokenizer(source, folder, opened, where)
     return opened
 
@@ -322,9 +316,8 @@ def load_renderer(
 
 def _response_template(source: ModelSource, where: str) -> object:
     """Return transformers' `response_template`, if the tokenizer's configuration has one."""
-    folder = local_tokenizer_folder(source, where)
-    path = None if folder is None else folder / "tokenizer_config.json"
-    if path is None or not path.is_file():
+    path = local_tokenizer_folder(source, where) / "tokenizer_config.json"
+    if not path.is_file():
         return None
     return read_json_config(path, where).get("response_template")
 

@@ -256,8 +256,7 @@ class StudentModel:
             if dtype is not None:
                 _write_key(folder / "config.json", "dtype", str(dtype).removeprefix("torch."))
             _allow_by_umask(folder)
-            if origin is not None:
-                copy_tokenizer_files(origin, folder)
+            copy_tokenizer_files(origin, folder)
             _save_stop_ids(folder / "generation_config.json", self.renderer.stop_ids)
         except (OSError, SafetensorError) as error:
             raise StorageError(
@@ -265,12 +264,6 @@ class StudentModel:
                 where=str(folder),
                 remedy="free space, then run again: the training resumes from its last checkpoint",
             ) from error
-        if origin is None:
-            from transformers import AutoTokenizer
-
-            AutoTokenizer.from_pretrained(
-                self.source.tokenizer_name_or_path, trust_remote_code=False
-            ).save_pretrained(folder)
         if self.source.thinking or self.source.chat_template:
             _save_chat_template(folder, self.renderer.template_text)
 

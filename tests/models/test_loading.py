@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from persea.chat.renderer import ChatRenderer
 from persea.distributions import SparseDistributions
 from persea.errors import DataError
 from persea.losses import event_kl_loss
+from persea.models.hub import download_snapshot
 from persea.models.identity import model_warnings
 from persea.models.loading import (
     ModelSource,
@@ -37,6 +39,7 @@ from persea.models.loading import (
     load_model,
     load_renderer,
     local_folder,
+    local_tokenizer_folder,
     resolve_model_source,
 )
 from persea.models.random_init import random_init
@@ -103,7 +106,7 @@ def test_a_folder_below_home_is_opened(
 
 
 def test_a_hub_id_that_cannot_be_had_is_refused_in_one_line():
-    with pytest.raises(DataError, match="no tokenizer in 'nobody/nothing'") as caught:
+    with pytest.raises(DataError, match="cannot fetch 'nobody/nothing'") as caught:
         load_renderer(ModelSource("nobody/nothing", revision="0" * 40), "teachers.a")
     assert "\n" not in str(caught.value)
 
@@ -649,11 +652,81 @@ def test_a_hub_model_that_cannot_be_downloaded_has_its_own_remedy(
     def offline(*names: object, **options: object) -> None:
         raise OSError("We couldn't connect:\nand more")
 
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", offline)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(
-        DataError, match=r"no tokenizer in 'some/model': We couldn't connect -> fetch it first"
+        DataError, match=r"cannot fetch 'some/model': We couldn't connect -> fetch it first"
     ):
         load_renderer(ModelSource("some/model"), "teachers.0")
+
+
+@pytest.fixture
+def hub_copy(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[tuple[ModelSource, Path]]:
+    """A hub model as the hub's cache keeps it: a snapshot of links to blobs."""
+    monkeypatch.setenv("PERSEA_HOME", str(tmp_path / "home"))
+    snapshot = tmp_path / "models--some--model" / "snapshots" / ("1" * 40)
+    blobs = snapshot.parent.parent / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in copy.iterdir():
+        file.rename(blobs / file.name)
+        (snapshot / file.name).symlink_to(blobs / file.name)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **how: str(snapshot))
+    download_snapshot.cache_clear()
+    yield ModelSource("some/model", revision="1" * 40), snapshot
+    download_snapshot.cache_clear()
+
+
+def test_a_hub_models_tokenizer_is_opened_in_the_child_first(
+    hub_copy: tuple[ModelSource, Path],
+    llama: tuple[Path, ChatRenderer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The library gets the folder of the commit, after a child has opened the same file."""
+    source, snapshot = hub_copy
+    opened: list[str] = []
+    run = subprocess.run
+
+    def noted(command: list[str], **how: Any) -> Any:
+        opened.append(command[3])
+        return run(command, **how)
+
+    monkeypatch.setattr(subprocess, "run", noted)
+    assert load_renderer(source, "w").digest == llama[1].digest
+    assert opened[0] == str(snapshot / "tokenizer.json")
+
+
+def test_an_endless_tokenizer_of_the_hub_is_refused(hub_copy: tuple[ModelSource, Path]) -> None:
+    source, snapshot = hub_copy
+    content = json.loads((snapshot / "tokenizer.json").read_text())
+    grow = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 16}
+    content["normalizer"] = {"type": "Sequence", "normalizers": [grow] * 12}
+    (snapshot / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="takes more than"):
+        load_renderer(source, "teachers.0")
+
+
+def test_a_link_out_of_a_hub_snapshot_is_refused(
+    hub_copy: tuple[ModelSource, Path], tmp_path: Path
+) -> None:
+    source, snapshot = hub_copy
+    (tmp_path / "outside.json").write_text("{}")
+    (snapshot / "vocab.json").symlink_to(tmp_path / "outside.json")
+    with pytest.raises(DataError, match="leads out of the model's folder"):
+        load_renderer(source, "teachers.0")
+
+
+def test_a_student_of_a_hub_model_gets_the_tokenizer_of_its_commit(
+    hub_copy: tuple[ModelSource, Path], llama: tuple[Path, ChatRenderer], tmp_path: Path
+) -> None:
+    source, snapshot = hub_copy
+    assert local_tokenizer_folder(source, "student") == snapshot
+    (tmp_path / "student").mkdir()
+    copy_tokenizer_files(snapshot, tmp_path / "student")
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        written = tmp_path / "student" / name
+        assert written.read_bytes() == (llama[0] / name).read_bytes() and not written.is_symlink()
 
 
 @pytest.mark.parametrize("weights", [False, True])
@@ -676,10 +749,18 @@ def test_only_requested_files_of_a_hub_model_are_downloaded(
         "consolidated.safetensors",
         "original/model.safetensors",
         "pytorch_model.bin",
+        "additional_chat_templates/rag.jinja",
+        "original/tokenizer.model",
+        "tokenizer.model",
+        "tiktoken.model",
+        "merges.txt",
+        "tokenization_own.py",
+        "modeling_own.py",
     ]
     downloaded = list(
         filter_repo_objects(
             names, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
         )
     )
-    assert downloaded == names[:3] + names[3:4] * weights
+    rest = ["additional_chat_templates/rag.jinja", *names[-5:-1]]
+    assert downloaded == names[:3] + names[3:4] * weights + rest
