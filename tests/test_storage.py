@@ -277,6 +277,46 @@ def test_a_lock_in_a_place_that_is_no_folder_is_a_storage_error(tmp_path: Path) 
         pytest.fail("a file was locked as a folder")
 
 
+@pytest.mark.parametrize("name", ["lock", "locks/cache"])
+def test_a_link_in_the_place_of_a_lock_is_refused_and_its_target_stays(
+    tmp_path: Path, name: str
+) -> None:
+    target = tmp_path / "precious"
+    target.write_text("keep me")
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    path.symlink_to(target)
+    held = store.lock_run_folder(tmp_path / "run") if name == "lock" else store.hold_lock(path)
+    with pytest.raises(StorageError, match="cannot write"), held:
+        pytest.fail("a link was locked")
+    assert target.read_text() == "keep me"
+
+
+# --- files that a user names ---
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "device", "folder", "long name", "NUL", "loop", "large"])
+def test_what_is_no_file_of_a_bounded_size_is_not_read(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "file"
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind in ("device", "loop"):
+        path.symlink_to("/dev/zero" if kind == "device" else path)
+    elif kind == "large":
+        path.write_bytes(b"x" * 101)
+    else:
+        path = tmp_path / ("x" * 300 if kind == "long name" else "a\0b")
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError) as caught:
+        store.read_input_bytes(path, 100)
+    assert caught.value.filename == str(path)
+    assert len(os.listdir("/proc/self/fd")) == before
+    (tmp_path / "good").write_bytes(b"x" * 100)
+    assert store.read_input_bytes(tmp_path / "good", 100) == b"x" * 100
+
+
 # --- disks that fail ------------------------------------------------------------------------------
 
 TRY = """

@@ -63,12 +63,16 @@ def iter_table(path: Path, max_line_bytes: int = MAX_FIELD_BYTES) -> Iterator[Ta
         >>> [(row.name, row.value) for row in iter_table(path)]
         [('pairs.csv:2', {'question': '2 + 2?', 'answer': '4'})]
     """
-    if path.is_dir():
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except OSError as error:  # a name of 300 letters
+        _refuse(error.strerror or "no such file", path)
+    if is_folder:
         yield from _iter_folder(path, max_line_bytes)
         return
     suffixes = [s for s in path.suffixes[-2:] if s]
     kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] == ".gz" else path.suffix
-    if not path.exists():
+    if not exists:
         _refuse("no such file", path)
     if kind not in TABLE_SUFFIXES:
         _refuse(f"{path.suffix or 'no suffix'} is no table that persea reads", path)

@@ -16,6 +16,7 @@ from typing import Any
 from persea.errors import DataError
 from persea.models.gguf_header import find_gguf
 from persea.models.loading import ModelSource, local_folder
+from persea.models.references import model_path
 from persea.models.sizes import ModelSize, read_model_size
 from persea.models.weight_shapes import read_text_config
 
@@ -161,7 +162,7 @@ def _facts_of_size(source: ModelSource, size: ModelSize) -> ModelFacts:
 def _config_folder(model: str) -> Path | None:
     if find_gguf(model, "") is not None:
         return None
-    folder = Path(model).expanduser()
+    folder = model_path(model, "")
     if folder.is_dir():
         return folder
     from huggingface_hub import try_to_load_from_cache

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from persea.errors import DataError, MissingRequirementError
+from persea.models.references import model_path
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # version 1 counted in 32 bits; no converter has written it since 2023
@@ -132,9 +133,10 @@ def find_gguf(name_or_path: str, where: str) -> Path | None:
         where: The place for error messages.
 
     Raises:
-        DataError: The folder holds several GGUF files, or one in several parts.
+        DataError: The folder holds several GGUF files, or one in several parts, or cannot be
+            looked at.
     """
-    path = Path(name_or_path).expanduser()
+    path = model_path(name_or_path, where)
     if path.suffix.lower() == ".gguf" and path.is_file():
         found = [path]
     elif name_or_path and path.is_dir() and not any(path.glob("*.safetensors")):

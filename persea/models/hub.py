@@ -52,11 +52,11 @@ def download_hub_file(model: str, revision: str, name: str) -> Path | None:
 
 def _download_file(model: str, name: str, revision: str) -> Path | None:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(model, name, revision=revision or None))
-    except (HfHubHTTPError, LocalEntryNotFoundError):
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
         return None
 
 

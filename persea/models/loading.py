@@ -41,6 +41,7 @@ from persea.models.gguf_tokenizer import refuse_other_tokens, stop_token_ids
 from persea.models.kept_tokenizer import OpenedTokenizer, open_tokenizer
 from persea.models.placement import compute_device, placement_kwargs
 from persea.models.random_init import random_init
+from persea.models.references import model_path
 from persea.models.run_student import refuse_changed_student
 from persea.models.tokenizer_containment import refuse_endless_tokenizer
 from persea.models.tokenizer_files import open_tokenizer_file
@@ -104,15 +105,11 @@ def local_folder(name_or_path: str, where: str) -> Path | None:
     gguf = find_gguf(name_or_path, where)
     if gguf is not None:
         return model_folder(gguf, where)
-    path = Path(name_or_path).expanduser()
-    try:
-        is_folder, exists = bool(name_or_path) and path.is_dir(), path.exists()
-    except (OSError, ValueError):  # a name of 300 letters, or with NUL
-        is_folder, exists = False, True
-    if is_folder:
+    path = model_path(name_or_path, where)
+    if name_or_path and path.is_dir():
         refuse_unsafe_files(path, where)
         return path
-    if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1 or exists:
+    if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1 or path.exists():
         raise DataError(
             f"no model folder {name_or_path!r}",
             where=where,
@@ -141,7 +138,7 @@ def local_tokenizer_folder(source: ModelSource, where: str) -> Path:
         DataError: The folder does not exist, or the hub model cannot be downloaded.
     """
     name_or_path = source.tokenizer_name_or_path
-    path = Path(name_or_path).expanduser()
+    path = model_path(name_or_path, where)
     if name_or_path and (path / "tokenizer.json").is_file():
         refuse_unsafe_files(path, where)
         return path
@@ -171,7 +168,7 @@ def resolve_model_source(name_or_path: str, where: str) -> tuple[ModelSource, da
         DataError: The path is neither, the run has no student yet, its recipe is broken, or its
             student was changed after the training.
     """
-    folder = Path(name_or_path).expanduser()
+    folder = model_path(name_or_path, where)
     is_local = folder.parent.is_dir() or folder.parts[:1] == ("runs",)
     if not folder.exists() and folder.parent != Path() and is_local:
         raise DataError(

@@ -26,6 +26,7 @@ from persea.models.licence_text import (
     licence_of_card,
     licence_of_files,
 )
+from persea.models.references import model_path
 from persea.report.lineage import RECORD_FILE
 
 MAX_FILE_BYTES = 1 << 20  # of a card, a configuration or a licence file
@@ -144,7 +145,7 @@ def _model_input(
     host = (urlsplit(endpoint.url).hostname or "") if endpoint else ""
     if ref.model == TEXT_ONLY_MODEL:
         return LicensedInput(name, relation, (ref.licence,), served or (name,), host)
-    path = Path(ref.model).expanduser()
+    path = model_path(ref.model, name)
     own_name = path.name if path.exists() else ref.model
     stated, ancestors = "", tuple[str, ...]()
     if relation is not Relation.REFERENCE:  # a model that is only measured needs no licence
@@ -167,7 +168,7 @@ def _served_names(ref: TeacherSection, name: str, folder: Path | None) -> tuple[
 
 def _stated_by_files(ref: ModelRef, where: str, folder: Path | None) -> tuple[str, tuple[str, ...]]:
     """Return the licence that a model's own files state, and the models that it was made from."""
-    path = Path(ref.model).expanduser()
+    path = model_path(ref.model, where)
     is_gguf = path.suffix.lower() == ".gguf" or (
         path.is_dir() and not any(path.glob("*.safetensors")) and any(path.glob("*.gguf"))
     )

@@ -229,8 +229,11 @@ def validation_error(error: ValidationError, path: Path) -> DataError:
 
 
 def rerun_remedy(path: Path) -> str:
-    """Return the remedy for a broken file of a stage."""
-    return f"delete {path.parent} and run its stage again"
+    """Return the remedy for a broken file of a stage; it keeps what was paid for.
+
+    A stage with a missing file is not up to date, and resumes from its units and checkpoints.
+    """
+    return f"delete {path} and run the recipe again into this folder: units and checkpoints stay"
 
 
 def _read_validated(path: Path, target_type: type[ParsedT]) -> ParsedT:
@@ -306,12 +309,8 @@ def read_run_files(run_folder: Path) -> RunFiles:
         },
     )
     for name, message in _contradictions(files):
-        stage = name.partition("/")[0]
-        raise DataError(
-            message,
-            where=str(run_folder / name),
-            remedy=f"delete {run_folder / stage} and run it and the stages after it again",
-        )
+        path = run_folder / name
+        raise DataError(message, where=str(path), remedy=rerun_remedy(path))
     return files
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from persea.data.formats import read_prompts
 from persea.data.tables import iter_hub_table, iter_table
 from persea.errors import DataError
 
@@ -148,6 +150,34 @@ def test_a_broken_table_is_refused_with_its_place(
     with pytest.raises(DataError, match=why) as caught:
         list(iter_table(path))
     assert str(path) in caught.value.where
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("kind", ["FIFO", "device", "loop", "long name", "NUL", "under a file"])
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind in ("device", "loop"):
+        path.symlink_to("/dev/zero" if kind == "device" else path)
+    elif kind == "under a file":
+        path.write_text("{}")
+        path = path / "rows.jsonl"
+    else:
+        path = tmp_path / (("x" * 300 if kind == "long name" else "a\0b") + ".jsonl")
+    with pytest.raises(DataError) as caught:
+        list(iter_table(path))
+    assert caught.value.where and caught.value.remedy and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_nested_records_are_refused_in_one_line(tmp_path: Path, name: str) -> None:
+    row = '{"question": ' + "[" * 200_000 + "]" * 200_000 + "}"
+    path = tmp_path / name
+    path.write_text(row + "\n" if name == "rows.jsonl" else f"[{row}]")
+    with pytest.raises(DataError, match="not JSON: maximum recursion depth") as caught:
+        list(read_prompts(path, "code", "en"))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_data_set_is_loaded_by_name_split_and_revision(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from persea.distributions import SparseDistributions
 from persea.errors import DataError
 from persea.losses import event_kl_loss
 from persea.models.hub import download_snapshot
-from persea.models.identity import model_warnings
+from persea.models.identity import fingerprint, model_warnings
 from persea.models.loading import (
     ModelSource,
     download_model,
@@ -80,6 +80,13 @@ def test_folders_and_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         "file",
         "",
         "https://huggingface.co/Qwen/Qwen3-8B",
+        "x" * 300,
+        "/" + "x" * 300,
+        "org/" + "x" * 300,
+        "org/a\0b",
+        "~no-such-user/x",
+        "loop",
+        "file/x",
     ],
 )
 def test_a_missing_folder_is_refused_and_not_looked_up(
@@ -88,9 +95,11 @@ def test_a_missing_folder_is_refused_and_not_looked_up(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
     for call in (
         lambda: local_folder(reference, "teachers.a"),
         lambda: load_renderer(ModelSource(reference), "teachers.a"),
+        lambda: fingerprint(ModelSource(reference), "teachers.a"),
     ):
         with pytest.raises(DataError, match="no model folder") as caught:
             call()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from persea import storage
+from persea.cache.canaries import KEY_FILE, read_pairs
 from persea.cache.unit import read_record
 from persea.config.recipe import load_recipe
 from persea.errors import RecipeError
@@ -113,14 +114,23 @@ def test_a_store_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
 def test_worker_processes_write_the_same_cache_and_account_for_every_attempt(
     tmp_path: Path,
 ) -> None:
-    """Two workers, one killed in the middle: the same bytes as from one process, nothing twice."""
-    caches, ledgers = [], []
+    """Two workers, one killed in the middle: the same bytes as from one process, nothing twice.
+
+    With the same key the canary pairs are the same too.
+    """
+    caches, ledgers, pairs = [], [], []
     for workers in (1, 2):
         folder = tmp_path / str(workers)
         folder.mkdir()
-        overrides = [f"executor.workers={workers}", "capture.prompts_per_unit=3"]
+        overrides = [
+            f"executor.workers={workers}",
+            "capture.prompts_per_unit=3",
+            "capture.canaries=8",
+        ]
         context = RunContext(load_recipe(recipe(folder, **ONE), overrides), folder / "run")
         run_pipeline(context, lambda *ignored: None, "audition")
+        if workers == 2:
+            shutil.copy(tmp_path / "1" / "run" / KEY_FILE, folder / "run")
         killed: list[int] = []
 
         def kill_one(
@@ -147,9 +157,11 @@ def test_worker_processes_write_the_same_cache_and_account_for_every_attempt(
                 **tree(folder / "run" / "capture" / "commits"),
             }
         )
+        pairs.append(read_pairs(folder / "run"))
         ledgers.append(read_ledger(folder / "run")["capture"])
     assert len(caches[0]) == 8
     assert caches[0] == caches[1]
+    assert pairs[0] == pairs[1] and 0 < len(pairs[0]) <= 8
     one, two = ledgers
     assert (one.committed, two.committed) == (4, 4)
     assert one.tokens_paid >= one.tokens_kept == two.tokens_kept > 0

@@ -233,7 +233,7 @@ def test_files_of_another_version_are_refused_in_one_line(
     refusal = refusal_of(run, name)
     assert "missing: another version of persea wrote this file" in refusal.message
     assert "\n" not in str(refusal)
-    assert refusal.remedy == f"delete {path.parent} and run its stage again"
+    assert refusal.remedy.startswith(f"delete {path} and run the recipe again into this folder")
 
 
 @pytest.mark.parametrize("case", CONTRADICTIONS)

@@ -84,7 +84,7 @@ def broken(**changes: Any) -> dict[str, Any]:
 def test_a_broken_file_is_refused(tmp_path: Path, told: Any, what: str) -> None:
     with pytest.raises(DataError, match=what) as caught:
         hybrid_page.read_thinking_modes(kept(tmp_path, told))
-    assert "run its stage again" in caught.value.remedy
+    assert "run the recipe again into this folder" in caught.value.remedy
 
 
 def test_one_row_for_each_mode() -> None:

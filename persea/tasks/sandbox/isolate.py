@@ -26,7 +26,10 @@ NAMESPACE_FLAGS = (
     0x10000000 | 0x00020000 | 0x40000000 | 0x20000000 | 0x08000000 | 0x04000000 | 0x02000000
 )
 MNT_DETACH, AT_FDCWD, AT_RECURSIVE = 2, -100, 0x8000
-SYS_MOUNT_SETATTR = 442  # on every architecture
+# on every architecture
+SYS_MOUNT_SETATTR = 442
+SYS_LANDLOCK_CREATE_RULESET, SYS_LANDLOCK_ADD_RULE, SYS_LANDLOCK_RESTRICT_SELF = 444, 445, 446
+LANDLOCK_PATH_BENEATH, LANDLOCK_EXECUTE = 1, 1
 CAPABILITY_HEADER = (0x20080522, 0)  # version 3, this process
 KEYCTL_JOIN_SESSION_KEYRING = 1
 # keyctl has another number on each architecture; 219 is that of all newer ones
@@ -46,14 +49,20 @@ class _MountAttributes(ctypes.Structure):
     )
 
 
-def check_syscall(result: int, call_name: str) -> None:
-    """Check the result of a system call.
+class _PathBeneath(ctypes.Structure):
+    _pack_ = 1
+    _fields_ = (("allowed", ctypes.c_uint64), ("folder", ctypes.c_int32))
+
+
+def check_syscall(result: int, call_name: str) -> int:
+    """Return the result of a system call.
 
     Raises:
         OSError: If the call failed; the message names it.
     """
     if result < 0:
         raise OSError(ctypes.get_errno(), f"{call_name}: {os.strerror(ctypes.get_errno())}")
+    return result
 
 
 def mount(
@@ -158,6 +167,28 @@ def drop_privileges(uid: int) -> None:
     check_syscall(LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "dumpable")
 
 
+def forbid_other_programs(folders: list[str]) -> None:
+    """Let only programs in these folders be executed, for this process and its children.
+
+    Bubblewrap mounts a /tmp from which programs can be executed, and has no option against it.
+    Needs `no_new_privs`.
+    """
+    handled = ctypes.c_uint64(LANDLOCK_EXECUTE)
+    size = ctypes.c_size_t(ctypes.sizeof(handled))
+    rules = check_syscall(
+        LIBC.syscall(SYS_LANDLOCK_CREATE_RULESET, ctypes.byref(handled), size, 0), "landlock"
+    )
+    for path in folders:
+        folder = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        rule = ctypes.byref(_PathBeneath(LANDLOCK_EXECUTE, folder))
+        check_syscall(
+            LIBC.syscall(SYS_LANDLOCK_ADD_RULE, rules, LANDLOCK_PATH_BENEATH, rule, 0), "landlock"
+        )
+        os.close(folder)
+    check_syscall(LIBC.syscall(SYS_LANDLOCK_RESTRICT_SELF, rules, 0), "landlock")
+    os.close(rules)
+
+
 def run_program(settings: dict[str, Any]) -> None:
     """Run the program in the child process, with limits, three descriptors and its channels. Never
     returns.
@@ -240,6 +271,8 @@ def main() -> None:
             build_root(settings)
         leave_session()
         drop_privileges(settings["uid"])
+        if not settings["use_namespaces"]:
+            forbid_other_programs(settings["binds"])
         child = os.fork()
     except (OSError, AttributeError, StopIteration) as error:
         report({"exit_kind": "failed", "reason": str(error) or type(error).__name__})

@@ -393,6 +393,11 @@ def unshare():
     if libc.unshare(0x10000000) < 0:
         raise OSError
     os._exit(3)
+def own_program():
+    with open("/tmp/own", "w") as file:
+        file.write("#!" + sys.executable)
+    os.chmod("/tmp/own", 0o755)
+    os.waitpid(os.posix_spawn("/tmp/own", ["own"], {{}}), 0)
 capabilities = (ctypes.c_uint32 * 6)()
 libc.capget((ctypes.c_uint32 * 2)(0x20080522, 0), capabilities)
 results = dict(
@@ -412,6 +417,7 @@ results = dict(
     keyring=keyring <= 0 or libc.syscall(keyctl, 0, -3, 0) != keyring,
     hostname=socket.gethostname() == "sandbox",
     root_entries=set(os.listdir("/")) <= {entries!r},
+    programs=fails(own_program),
     forks=fails(many),
 )
 print(json.dumps(results))

@@ -10,6 +10,7 @@ import pytest
 from persea.errors import MissingRequirementError
 from persea.tasks.sandbox import sandbox as module
 from persea.tasks.sandbox.sandbox import Isolation, open_sandbox, verify_isolation
+from tests.tasks.sandbox.test_sandbox import of_kind
 
 WEAKENED = {  # protection that the self-test must report -> text of isolate.py and its replacement
     "capabilities": ('PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no', 'PR_SET_DUMPABLE, 0, 0, 0, 0), "no'),
@@ -32,7 +33,21 @@ WEAKENED = {  # protection that the self-test must report -> text of isolate.py 
     "network": ("| 0x40000000 |", "|"),
     "descriptors": ("os.closerange(3 + len(moved), ", "os.closerange(4000 + len(moved), "),
     "processes": ("| 0x20000000 |", "|"),
+    "programs": ("MS_NOSUID | MS_NODEV | MS_NOEXEC,", "MS_NOSUID | MS_NODEV,"),
 }
+
+
+def test_bubblewrap_without_its_rule_for_programs_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = of_kind(Isolation.BUBBLEWRAP)
+    text = module.ISOLATE_SCRIPT.read_text()
+    before = "            forbid_other_programs("
+    assert text.count(before) == 1
+    (tmp_path / "isolate.py").write_text(text.replace(before, "            len("))
+    monkeypatch.setattr(module, "ISOLATE_SCRIPT", tmp_path / "isolate.py")
+    with pytest.raises(MissingRequirementError, match="programs"):
+        verify_isolation(box)
 
 
 @pytest.mark.parametrize("name", WEAKENED)

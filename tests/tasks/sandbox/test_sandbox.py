@@ -6,6 +6,7 @@ A sandbox that does not isolate is refused.
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -29,12 +30,24 @@ from persea.tasks.sandbox.sandbox import (
 )
 
 
-@pytest.fixture(scope="module")
-def proven() -> Sandbox:
+def of_kind(isolation: Isolation) -> Sandbox:
+    """A sandbox with this isolation; nobody may not look into root's home for a Python."""
+    is_bubblewrap = isolation is Isolation.BUBBLEWRAP
+    python = "/usr/bin/python3" if is_bubblewrap and os.geteuid() == 0 else sys.executable
+    if is_bubblewrap and not (shutil.which("bwrap") and Path(python).exists()):
+        pytest.skip("bubblewrap or a Python for it is not installed")
+    return Sandbox(isolation, os.path.realpath(python))
+
+
+@pytest.fixture(scope="module", params=list(Isolation), ids=str)
+def proven(request: pytest.FixtureRequest) -> Sandbox:
+    """Every test runs with each isolation that this machine has."""
+    sandbox = of_kind(request.param)
     try:
-        return open_sandbox()
+        verify_isolation(sandbox)
     except MissingRequirementError as error:
-        pytest.skip(f"no sandbox on this machine: {error}")
+        pytest.skip(f"no such sandbox on this machine: {error}")
+    return sandbox
 
 
 @pytest.fixture(scope="module")
@@ -375,17 +388,8 @@ def test_a_program_ends_with_the_process_that_started_it(box: Sandbox):
 
 
 @pytest.mark.parametrize("walls", Isolation)
-def test_both_kinds_of_isolation_hold(proven: Sandbox, walls: Isolation):
-    python = (
-        "/usr/bin/python3"
-        if walls is Isolation.BUBBLEWRAP and os.geteuid() == 0
-        else sys.executable
-    )  # nobody may not look into root's home
-    if walls is Isolation.BUBBLEWRAP and not (
-        Path("/usr/bin/bwrap").exists() and Path(python).exists()
-    ):
-        pytest.skip("bubblewrap or a Python for it is not installed")
-    verify_isolation(Sandbox(walls, os.path.realpath(python)))
+def test_both_kinds_of_isolation_hold(walls: Isolation):
+    verify_isolation(of_kind(walls))
 
 
 def test_a_machine_without_namespaces_is_refused(
