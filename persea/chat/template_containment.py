@@ -1,10 +1,10 @@
 """Render unknown chat templates in a child process: they could loop or allocate without end.
 
 Jinja's sandbox keeps a template from files and from Python's inner objects, but not from time and
-memory: a few nested `range` loops never end. A template that could do so is compiled and rendered
-by a child with limits, at the first and at every call. A call that goes beyond a limit is refused.
-Templates whose time and memory their conversation bounds, and the known templates of published
-models (`persea.chat.known_templates`), are rendered in this process.
+memory: a few nested loops over one text never end. So every template that is not one of the known
+templates of published models (`persea.chat.known_templates`) is compiled and rendered by a child
+with limits, at the first and at every call. One child serves all templates of a process. A call
+that goes beyond a limit is refused, and the next call gets a new child.
 """
 
 from __future__ import annotations
@@ -25,31 +25,23 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
 
 from persea.chat.known_templates import is_known_template
 from persea.chat.template import ChatTemplate, compile_template, parse_template
 from persea.errors import DataError
 
-MAX_SECONDS = 10  # CPU seconds of one rendering
+MAX_SECONDS = 2.5  # CPU seconds of one rendering
 MAX_MEMORY_BYTES = 2 << 30
 MAX_OUTPUT_CHARS = 4_000_000
 # A loaded machine gives the child little time.
-MAX_WAIT_SECONDS = 10 * MAX_SECONDS
-# Filters, operators and methods that can make long texts from short ones.
-GROWING_FILTERS = frozenset(
-    {"center", "indent", "wordwrap", "format", "batch", "slice", "replace", "join"}
-)
-GROWING_METHODS = frozenset(
-    {"center", "ljust", "rjust", "zfill", "format", "expandtabs", "replace", "join"}
-)
-GROWING_NODES = (nodes.Mul, nodes.Pow, nodes.Mod)
+MAX_WAIT_SECONDS = 40 * MAX_SECONDS
+MAX_COMPILED = 64  # templates that a child keeps
 
 
 def open_template(
     text: str, special_tokens: dict[str, str], template_date: date, where: str
 ) -> ChatTemplate:
-    """Compile a chat template; one that could render without end gets a child process.
+    """Compile a chat template; one that persea does not know is rendered in a child process.
 
     Args:
         text: The Jinja source.
@@ -64,49 +56,19 @@ def open_template(
     Raises:
         DataError: The template does not compile.
     """
-    # Compiling computes constants, so it is contained too.
-    if is_known_template(text) or not can_grow(text):
+    if is_known_template(text):
         return compile_template(text, special_tokens, template_date, where)
+    try:
+        parse_template(text)
+    except (jinja2.TemplateError, RecursionError):
+        return compile_template(text, special_tokens, template_date, where)  # raises
+    # Compiling computes constants, so it is contained too.
     return _ContainedTemplate(text, special_tokens, template_date, where)
 
 
-def can_grow(text: str) -> bool:
-    """Return whether a template has parts whose time or memory its conversation does not bound."""
-    try:
-        parsed = parse_template(text)
-    except (jinja2.TemplateError, RecursionError):
-        return False  # it does not compile, and is refused for that
-    if next(parsed.find_all(GROWING_NODES), None) is not None:
-        return True
-    if any(f.name in GROWING_FILTERS for f in parsed.find_all(nodes.Filter)):
-        return True
-    if any(loop.recursive for loop in parsed.find_all(nodes.For)):
-        return True
-    macros = {m.name for m in parsed.find_all(nodes.Macro)}
-    if any(_is_growing_call(call, macros) for call in parsed.find_all(nodes.Call)):
-        return True
-    # A text that a loop makes longer can double at each message.
-    return (
-        any(
-            next(assigned.node.find_all((nodes.Add, nodes.Concat)), None) is not None
-            or isinstance(assigned.node, (nodes.Add, nodes.Concat))
-            for loop in parsed.find_all(nodes.For)
-            for assigned in loop.find_all(nodes.Assign)
-        )
-        or next(parsed.find_all(nodes.AssignBlock), None) is not None
-    )
-
-
-def _is_growing_call(call: nodes.Call, macros: set[str]) -> bool:
-    called = call.node
-    if isinstance(called, nodes.Name):
-        return called.name in {"range", "lipsum"} | macros
-    return isinstance(called, nodes.Getattr) and called.attr in GROWING_METHODS
-
-
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class _ContainedTemplate:
-    """A chat template that a child process renders, started at the first call.
+    """A chat template that the child process renders.
 
     Attributes:
         text: The Jinja source.
@@ -119,9 +81,6 @@ class _ContainedTemplate:
     special_tokens: dict[str, str]
     template_date: date
     where: str
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-    _child: subprocess.Popen[bytes] | None = field(default=None, repr=False)
-    _owner: int = 0
 
     def __call__(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool, **variables: Any
@@ -133,47 +92,57 @@ class _ContainedTemplate:
         """
         now = variables.pop("strftime_now", None)
         request = {
+            "template": [self.text, self.special_tokens],
+            "max_seconds": MAX_SECONDS,
             "date": now("%Y-%m-%d") if now is not None else self.template_date.isoformat(),
             "messages": messages,
             "add_generation_prompt": add_generation_prompt,
             "variables": variables,
         }
-        with self._lock:
-            answer = self._ask(json.dumps(request).encode() + b"\n")
+        answer = _CHILD.ask(json.dumps(request).encode() + b"\n")
         if "text" in answer:
             return str(answer["text"])
         raise DataError(answer["message"], where=self.where, remedy=answer["remedy"])
 
-    def _ask(self, request: bytes) -> dict[str, Any]:
-        child = self._running_child()
-        line = b""
-        try:
-            assert child.stdin is not None and child.stdout is not None
-            child.stdin.write(request)
-            child.stdin.flush()
-            if select.select([child.stdout], [], [], MAX_WAIT_SECONDS)[0]:
-                line = child.stdout.readline()
-        except (BrokenPipeError, ValueError):
+
+@dataclass(eq=False)
+class _Child:
+    """The child of this process, started at the first request; a forked worker starts its own."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, request: bytes) -> dict[str, Any]:
+        """Return the child's answer to a request of one line."""
+        with self.lock:
+            child = self._running()
             line = b""
-        except BaseException:  # Ctrl-C between request and answer
-            self._stop()
-            raise
-        if line.endswith(b"\n"):
-            answer: dict[str, Any] = json.loads(line)
-            return answer
-        self._stop()
+            try:
+                assert child.stdin is not None and child.stdout is not None
+                child.stdin.write(request)
+                child.stdin.flush()
+                if select.select([child.stdout], [], [], MAX_WAIT_SECONDS)[0]:
+                    line = child.stdout.readline()
+            except (BrokenPipeError, ValueError):
+                line = b""
+            except BaseException:  # Ctrl-C between request and answer
+                self.stop()
+                raise
+            if line.endswith(b"\n"):
+                answer: dict[str, Any] = json.loads(line)
+                return answer
+            self.stop()
         return {
             "message": "the chat template does not end: a conversation takes more than "
             f"{MAX_SECONDS} s, {MAX_MEMORY_BYTES >> 30} GB or {MAX_OUTPUT_CHARS:,} characters",
             "remedy": "take the template from the model's own repository",
         }
 
-    def _running_child(self) -> subprocess.Popen[bytes]:
-        """Return the child of this process; a forked worker starts its own."""
-        if self._child is None or self._owner != os.getpid() or self._child.poll() is not None:
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self.process is None or self.process.poll() is not None:
             package = Path(__file__).resolve().parents[2]
             paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
-            self._child = subprocess.Popen(
+            self.process = subprocess.Popen(
                 [sys.executable, "-m", "persea.chat.template_containment"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -181,40 +150,43 @@ class _ContainedTemplate:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
                 start_new_session=True,  # Ctrl-C is for this process
             )
-            self._owner = os.getpid()
-            atexit.register(self._stop)
-            head = [self.text, self.special_tokens, MAX_SECONDS]
-            assert self._child.stdin is not None
-            self._child.stdin.write(json.dumps(head).encode() + b"\n")
-        return self._child
+        return self.process
 
-    def _stop(self) -> None:
-        child, self._child = self._child, None
-        if child is None or self._owner != os.getpid():
+    def stop(self) -> None:
+        """End the child."""
+        child, self.process = self.process, None
+        if child is None:
             return
         with suppress(OSError):
             child.kill()
             child.wait()
 
-    def __del__(self) -> None:
-        with suppress(Exception):
-            atexit.unregister(self._stop)
-            self._stop()
+    def forget(self) -> None:
+        """Leave the child to the process that this one was forked from."""
+        self.lock, self.process = threading.Lock(), None
+
+
+_CHILD = _Child()
+atexit.register(_CHILD.stop)
+os.register_at_fork(after_in_child=_CHILD.forget)
 
 
 def _main() -> None:
     """Render the requests of the parent, one a line; the limits end this process."""
-    text, special_tokens, max_seconds = json.loads(sys.stdin.readline())
     with suppress(ValueError, OSError):  # not every system limits the address space
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
-    template: ChatTemplate | None = None
+    compiled: dict[str, ChatTemplate] = {}
     for line in sys.stdin:
         request = json.loads(line)
-        signal.setitimer(signal.ITIMER_PROF, max_seconds)  # SIGPROF ends this process
+        signal.setitimer(signal.ITIMER_PROF, request["max_seconds"])  # SIGPROF ends this process
         today = date.fromisoformat(request["date"])
+        key = json.dumps(request["template"])
         try:
-            template = template or compile_template(text, special_tokens, today, "template")
-            rendered = template(
+            if key not in compiled:
+                if len(compiled) >= MAX_COMPILED:
+                    compiled.clear()
+                compiled[key] = compile_template(*request["template"], today, "template")
+            rendered = compiled[key](
                 request["messages"],
                 add_generation_prompt=request["add_generation_prompt"],
                 strftime_now=today.strftime,

@@ -58,7 +58,6 @@ def _scaled(line: CostLine, share: float) -> CostLine:
     if share == 1:
         return line
 
-
     def scale(value: float | None) -> float | None:
         return None if value is None else value * share
 

@@ -1,8 +1,9 @@
-"""A chat template that could loop or allocate without end is rendered in a child process."""
+"""An unknown chat template is rendered in a child process, which ends whatever it does."""
 
 from __future__ import annotations
 
 import os
+import resource
 from datetime import date
 from typing import Any
 
@@ -10,40 +11,34 @@ import pytest
 
 from persea.chat import template_containment
 from persea.chat.template import ChatTemplate, compile_template
-from persea.chat.template_containment import can_grow, open_template
+from persea.chat.template_containment import _CHILD, open_template
 from persea.errors import DataError
 
 PLAIN = "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}{% endfor %}"
 BOUNDED_RANGE = "{% for k in range(messages | length) %}{{ messages[k].content }}{% endfor %}"
 NESTED = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
-LONG = "{{ 'x' * 5000000 }}"
-HUGE = "{{ ('x' * 1000000000) ~ ('y' * 1000000000) }}"
-
-
-@pytest.mark.parametrize(
-    ("template", "want"),
-    [
-        (PLAIN, False),
-        (BOUNDED_RANGE, True),
-        (NESTED, True),
-        (LONG, True),
-        ("{{ 2 ** 9999 }}", True),
-        ("{{ '%99999d' % 1 }}", True),
-        ("{{ 'x' | center(99999) }}", True),
-        ("{{ 'x'.ljust(99999) }}", True),
-        ("{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}", True),
-        ("{% for m in messages recursive %}{% endfor %}", True),
-        (
-            "{% set n = namespace(s='x') %}"
-            "{% for m in messages %}{% set n.s = n.s ~ n.s %}{% endfor %}",
-            True,
-        ),
-        ("{{ 'x' | replace('x', 'xx') }}", True),
-        ("{% for", False),  # refused because it does not compile
-    ],
+GROW = (
+    "{% set n = namespace(s=START) %}{% for k in range(64) %}{% set n.s = n.s + n.s %}{% endfor %}"
 )
-def test_templates_that_their_conversation_does_not_bound(template: str, want: bool):
-    assert can_grow(template) is want
+# The hostile forms, each with the limit or the sandbox that ends it.
+HOSTILE = {
+    "loops over ranges": NESTED,
+    "loops over one text": "{% for a in 'abcdefghijklmnopqrstuvwxyz' %}" * 9 + "{% endfor %}" * 9,
+    "loops over the question": "{% for c in messages[0].content %}" * 9 + "{% endfor %}" * 9,
+    "a recursive macro": "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
+    "a recursive loop": "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
+    "a long constant": "{{ 'x' * 5000000 }}",
+    "a huge constant": "{{ ('x' * 1000000000) ~ ('y' * 1000000000) }}",
+    "a doubled text": GROW.replace("START", "'x'") + "{{ n.s }}",
+    "a doubled list": GROW.replace("START", "[1]") + "{{ n.s | length }}",
+    "doubled without a loop": "{% set s = 'x' %}" + "{% set s = s ~ s %}" * 40 + "{{ s }}",
+    "a wide format": "{{ '%9999999999d' % 1 }}",
+    "a wide indent": "{{ messages | tojson(indent=9999999999) }}",
+    "a wide filter": "{{ 'x' | center(9999999999) }}",
+    "a power": "{{ (9 ** (9 ** 9)) | string | length }}",
+    "an escape": "{{ cycler.__init__.__globals__.os.system('id') }}",
+    "a change": "{{ messages.append(1) }}",
+}
 
 
 def opened(template: str) -> ChatTemplate:
@@ -54,9 +49,46 @@ def question(text: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": text}]
 
 
-def test_a_bounded_template_starts_no_process(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(template_containment.subprocess, "Popen", lambda *_, **__: pytest.fail())
+def test_there_are_enough_hostile_forms() -> None:
+    assert len(HOSTILE) >= 12
+
+
+@pytest.mark.parametrize("form", HOSTILE)
+def test_a_hostile_template_is_contained(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_containment, "MAX_SECONDS", 0.2)
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    talk = question("The quick brown fox jumps over the lazy dog.")
+    with pytest.raises(DataError) as caught:
+        opened(HOSTILE[form])(talk, add_generation_prompt=True)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    assert after.ru_utime - before.ru_utime < 1
+    assert talk == question("The quick brown fox jumps over the lazy dog.")
+    assert (caught.value.where, caught.value.exit_code) == ("teachers.0.model", 3)
+    assert "\n" not in str(caught.value) and caught.value.remedy
+
+
+def test_a_hostile_template_ends_after_three_seconds_of_work() -> None:
+    """The limit is CPU time, so a loaded machine changes the wall time alone."""
+
+    def used() -> float:
+        found = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return found.ru_utime + found.ru_stime
+
+    _CHILD.stop()  # what the child did before does not count
+    begin = used()
+    with pytest.raises(DataError, match="does not end"):
+        opened(NESTED)(question("Hi"), add_generation_prompt=True)
+    assert 0 < used() - begin < 3
+
+
+def test_one_child_serves_all_templates_of_a_process() -> None:
     assert opened(PLAIN)(question("Hi"), add_generation_prompt=False) == "<|user|>Hi"
+    child = _CHILD.process
+    assert child is not None and child.poll() is None
+    assert opened(BOUNDED_RANGE)(question("Ho"), add_generation_prompt=False) == "Ho"
+    with pytest.raises(DataError, match="ZeroDivision"):
+        opened("{{ 1 / 0 }}")(question("Hi"), add_generation_prompt=False)
+    assert _CHILD.process is child
 
 
 def test_a_known_template_starts_no_process(monkeypatch: pytest.MonkeyPatch):
@@ -86,19 +118,9 @@ def test_a_child_renders_as_this_process_does():
     assert child(question("x"), add_generation_prompt=False).startswith("<s>x")
 
 
-@pytest.mark.parametrize("template", [NESTED, LONG, HUGE], ids=["loops", "prints", "allocates"])
-def test_an_endless_template_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, template: str):
-    monkeypatch.setattr(template_containment, "MAX_SECONDS", 1)
-    with pytest.raises(DataError, match="the chat template does not end") as caught:
-        opened(template)(question("Hi"), add_generation_prompt=True)
-    assert caught.value.where == "teachers.0.model"
-    assert caught.value.exit_code == 3
-    assert "\n" not in str(caught.value) and caught.value.remedy
-
-
 def test_a_later_call_is_contained_and_the_next_one_goes_on(monkeypatch: pytest.MonkeyPatch):
     """A template can be harmless in every probe."""
-    monkeypatch.setattr(template_containment, "MAX_SECONDS", 1)
+    monkeypatch.setattr(template_containment, "MAX_SECONDS", 0.2)
     template = opened("{% if messages[0].content == 'now' %}" + NESTED + "{% endif %}Hi")
     assert template(question("not yet"), add_generation_prompt=False) == "Hi"
     with pytest.raises(DataError, match="does not end"):

@@ -39,8 +39,9 @@ def test_a_model_that_never_saw_the_capture_agrees_with_the_coins_by_chance(tmp_
 
 
 def test_a_server_is_audited_as_its_folder_is(tmp_path: Path) -> None:
+    """Its address may end with /v1, as OpenAI's clients are given it."""
     captured(tmp_path)
-    endpoint = EndpointSection(url=serving("llama-sapling"))
+    endpoint = EndpointSection(url=f"{serving('llama-sapling')}/v1")
     here = audit_canaries(tmp_path, Suspect(LLAMA))
     assert audit_canaries(tmp_path, Suspect(LLAMA, endpoint)) == here
 
