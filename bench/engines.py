@@ -2,21 +2,23 @@
 
     make engines        installs the servers into environments of their own, and runs
                         everything (an hour on two cores after the downloads)
-    python bench/engines.py ENVS [NAME ...]     only some servers; ENVS holds, or gets, their
-                                                environments
+    python bench/engines.py ENVS [NAME ...]     only entries whose name holds one of these, such as
+                                                "persea serve" or "serve, chat"; ENVS holds, or
+                                                gets, the servers' environments
 
 PERSEA_GGUF names a real model's GGUF file; without it the sapling alone goes through llama.cpp.
 PERSEA_SERVER_START_S is the time that a server may take to start (900 s).
 
-Result: bench/results/engines.json. One entry for each server and protocol, compared with the same
-model by transformers in float32 in this process (greedy answers, log-probabilities of given
-tokens, the scores of audition and evaluation, the answers kept):
+Result: bench/results/engines.json, and the table in docs/engines.md. One entry for each server and
+protocol, compared with the same model by transformers in float32 in this process (greedy answers,
+log-probabilities of given tokens, the scores of audition and evaluation, the answers kept):
 
     wrong_name, wrong_tokenizer, too_long   the refusal; for too_long also how often it was asked
     faults      requests that failed by 429, 503, a cut, slow or silent connection, and how many of
                 the answers equal those without faults
-    run         `persea run` over 100 prompts while the server is killed and started again: prompts
-                lost, and asked again after their unit was committed
+    run         `persea run` with the server as its teacher, over 100 prompts while the server is
+                killed and started again, or over 12 without that: prompts lost, and asked again
+                after their unit was committed
 """
 
 from __future__ import annotations
@@ -61,10 +63,12 @@ from persea.teachers.engines.http_client import HttpClient, RetryPolicy  # noqa:
 from persea.teachers.engines.transformers import TransformersEngine  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results" / "engines.json"
+PAGE = ROOT / "docs" / "engines.md"
+TABLE_MARKS = ("<!-- table of bench/engines.py -->", "<!-- end of the table -->")
 STUDENT = ROOT / "saplings" / "llama-sapling"
 OTHER_TOKENIZER = ROOT / "saplings" / "gemma-sapling"
 NUM_PROMPTS, UNIT = 100, 20  # of a run whose server is killed
-NUM_PROMPTS_UNDISTURBED = 40
+NUM_PROMPTS_UNDISTURBED = 12
 RESTART_DELAY_S = 10
 MAX_NEW_TOKENS = 24
 TOO_LONG_TOKENS = 3000  # every server here has fewer positions
@@ -384,8 +388,10 @@ def local_run(folder: Path, model: Path) -> dict[str, Any]:
     return read_scores(path)
 
 
-def measure_server(server: RealServer, envs: Path, results: dict[str, Any]) -> None:
-    """Measure all protocols of a server, and write the results after each."""
+def measure_server(
+    server: RealServer, protocols: Sequence[str], envs: Path, results: dict[str, Any]
+) -> None:
+    """Measure protocols of a server, and write the results after each."""
     env = environment(server, envs)
     folder = envs / "work" / server.name.replace(" ", "-").replace(",", "").lower()
     shutil.rmtree(folder, ignore_errors=True)
@@ -398,7 +404,7 @@ def measure_server(server: RealServer, envs: Path, results: dict[str, Any]) -> N
     questions = Questions(model)
     run = ServerRun(server, env, folder, model)
     try:
-        for number, protocol in enumerate(server.protocols):
+        for protocol in protocols:
             entry: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "model": key}
             try:
                 if run.process is None:
@@ -412,51 +418,79 @@ def measure_server(server: RealServer, envs: Path, results: dict[str, Any]) -> N
                 else:
                     entry |= measure(run, protocol, questions)
                     if server.kills:
-                        kills = server.kills[number]
+                        kills = server.kills[server.protocols.index(protocol)]
                         entry["run"] = run_with_kills(run, protocol, model, kills)
             except (PerseaError, RuntimeError, subprocess.CalledProcessError) as error:
                 entry["failure"] = str(error)[:300]
             entry["start_seconds"] = run.start_seconds[:]
-            results["servers"][f"{server.name}, {protocol}"] = entry
+            results["servers"][entry_name(server, protocol)] = entry
             RESULTS.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
             print(f"{server.name}, {protocol}: {json.dumps(entry)}", flush=True)
     finally:
         run.kill()
 
 
-def table(results: dict[str, Any]) -> str:
-    """Return the table of docs/engines.md."""
-    lines = []
-    for name, entry in sorted(results["servers"].items()):
-        run, faults = entry.get("run", {}), entry.get("faults")
-        cells = [
-            name,
-            entry.get("greedy_equal", "-"),
-            str(entry.get("max_drift_nats", "-")),
-            f"{sum(faults['caused'].values())}; {faults['equal']}" if faults else "-",
-            f"{run['kills']}; {run['lost']}; {run['asked_again_after_commit']}" if run else "-",
-            f"{run['audition'][:4]}, {run['evaluate'][:4]}" if run else "-",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def entry_name(server: RealServer, protocol: str) -> str:
+    """Return the name of a result."""
+    return f"{server.name}, {protocol}"
+
+
+def table_row(name: str, entry: dict[str, Any]) -> str:
+    """Return a row of the table in docs/engines.md."""
+    run, faults = entry.get("run", {}), entry.get("faults")
+    handshake = entry.get("handshake", "failed: " + entry.get("failure", ""))
+    ran = f"ran {entry['date']}"
+    if not handshake.startswith("passed"):
+        ran = f"{ran}: {handshake.partition(':')[0]}, as it must be"
+    kept = f"{run['kept']} of {run['prompts']}" if "kept" in run else "-"
+    if run.get("kills"):
+        kept = f"{kept}, {run['kills']} kills, {run['asked_again_after_commit']} asked twice"
+    cells = [
+        name,
+        ran,
+        entry.get("greedy_equal", "-"),
+        str(entry.get("max_drift_nats", "-")),
+        f"{faults['equal']}, {sum(faults['caused'].values())} faults" if faults else "-",
+        kept,
+        f"{run['audition'][:4]}, {run['evaluate'][:4]}" if "audition" in run else "-",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def write_table(results: dict[str, Any]) -> None:
+    """Write the table of all results into docs/engines.md, between its marks."""
+    head = "server, protocol||greedy answers equal|largest difference, nats|equal with faults|"
+    columns = (head + "answers kept|audition, evaluation").split("|")
+    rows = [table_row(name, entry) for name, entry in sorted(results["servers"].items())]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|", *rows]
+    before, begin, rest = PAGE.read_text(encoding="utf-8").partition(TABLE_MARKS[0])
+    end, after = rest.partition(TABLE_MARKS[1])[1:]
+    text = "\n".join((begin, "", *lines, "", end))
+    PAGE.write_text(before + text + after, encoding="utf-8")
 
 
 def main(arguments: list[str]) -> None:
-    """Measure the servers that are named, or all, and write the results."""
+    """Measure the entries that are named, or all, and write the results."""
     envs = Path(arguments[0]).resolve()
-    chosen = [s for s in SERVERS if not arguments[1:] or any(a in s.name for a in arguments[1:])]
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results.setdefault("servers", {})
     results["machine"] = {
         "processor": platform.processor() or platform.machine(),
         "python": platform.python_version(),
     }
-    for server in chosen:
+    for server in SERVERS:
+        protocols = [
+            p
+            for p in server.protocols
+            if not arguments[1:] or any(a in entry_name(server, p) for a in arguments[1:])
+        ]
+        if not protocols:
+            continue
         if server.make_model is named_gguf and "PERSEA_GGUF" not in os.environ:
             print(f"{server.name}: left out; PERSEA_GGUF names no GGUF file")
             continue
-        measure_server(server, envs, results)
-    print(table(results))
+        measure_server(server, protocols, envs, results)
+        write_table(results)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import signal
 
 import pytest
@@ -32,6 +33,13 @@ def test_an_error_is_one_line_with_place_and_remedy(
         "open it",
     )
     assert str(kind("alone")) == "alone"
+
+
+def test_outside_text_cannot_steer_a_terminal() -> None:
+    error = errors.DataError("a\x1b[2Jb\x07", where="\u202ename\ud800", remedy="c\rd")
+    assert str(error) == "\\u202ename\\ud800: a\\x1b[2Jb\\x07 -> c\\rd"
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    assert errors.make_printable("ไทย\n你好 👍🏽") == "ไทย\n你好 👍🏽"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

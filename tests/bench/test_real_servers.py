@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bench import engines
 from bench.engines import count_repeats
 from bench.real_servers import Asked, Proxy, free_port
 from persea.teachers.engines import EngineFailure
@@ -73,3 +75,18 @@ def test_a_prompt_that_is_asked_after_its_commit_is_counted(
     counts = count_repeats(asked, tmp_path, "tokens")
     assert (counts["asked_again_before_commit"], counts["asked_again_after_commit"]) == found
     assert counts["prompts_asked"] == len({i for _, i in times} - {99, 50})
+
+
+def test_the_table_of_the_page_is_that_of_the_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No figure of the table is typed in by hand."""
+    page = engines.PAGE.read_text()
+    monkeypatch.setattr(engines, "PAGE", tmp_path / "page.md")
+    engines.PAGE.write_text(page)
+    results = json.loads(engines.RESULTS.read_text())
+    engines.write_table(results)
+    assert engines.PAGE.read_text() == page
+    next(iter(results["servers"].values()))["greedy_equal"] = "7 of 8"
+    engines.write_table(results)
+    assert engines.PAGE.read_text() != page

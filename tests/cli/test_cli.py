@@ -390,6 +390,9 @@ def test_quickstart_runs_the_bundled_recipe(tmp_path: Path) -> None:
         ).read_text()
     )
     assert record["world"] == min(2, count_available_cores())
+    verified = persea("lineage", "verify", "runs/quickstart", folder=tmp_path)
+    assert (verified.code, verified.err) == (0, "")
+    assert " 0 problems" in verified.out
 
 
 # --- bad input ---

@@ -85,7 +85,6 @@ def test_folders_and_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         "org/a\0b",
         "~no-such-user/x",
         "loop",
-        "file/x",
     ],
 )
 def test_a_missing_folder_is_refused_and_not_looked_up(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from persea.chat.messages import ThinkingEffort
 from persea.config.recipe import load_recipe
@@ -23,6 +24,7 @@ from persea.pipeline.model_refs import BASE, STUDENT, has_effort
 from persea.pipeline.plan import plan_run
 from persea.pipeline.preflight import refuse_unsupported_efforts
 from persea.pipeline.run_context import RunContext
+from persea.pipeline.stage_keys import check_inputs
 from persea.pipeline.stages import STAGES as STREAM
 from persea.pipeline.stages import run_check, run_pipeline
 from persea.storage import digest_json
@@ -77,6 +79,21 @@ def test_a_teachers_identity_changes_with_its_effort_and_its_files_and_not_with_
         river(tmp_path, teachers=teachers).models.teacher_identities["qwen-sapling"]
         != one["qwen-sapling"]
     )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_student_with_a_broken_weight_is_refused_before_the_first_stage(
+    tmp_path: Path, value: float
+) -> None:
+    """The key of `check`, the first stage, holds the identity of the student."""
+    broken = Path(shutil.copytree(SAPLINGS / "llama-sapling", tmp_path / "broken"))
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"].view(-1)[0] = value
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    context = river(tmp_path, student=TINY["student"] | {"model": str(broken)})
+    with pytest.raises(DataError, match=r"model\.norm\.weight") as caught:
+        check_inputs(context)
+    assert caught.value.where and "\n" not in str(caught.value)
 
 
 def test_a_students_identity_changes_with_how_it_is_adapted(tmp_path: Path) -> None:
