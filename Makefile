@@ -20,7 +20,7 @@
 # make bench-bias   how far each method moves a perfect student (10 to 20 minutes; installs TRL for its GOLD)
 # make bench-objectives   every method with trained models on real text, size xs (hours; resumes; installs TRL)
 # make bench-extension  tokens a byte of real tokenizers with more tokens, by language (minutes; needs PERSEA_DATA; downloads SmolLM2 and Gemma 3 270M, 330 MB)
-# make bench-audit   how often `persea audit` is right: taught and untaught students of the saplings (8 minutes of CPU time)
+# make bench-audit   how often `persea audit` is right: taught and untaught students of the saplings (10 minutes of CPU time)
 # make templates    renders every chat template of PERSEA_DATA, TRL and transformers as transformers does, and says which are not
 #                   the recorded ones (5 minutes)
 # make graders      IFEval and BFCL beside lm-eval's and bfcl-eval's graders, gpt-oss beside OpenAI's renderer (bench/graders.py, harmony.py, which

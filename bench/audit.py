@@ -1,23 +1,27 @@
 """How well `persea audit` tells taught students from untaught ones, on the saplings.
 
-    python bench/audit.py [canaries|teachers]        (make bench-audit, 8 minutes of CPU)
+    python bench/audit.py [canaries|teachers] [--work FOLDER]     (make bench-audit, 10 CPU minutes)
 
 - canaries: eight small runs, each with a key and prompts of its own, train the llama-sapling. Each
-  student is audited with the canaries of its own run, and with those of two other runs, which it
-  never saw; the untrained base with those of all.
+  student is audited with the canaries of its own run, and with those of another run, which it
+  never saw; the untrained base with those of all. That is 8 taught checks and 16 untaught ones.
 - teachers: students of one teacher (three teachers, four seeds), students of reference answers and
   students of their own base's draws. Each is audited for each of the three teachers. A check is
   untaught if that teacher did not teach that student.
 
-Writes bench/results/audit.json. What is there already stays, so the two parts may run apart.
+Writes bench/results/audit.json. What is there already stays, so the two parts may run apart. Runs,
+students' scores and drawn texts are kept in the work folder (runs/audit): a bench that was stopped
+continues there. Delete the folder to begin again with other keys.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
-import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +64,9 @@ TEACHERS = ("qwen-sapling", "gemma-sapling", "gpt-oss-sapling")
 BASE = "llama-sapling"
 SKILLS = ("languages", "code", "reasoning")
 
-NUM_RUNS, NUM_PROMPTS, NUM_CANARIES = 8, 60, 48
-NUM_OTHER_RUNS = 2  # whose canaries each student is audited with besides its own
+NUM_RUNS, NUM_PROMPTS, NUM_CANARIES = 8, 80, 64
+CANARY_STEPS, CANARY_BATCH = 160, 16  # 32 passes over a run's answers
+NUM_OTHER_RUNS = 1  # whose canaries each student is audited with besides its own
 SEEDS, NUM_UNTAUGHT = 4, 13  # students of each teacher; of reference answers, and of own draws
 POOL, NUM_SAMPLES, NUM_STEPS, BATCH, LEARNING_RATE = 60, 36, 40, 8, 2e-3
 PROMPTS_A_SKILL = 12
@@ -69,7 +74,8 @@ SHORT, LONG = 48, 64  # tokens of an answer
 
 
 def log(text: str) -> None:
-    print(text, flush=True)
+    """Print a line with the CPU seconds so far."""
+    print(f"[{time.process_time():.0f} CPU s] {text}", flush=True)
 
 
 def record(part: str, values: dict[str, Any]) -> None:
@@ -81,7 +87,7 @@ def record(part: str, values: dict[str, Any]) -> None:
 
 
 def train_run(seed: int, folder: Path) -> Path:
-    """Capture and train one run with canaries; return its folder."""
+    """Capture and train one run with canaries, or continue it; return its folder."""
     recipe_file = folder / f"{seed}.yaml"
     teacher = TEACHERS[seed % 2]
     skill = "languages" if seed % 2 == 0 else "code"
@@ -97,8 +103,8 @@ def train_run(seed: int, folder: Path) -> Path:
                 "audition": {"compare_with_base": False},
                 "capture": {"max_new_tokens": SHORT, "canaries": NUM_CANARIES},
                 "training": {
-                    "steps": 70,
-                    "batch_size": 8,
+                    "steps": CANARY_STEPS,
+                    "batch_size": CANARY_BATCH,
                     "learning_rate": 2e-3,
                     "warmup_steps": 10,
                     "precision": "float32",
@@ -116,27 +122,32 @@ def train_run(seed: int, folder: Path) -> Path:
     return out
 
 
-def bench_canaries() -> None:
-    """Audit every student with the canaries of every run, and the untrained base too."""
-    with tempfile.TemporaryDirectory() as name:
-        runs = [train_run(seed, Path(name)) for seed in range(NUM_RUNS)]
-        pairs = [read_pairs(run) for run in runs]
-        own, others, of_base = [], [], []
-        for k, model in enumerate([*(r / "train" / "student" for r in runs), SAPLINGS / BASE]):
-            suspect = Suspect(str(model)).open(64)
-            for j, some in enumerate(pairs):
-                if k < NUM_RUNS and (j - k) % NUM_RUNS > NUM_OTHER_RUNS:
-                    continue
-                texts: list[Conversation] = [a for p in some for a in p.answers]
-                test = count_preferred(
-                    f"student {k}" if k < NUM_RUNS else BASE,
-                    score_answers(suspect, texts).reshape(-1, 2),
-                    [p.learned for p in some],
-                )
-                entry = test.to_json() | {"run": j}
-                (own if j == k else of_base if k == NUM_RUNS else others).append(entry)
+def bench_canaries(folder: Path) -> None:
+    """Audit every student with its own canaries and another run's, and the untrained base too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = [train_run(seed, folder) for seed in range(NUM_RUNS)]
+    pairs = [read_pairs(run) for run in runs]
+    own, others, of_base = [], [], []
+    for k, model in enumerate([*(r / "train" / "student" for r in runs), SAPLINGS / BASE]):
+        suspect = Suspect(str(model)).open(64)
+        for j, some in enumerate(pairs):
+            if k < NUM_RUNS and (j - k) % NUM_RUNS > NUM_OTHER_RUNS:
+                continue
+            texts: list[Conversation] = [a for p in some for a in p.answers]
+            test = count_preferred(
+                f"student {k}" if k < NUM_RUNS else BASE,
+                score_answers(suspect, texts).reshape(-1, 2),
+                [p.learned for p in some],
+            )
+            entry = test.to_json() | {"run": j}
+            (own if j == k else of_base if k == NUM_RUNS else others).append(entry)
+            log(f"{entry['suspect']}, run {j}: {test.preferred} of {test.tested}, {test.p_value:g}")
     untaught = [*others, *of_base]
     found = {
+        "prompts_of_a_run": NUM_PROMPTS,
+        "canaries_of_a_run": NUM_CANARIES,
+        "steps": CANARY_STEPS,
+        "batch_size": CANARY_BATCH,
         "taught": len(own),
         "taught_found_at_.001": sum(t["p_value"] < 1e-3 for t in own),
         "largest_taught_p": max(t["p_value"] for t in own),
@@ -193,33 +204,61 @@ def train_student(texts: list[Conversation], seed: int) -> Teacher:
     return student
 
 
-def draws(model: str, prompts: list[Prompt], seed: int) -> list[Conversation]:
-    """Return a model's complete answers to prompts."""
-    teacher = Suspect(str(SAPLINGS / model)).open(64)
-    return [c for c in draw_texts(teacher, prompts, LONG, seed) if c]
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """Return the JSON value of a file, or make it and write it there."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(make()))
+        partial.replace(path)
+        log(f"{path.parent.name}/{path.stem}")
+    return json.loads(path.read_text())
 
 
-def bench_teachers() -> None:
+def conversations(values: list[Any]) -> list[Conversation | None]:
+    return [v and Conversation.from_json(v) for v in values]
+
+
+def bench_teachers(folder: Path) -> None:
     """Audit taught and untaught students for each teacher, with leave-one-out calibration."""
     prompts = audit_prompts(SKILLS, PROMPTS_A_SKILL)
+
+    def texts_of(name: str, prompts: list[Prompt], tokens: int, seed: int) -> Callable[[], Any]:
+        def draw() -> list[Any]:
+            writer = Suspect(str(SAPLINGS / name)).open(64)
+            return [c and c.to_json() for c in draw_texts(writer, prompts, tokens, seed)]
+
+        return draw
+
     texts = {
-        name: draw_texts(Suspect(str(SAPLINGS / name)).open(64), prompts, SHORT, 1000)
+        name: conversations(
+            kept(folder / "texts" / f"{name}.json", texts_of(name, prompts, SHORT, 1000))
+        )
         for name in TEACHERS
+    }
+    pool_prompts = [i.prompt for i in training_items(50, POOL)]
+    pools = {
+        name: conversations(
+            kept(folder / "pools" / f"{name}.json", texts_of(name, pool_prompts, LONG, 50))
+        )
+        for name in (*TEACHERS, BASE)
     }
     base = score_texts(Suspect(str(SAPLINGS / BASE)).open(64), texts)
     students: list[tuple[str, dict[str, Any]]] = []
 
     def add(taught_by: str, lessons: list[Conversation], seed: int) -> None:
-        gains = subtract(score_texts(train_student(lessons, seed), texts), base)
-        students.append((taught_by, gains))
-        log(f"student {len(students)}: {taught_by}")
+        def gains() -> dict[str, Any]:
+            found = subtract(score_texts(train_student(lessons, seed), texts), base)
+            return {name: [float(v) for v in gain_N] for name, gain_N in found.items()}
 
-    pool_prompts = [i.prompt for i in training_items(50, POOL)]
-    pools = {name: draws(name, pool_prompts, 50) for name in (*TEACHERS, BASE)}
+        path = folder / "students" / f"{taught_by.replace(' ', '-')}-{seed}.json"
+        found = {name: np.asarray(v) for name, v in kept(path, gains).items()}
+        students.append((taught_by, found))
 
-    def some_of(pool: list[Conversation], seed: int) -> list[Conversation]:
-        chosen = np.random.default_rng(seed).permutation(len(pool))[:NUM_SAMPLES]
-        return [pool[i] for i in chosen]
+    def some_of(pool: list[Conversation | None], seed: int) -> list[Conversation]:
+        complete = [c for c in pool if c]
+        chosen = np.random.default_rng(seed).permutation(len(complete))[:NUM_SAMPLES]
+        return [complete[i] for i in chosen]
 
     for seed in range(NUM_UNTAUGHT):
         for teacher in TEACHERS if seed < SEEDS else ():
@@ -230,8 +269,7 @@ def bench_teachers() -> None:
         ]
         add("reference answers", references, seed)
         add("own draws", some_of(pools[BASE], seed), seed)
-        if seed >= SEEDS:  # enough untaught students for a calibration
-            record("teachers", judge(students))
+    record("teachers", judge(students))
 
 
 def judge(students: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
@@ -286,9 +324,12 @@ def main() -> None:
     """Run the parts that are named, or both."""
     torch.set_num_threads(1)
     silence_transformers()
-    parts = sys.argv[1:] or ["canaries", "teachers"]
-    for part in parts:
-        {"canaries": bench_canaries, "teachers": bench_teachers}[part]()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", default=["canaries", "teachers"])
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "audit")
+    given = parser.parse_args()
+    for part in given.parts:
+        {"canaries": bench_canaries, "teachers": bench_teachers}[part](given.work / part)
 
 
 if __name__ == "__main__":
