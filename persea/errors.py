@@ -87,6 +87,12 @@ class TeacherError(PerseaError):
     exit_code = 5
 
 
+class OtherModelError(TeacherError):
+    """A server runs another model than the one that answered before, or than the teacher's other
+    servers. Exit code 5.
+    """
+
+
 class StorageError(PerseaError):
     """The disk is full, not writable, not readable, or the run folder is locked by another run.
     Exit code 6.

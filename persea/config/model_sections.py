@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -19,6 +19,7 @@ from persea.config.section import (
     check_contradictions,
 )
 
+SERVER_PATTERN = r"^https?://[^/@\s]+(/[^@\s]*)?$"
 TEXT_ONLY_MODEL = "text_only"  # `model:` of a teacher behind a chat route with unknown tokenizer
 
 if TYPE_CHECKING:
@@ -212,8 +213,15 @@ class EndpointSection(RecipeSection):
     """A server that runs a teacher. It never holds a key, only the variable's name that does."""
 
     url: str = Field(
-        pattern=r"^https?://[^/@\s]+(/[^@\s]*)?$",
+        default="",
+        pattern=rf"^$|{SERVER_PATTERN}",
         description="address of the server: http://127.0.0.1:8000; a /v1 at its end may stay",
+    )
+    urls: tuple[Annotated[str, Field(pattern=SERVER_PATTERN)], ...] = Field(
+        default=(),
+        max_length=1024,
+        description="instead of `url`: addresses of several servers of the same model; requests go "
+        "to the one with the least load, and a server that brings no tokens is left for a while",
     )
     protocol: str = Field(
         default="tokens",
@@ -245,7 +253,9 @@ class EndpointSection(RecipeSection):
         "the server sets it, and a model that thinks although `effort` is none is asked not to; "
         "only with `protocol: chat`",
     )
-    concurrency: int = Field(default=8, ge=1, le=1024, description="requests at once")
+    concurrency: int = Field(
+        default=8, ge=1, le=1024, description="requests at once, of each server"
+    )
     max_attempts: int = Field(
         default=5,
         ge=1,
@@ -289,6 +299,35 @@ class EndpointSection(RecipeSection):
         description="mean difference in nats, over the log-probabilities of the handshake, above "
         "which the server is taken to run another model",
     )
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The servers' base URLs, without the /v1 that OpenAI's clients are given."""
+        return tuple(u.rstrip("/").removesuffix("/v1") for u in self.urls or (self.url,))
+
+    @model_validator(mode="after")
+    def _check_addresses(self) -> Self:
+        return check_contradictions(
+            self,
+            (
+                not self.url and not self.urls,
+                ("url",),
+                "missing",
+                "add `url: http://host:port`, or `urls:` of several servers",
+            ),
+            (
+                bool(self.url) and bool(self.urls),
+                ("urls",),
+                "given beside `url:`",
+                "put every address in `urls:`, and delete `url:`",
+            ),
+            (
+                len(set(self.addresses)) < len(self.addresses),
+                ("urls",),
+                "an address is there twice",
+                "delete one of them",
+            ),
+        )
 
     @model_validator(mode="after")
     def _check_protocol(self) -> Self:

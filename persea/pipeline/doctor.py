@@ -149,23 +149,23 @@ def _endpoints(recipe: Recipe) -> Iterator[Finding]:
         at = teacher.endpoint
         if at is None:
             continue
-        parts = urlsplit(at.url)
-        address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
         name = f"endpoint of {teacher.name}"
         if at.key_env and not os.environ.get(at.key_env):
             yield Finding(
                 name, State.PROBLEM, f"{at.key_env} is not set", f"export {at.key_env}=..."
             )
             continue
-        try:
-            socket.create_connection(address, 5).close()
-        except OSError as error:
-            reason = error.strerror or str(error)
-            yield Finding(
-                name, State.PROBLEM, f"{at.url}: {reason}", "start the server, or mend `url:`"
-            )
-        else:
-            yield Finding(name, State.OK, f"{at.url} accepts connections")
+        for url in at.addresses:
+            parts = urlsplit(url)
+            address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
+            try:
+                socket.create_connection(address, 5).close()
+            except OSError as error:
+                reason = error.strerror or str(error)
+                remedy = "start the server, or mend `url:`"
+                yield Finding(name, State.PROBLEM, f"{url}: {reason}", remedy)
+            else:
+                yield Finding(name, State.OK, f"{url} accepts connections")
 
 
 def _licences(recipe: Recipe) -> Finding:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from persea.config.recipe import Recipe
 from persea.config.schema import TEXT_ONLY_MODEL, ModelRef, TeacherSection
 from persea.errors import DataError, RefusedError
 from persea.licences.notice import notice_text
-from persea.licences.table import Relation, Use
+from persea.licences.table import Relation, Use, host_licence
 from persea.licences.verdict import LicenceVerdict, LicensedInput, Release, resolve_licences
 from persea.models.licence_text import (
     CARD_NAMES,
@@ -47,7 +48,9 @@ def licensed_inputs(recipe: Recipe, folder: Path | None) -> tuple[LicensedInput,
     inputs = [_model_input(recipe.student, STUDENT_INPUT, Relation.BASE, folder)]
     for teacher in recipe.teachers:
         relation = Relation.REFERENCE if teacher.reference else Relation.TEACHER
-        inputs.append(_model_input(teacher, teacher.name, relation, folder))
+        whole = _model_input(teacher, teacher.name, relation, folder)
+        hosts = {host_licence(h): h for h in reversed(_hosts(teacher))}  # each operator's terms
+        inputs += [replace(whole, host=host) for host in reversed(hosts.values())]
     for k, part in enumerate(recipe.corpus):
         name, own_file = f"corpus.{k}", part.file or part.texts
         if own_file:
@@ -140,19 +143,21 @@ def _model_input(
 ) -> LicensedInput:
     if ref.model == "random":
         return LicensedInput(name, relation, is_random=True)
-    endpoint = ref.endpoint if isinstance(ref, TeacherSection) else None
     served = _served_names(ref, name, folder) if isinstance(ref, TeacherSection) else ()
-    host = (urlsplit(endpoint.url).hostname or "") if endpoint else ""
     if ref.model == TEXT_ONLY_MODEL:
-        return LicensedInput(name, relation, (ref.licence,), served or (name,), host)
+        return LicensedInput(name, relation, (ref.licence,), served or (name,))
     path = model_path(ref.model, name)
     own_name = path.name if path.exists() else ref.model
     stated, ancestors = "", tuple[str, ...]()
     if relation is not Relation.REFERENCE:  # a model that is only measured needs no licence
         stated, ancestors = _stated_by_files(ref, name, folder)
-    return LicensedInput(
-        name, relation, (ref.licence, stated), (own_name, *ancestors, *served), host
-    )
+    return LicensedInput(name, relation, (ref.licence, stated), (own_name, *ancestors, *served))
+
+
+def _hosts(ref: TeacherSection) -> tuple[str, ...]:
+    """Return the host names of a teacher's servers; ("",) if it has none."""
+    addresses = ref.endpoint.addresses if ref.endpoint else ("",)
+    return tuple(urlsplit(url).hostname or "" for url in addresses)
 
 
 def _served_names(ref: TeacherSection, name: str, folder: Path | None) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from persea.report.lineage import ParentModel
 from persea.teachers.engines import Engine, EngineOptions, Sampling, find_engine
 from persea.teachers.engines.http_client import HttpClient, RetryPolicy
 from persea.teachers.engines.server import ServerEngine, ServerFingerprint
+from persea.teachers.engines.server_pool import handshake_all, open_pool
 
 
 def sampling_of(generation: GenerationSection) -> Sampling:
@@ -129,10 +130,10 @@ def open_remote_engine(ref: TeacherSection, renderer: ChatRenderer, handshake_fi
         max_fingerprint_drift=endpoint.max_fingerprint_drift,
     )
     engine = cast(ServerEngine, spec.open(options))
-    engine.handshake()
+    handshake_all(engine)
     if handshake_file.is_file():
         before = ServerFingerprint.from_json(storage.read_json(handshake_file))
-        where = f"{ref.name}, {endpoint.url}"
+        where = f"{ref.name}, {engine.client.url}"
         before.refuse_other_model(engine.fingerprints[0], where, endpoint.max_fingerprint_drift)
         # The stored fingerprint stays binding: cached answers stay valid although its last digits
         # differ now, and drift does not add up from run to run.
@@ -152,13 +153,13 @@ def endpoint_key(name: str, endpoint: EndpointSection) -> str:
     if endpoint.key_env and not key:
         raise MissingRequirementError(
             f"the variable {endpoint.key_env} is not set",
-            where=f"{name}, {endpoint.url}",
+            where=f"{name}, {endpoint.addresses[0]}",
             remedy=f"export {endpoint.key_env}=...; a recipe holds none",
         )
     if not key.isascii() or not key.isprintable() or " " in key:
         raise MissingRequirementError(
             f"the variable {endpoint.key_env} contains characters that an HTTP header cannot carry",
-            where=f"{name}, {endpoint.url}",
+            where=f"{name}, {endpoint.addresses[0]}",
             remedy=f"export {endpoint.key_env}=... with the key alone: ASCII, no spaces, "
             "no line breaks",
         )
@@ -175,5 +176,7 @@ def _open_client(name: str, endpoint: EndpointSection) -> HttpClient:
         endpoint.max_failed_share,
         endpoint.max_answer_s,
     )
-    url = endpoint.url.rstrip("/").removesuffix("/v1")  # OpenAI's clients are given it with /v1
-    return HttpClient(url, name, policy, endpoint_key(name, endpoint))
+    key = endpoint_key(name, endpoint)
+    if len(endpoint.addresses) > 1:
+        return open_pool(endpoint.addresses, name, policy, key)
+    return HttpClient(endpoint.addresses[0], name, policy, key)

@@ -244,6 +244,7 @@ class ChatServerEngine(ServerEngine):
             _event_has_content,
             _event_is_final,
             8 * max_new_tokens + 64,  # some services send a token in several events
+            max_new_tokens,
         )
 
     def _build_request_body(

@@ -98,6 +98,8 @@ class Request(Generic[T]):
         event_is_final: Whether an event ends a streamed answer: some servers close the connection
             after it, without [DONE].
         max_token_events: Most events with a token that an answer may have; 0 = no limit.
+        expected_tokens: Tokens of the prompt and of the longest answer: the load that the request
+            is for a server.
     """
 
     path: str
@@ -107,6 +109,7 @@ class Request(Generic[T]):
     event_has_token: Callable[[Any], bool] | None = None
     event_is_final: Callable[[Any], bool] = lambda event: False
     max_token_events: int = 0
+    expected_tokens: int = 1
 
 
 class RetryableError(Exception):
@@ -116,6 +119,7 @@ class RetryableError(Exception):
         retry_after_s: Seconds to wait before it; None if the server names none.
         connection_lost: Whether the connection broke.
         unavailable: Whether the server is not there, or too busy to look at the request.
+        stalled: Whether no token came for too long.
     """
 
     def __init__(
@@ -124,10 +128,11 @@ class RetryableError(Exception):
         retry_after_s: float | None = None,
         connection_lost: bool = False,
         unavailable: bool = False,
+        stalled: bool = False,
     ) -> None:
         super().__init__(reason)
         self.retry_after_s, self.connection_lost = retry_after_s, connection_lost
-        self.unavailable = unavailable
+        self.unavailable, self.stalled = unavailable, stalled
 
 
 @dataclass(eq=False)
@@ -145,6 +150,7 @@ class HttpClient:
         num_requests: Finished requests, failed ones included.
         num_failed_requests: Requests that were given up.
         num_lost_connections: Broken connections; another server may answer after one.
+        is_silent: Whether the last attempt brought no answer at all.
     """
 
     url: str
@@ -157,6 +163,7 @@ class HttpClient:
     num_requests: int = 0
     num_failed_requests: int = 0
     num_lost_connections: int = 0
+    is_silent: bool = False
     _paused_until: float = 0.0
     _last_response_at: float = 0.0
 
@@ -185,6 +192,10 @@ class HttpClient:
         if isinstance(answer, EngineFailure):
             self.num_requests, self.num_failed_requests = before
         return answer
+
+    def check_servers(self, check: Callable[[HttpClient], None]) -> None:
+        """Run a check of the model with the client of every server in use: here, this one."""
+        check(self)
 
     async def _send_all_async(self, requests: Sequence[Request[T]]) -> list[T | EngineFailure]:
         tasks: list[asyncio.Task[T | EngineFailure]] = []
@@ -245,7 +256,7 @@ class HttpClient:
                 except RejectedRequestError as error:
                     return self._record_failure(str(error))
                 else:
-                    self._last_response_at = self.clock()
+                    self._last_response_at, self.is_silent = self.clock(), False
                     self.num_requests += 1
                     self.num_tokens_used += request.count_tokens(answer)
                     return answer
@@ -268,6 +279,7 @@ class HttpClient:
     def _handle_retryable(self, error: RetryableError, attempt: int) -> float:
         """Count a failed attempt, and return the seconds that its request waits by itself."""
         self.num_lost_connections += error.connection_lost
+        self.is_silent = error.connection_lost or error.stalled or error.unavailable
         if self.clock() - self._last_response_at > self.retry_policy.give_up_after_s:
             self._raise_server_error(
                 f"no answer for {self.retry_policy.give_up_after_s:g} s: {error}",
@@ -356,9 +368,11 @@ class HttpClient:
                 raise RejectedRequestError(
                     f"the answer had no end after {self.retry_policy.max_answer_s:g} s"
                 ) from error
-            raise RetryableError(f"no token for {self.retry_policy.stall_timeout_s:g} s") from error
+            reason = f"no token for {self.retry_policy.stall_timeout_s:g} s"
+            raise RetryableError(reason, stalled=True) from error
         except httpx2.TimeoutException as error:
-            raise RetryableError(f"no byte for {self.retry_policy.stall_timeout_s:g} s") from error
+            reason = f"no byte for {self.retry_policy.stall_timeout_s:g} s"
+            raise RetryableError(reason, stalled=True) from error
         except httpx2.TransportError as error:
             raise RetryableError(
                 f"{type(error).__name__}: {error}",

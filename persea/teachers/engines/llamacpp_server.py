@@ -196,6 +196,7 @@ class LlamaCppEngine(ServerEngine):
             lambda event: bool(require_object(event, "an event").get("tokens")),
             lambda event: require_object(event, "an event").get("stop") is True,
             max_new_tokens + 1,
+            len(prompt_ids) + max_new_tokens,
         )
 
     def _request_body(
@@ -348,7 +349,9 @@ class LlamaCppEngine(ServerEngine):
             own = next((x for i, x in listed if i == token), None)
             return None if own is None else (own, listed)
 
-        return Request(COMPLETION_PATH, body, parse, lambda row: position + 1)
+        return Request(
+            COMPLETION_PATH, body, parse, lambda row: position + 1, expected_tokens=position + 1
+        )
 
     @property
     def _plain_letter_id(self) -> int:

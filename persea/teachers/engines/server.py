@@ -9,11 +9,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self, cast
 
 import numpy as np
 
-from persea.errors import TeacherError
+from persea.errors import OtherModelError, TeacherError
 from persea.teachers.engines import (
     DEFAULT_MAX_FINGERPRINT_DRIFT_NATS,
     Engine,
@@ -75,8 +75,8 @@ class ServerFingerprint:
             max_drift: Largest mean absolute difference in nats that one model may show.
 
         Raises:
-            TeacherError: The names, the number of log-probabilities or their values differ, or an
-                answer that both have.
+            OtherModelError: The names, the number of log-probabilities or their values differ, or
+                an answer that both have.
         """
         same_size = len(self.handshake_logprobs) == len(other.handshake_logprobs)
         drift = 0.0
@@ -91,7 +91,7 @@ class ServerFingerprint:
             change = f"{other.model!r} answers, it was {self.model!r}"
         elif not same_answers:
             change = "it answers a fixed question in other words"
-        raise TeacherError(
+        raise OtherModelError(
             f"another model is there now: {change}",
             where=where,
             remedy="start the server with the model that answered before, "
@@ -150,12 +150,19 @@ class ServerEngine(Engine):
         return fingerprint
 
     def verify_same_model(self) -> None:
-        """Raise TeacherError if another model answers than at the first handshake."""
+        """Raise OtherModelError if a server runs another model than at the first handshake."""
+        self.client.check_servers(lambda client: self.with_client(client)._verify_server())
+
+    def _verify_server(self) -> None:
         self.fingerprints[0].refuse_other_model(
             self.compute_fingerprint(),
             f"{self.client.name}, {self.client.url}",
             self.max_fingerprint_drift,
         )
+
+    def with_client(self, client: HttpClient, **changes: Any) -> Self:
+        """Return this engine with another connection."""
+        return self if client is self.client else replace(cast(Any, self), client=client, **changes)
 
     def send_verified(self, requests: Sequence[Request[Any]]) -> list[Any | EngineFailure]:
         """Send requests, and verify the model before them and after any lost connection."""

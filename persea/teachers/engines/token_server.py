@@ -192,6 +192,7 @@ class TokenServerEngine(ServerEngine):
             lambda event: bool(self.wire_format.parse_event_token_ids(event)),
             lambda event: bool(self.wire_format.parse_finish_reason(event)),
             max_new_tokens + 1,
+            len(prompt_ids) + max_new_tokens,
         )
 
     def _parse_generated_ids(
@@ -252,6 +253,7 @@ class TokenServerEngine(ServerEngine):
             ),
             parse,
             lambda distributions: len(ids_T),
+            expected_tokens=len(ids_T),
         )
 
     def compute_candidate_logprobs(
@@ -307,6 +309,7 @@ class TokenServerEngine(ServerEngine):
             ),
             parse,
             lambda logprobs: len(ids_T),
+            expected_tokens=len(ids_T),
         )
 
 
