@@ -25,11 +25,11 @@ from persea.teachers.engines.http_client import (
     MAX_BACKOFF_S,
     MAX_RETRY_AFTER_S,
     HttpClient,
-    RejectedRequestError,
     Request,
     RetryableError,
     RetryPolicy,
 )
+from persea.teachers.engines.response_validation import RejectedRequestError
 from persea.teachers.engines.server import ServerEngine
 
 if TYPE_CHECKING:
@@ -393,7 +393,9 @@ def _admit(engine: ServerEngine, client: HttpClient, binding_url: str) -> None:
         OtherModelError: It runs another model than the first one.
         TeacherError: It cannot be used.
     """
-    own_fields = {"handshake_fields": {}} if hasattr(engine, "handshake_fields") else {}
+    own_fields: dict[str, Any] = (
+        {"handshake_fields": {}} if hasattr(engine, "handshake_fields") else {}
+    )
     newcomer: Any = engine.with_client(client, fingerprints=[], **own_fields)
     fingerprint = newcomer.handshake()
     where = f"{client.name}, {client.url}"

@@ -243,8 +243,8 @@ def test_addresses_of_an_endpoint() -> None:
     assert EndpointSection(urls=("http://a/v1", "http://b/")).addresses == ("http://a", "http://b")
     for wrong in (
         {},
-        {"url": "http://a", "urls": ["http://b"]},
-        {"urls": ["http://a", "http://a/v1"]},
+        {"url": "http://a", "urls": ("http://b",)},
+        {"urls": ("http://a", "http://a/v1")},
     ):
         with pytest.raises(ValueError, match="contradiction"):
             EndpointSection.model_validate(wrong)
