@@ -10,7 +10,7 @@ from persea.config.section import RecipeSection, check_contradictions
 
 
 class ExecutorSection(RecipeSection):
-    """Where teachers answer: in this process, in several, or on a Ray cluster."""
+    """Where models answer in capture and evaluation: here, in several processes, or on Ray."""
 
     kind: Literal["local", "ray"] = Field(
         default="local",
@@ -22,7 +22,7 @@ class ExecutorSection(RecipeSection):
         ge=0,
         le=65536,
         validate_default=True,
-        description="processes that hold a teacher each; 1 with `kind: local` = this process "
+        description="processes that hold a model each; 1 with `kind: local` = this process "
         "alone; 0 with `kind: ray` = as many as the cluster has room for, while nodes come and go",
     )
     address: str = Field(

@@ -10,7 +10,9 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -103,19 +105,34 @@ def answer_items(
             no chat template.
         TeacherError: A text-only model would have to score choices, or its server failed.
     """
-    _refuse_bad_items(task.name, items)
-    with_choices = [i for i in items if i.choices]
-    if model.is_text_only:
-        refuse_choice_items(model.name, task.name, with_choices)
-    without_choices = [i for i in items if not i.choices]
-    generated, num_generated = _generate_answers(model, effort, without_choices, max_new_tokens)
-    chosen, num_chosen = _choose_answers(model, with_choices)
-    answers = generated | chosen
+    answers, num_reused = keep_answers(model, effort, task.name, items, max_new_tokens)
     results = grade_answers(task, items, [answers[i.prompt.id][:2] for i in items])
     with_logprobs = tuple(
         replace(r, choice_logprobs_per_byte=answers[r.item.prompt.id][2]) for r in results
     )
-    return with_logprobs, num_generated + num_chosen
+    return with_logprobs, num_reused
+
+
+def keep_answers(
+    model: EvaluatedModel,
+    effort: ThinkingEffort,
+    task_name: str,
+    items: Sequence[TaskItem],
+    max_new_tokens: int,
+) -> tuple[dict[str, _ItemAnswer], int]:
+    """Answer the items of a task, and grade nothing. See `answer_items`.
+
+    Returns:
+        Prompt id -> answer, and how many answers were read from disk.
+    """
+    _refuse_bad_items(task_name, items)
+    with_choices = [i for i in items if i.choices]
+    if model.is_text_only:
+        refuse_choice_items(model.name, task_name, with_choices)
+    without_choices = [i for i in items if not i.choices]
+    generated, num_generated = _generate_answers(model, effort, without_choices, max_new_tokens)
+    chosen, num_chosen = _choose_answers(model, with_choices)
+    return generated | chosen, num_generated + num_chosen
 
 
 def _refuse_bad_items(task_name: str, items: Sequence[TaskItem]) -> None:
@@ -295,6 +312,45 @@ def _item_batches(items: Sequence[TaskItem]) -> Iterator[Sequence[TaskItem]]:
         yield items[begin : begin + ITEMS_PER_ANSWER_FILE]
 
 
+_recordings: list[dict[str, Path]] = []
+
+
+@contextmanager
+def recorded_answer_files() -> Iterator[dict[str, Path]]:
+    """Yield a dictionary that receives each file of kept values that is used: name -> path."""
+    files: dict[str, Path] = {}
+    _recordings.append(files)
+    try:
+        yield files
+    finally:
+        _recordings.remove(files)
+
+
+def answers_folder() -> Path:
+    """Return the folder of kept values."""
+    return storage.persea_home() / "answers"
+
+
+def adopt_answer_file(path: Path) -> bool:
+    """Take a file of kept values that another process wrote; a damaged one is left out.
+
+    Args:
+        path: The file, named by its key.
+
+    Returns:
+        Whether it is whole.
+    """
+    own = answers_folder() / path.name[:2] / path.name
+    try:
+        record = storage.read_json_with_checksum(path, "delete it")
+        is_whole = bool(record["key"] == path.stem)
+    except (DataError, KeyError):
+        return False
+    if is_whole and not own.is_file():
+        storage.write_json_with_checksum(own, record)
+    return is_whole
+
+
 def load_or_compute(key: object, compute: Callable[[], list[Any]]) -> tuple[list[Any], bool]:
     """Return the values kept under a key, or compute and keep them; and whether they were kept.
 
@@ -303,7 +359,9 @@ def load_or_compute(key: object, compute: Callable[[], list[Any]]) -> tuple[list
     name = hashlib.sha256(
         json.dumps([ANSWERS_VERSION, key], sort_keys=True, default=str).encode()
     ).hexdigest()
-    path = storage.persea_home() / "answers" / name[:2] / f"{name}.json"
+    path = answers_folder() / name[:2] / f"{name}.json"
+    for files in _recordings:
+        files[path.name] = path
     if path.is_file():
         try:
             record = storage.read_json_with_checksum(path, "delete it")

@@ -296,7 +296,9 @@ class Dispatcher:
         )
 
 
-def raise_quarantine(result: DispatchResult, num_planned: int, error: type[PerseaError]) -> None:
+def raise_quarantine(
+    result: DispatchResult, num_planned: int, error: type[PerseaError], stage: str
+) -> None:
     """Raise if a unit is in quarantine: a student must not learn from a part without notice.
 
     Raises:
@@ -307,7 +309,7 @@ def raise_quarantine(result: DispatchResult, num_planned: int, error: type[Perse
         raise error(
             f"{len(result.quarantined):,} of {num_planned:,} units failed every time; "
             f"unit {name}: {reason}",
-            where="capture",
+            where=stage,
             remedy="mend the cause and run again: committed units stay, and only these are tried",
         )
 

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from persea.vocab_extension.resize_model import ProgressCallback
 
 FIRST_PROMPTS, MOST_PROMPTS = 8, 256
-CHUNK_BUDGET_S = 5.0  # of one teacher and skill; the first prompts decide how many follow
+SMALL_SHARE = 0.25  # of a batch, that is measured too: what a batch costs beside its prompts
+CHUNK_BUDGET_S = 8.0  # of one teacher and skill; the first prompts decide how many follow
 BUSY_FACTOR = 4.0  # a clock that runs so much faster than this process' own is not waited for
 STEP_BUDGET_S, MIN_STEPS, MOST_STEPS = 30.0, 4, 60
 
@@ -144,7 +145,8 @@ class _TeacherMeasure:
 
     def speed(self) -> tuple[AskedSpeed | ScoredSpeed | None, Sequence[Prompt]]:
         """Return the speed, and the prompts that it was measured on."""
-        most = min(self.context.recipe.capture.batch_size, MOST_PROMPTS)
+        capture = self.context.recipe.capture
+        most = min(capture.batch_size, capture.prompts_per_unit, MOST_PROMPTS)
         first = even_sample(self.prompts, min(FIRST_PROMPTS, most))
         self._capture(first[:2], "warm")
         begin = now()
@@ -153,7 +155,12 @@ class _TeacherMeasure:
         if many <= len(first):
             return found, first
         chunk = even_sample(self.prompts, many)
-        return self._capture(chunk, "many"), chunk
+        speed = self._capture(chunk, "many")
+        few = even_sample(chunk, round(len(chunk) * SMALL_SHARE))
+        if not isinstance(speed, AskedSpeed) or len(few) < FIRST_PROMPTS:
+            return speed, chunk
+        small = self._capture(few, "few")
+        return speed.with_opening(small) if isinstance(small, AskedSpeed) else speed, chunk
 
     def _capture(self, prompts: Sequence[Prompt], label: str) -> AskedSpeed | ScoredSpeed | None:
         """Capture prompts through the capture's own function, and time its two halves."""
@@ -267,6 +274,7 @@ def _measure_base(
         chunk = even_sample(prompts, min(FIRST_PROMPTS, most))
         work(chunk[:2])
         spent = work(chunk)
+        few, small = len(chunk), spent
         many = min(most, _affordable(len(chunk), spent))
         if many > len(chunk):
             chunk = even_sample(prompts, many)
@@ -276,7 +284,10 @@ def _measure_base(
             scored[f"{BASE}/{skill}"] = ScoredSpeed(size, 0.0, 0.0, NO_TIME, spent * (1 / size))
         else:
             n = len(chunk)
-            asked[f"{BASE}/{skill}"] = AskedSpeed(n, 0.0, 0.0, 0.0, spent * (1 / n), NO_TIME)
+            speed = AskedSpeed(n, 0.0, 0.0, 0.0, spent * (1 / n), NO_TIME)
+            if n > few:
+                speed = speed.with_opening(replace(speed, prompts=few, writing=small * (1 / few)))
+            asked[f"{BASE}/{skill}"] = speed
 
 
 class _EnoughStepsError(Exception):

@@ -9,7 +9,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from persea.pipeline.run_context import RunContext
 
 CALIBRATION_FOLDER = "calibration"
-CALIBRATION_FORMAT = 1
+CALIBRATION_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,10 @@ class AskedSpeed:
         answer_tokens: Mean tokens of a stored answer.
         stored_share: Share of the answers that are stored.
         stored_bytes: Bytes of a stored answer in the cache.
-        writing: Time of a prompt until its answer is written.
+        writing: Time that one more prompt in a batch takes until its answer is written.
         storing: Time of a prompt to score and to store its answer.
+        opening: Time of a batch beyond that of its prompts: its last answers are computed nearly
+            alone.
     """
 
     prompts: int
@@ -66,6 +68,26 @@ class AskedSpeed:
     stored_bytes: float
     writing: Seconds
     storing: Seconds
+    opening: Seconds = NO_TIME
+
+    def asking(self, prompts: float, batch: float) -> Seconds:
+        """Return the time to write the answers of prompts that are asked in batches."""
+        return self.writing * prompts + self.opening * max(1.0, prompts / batch)
+
+    def with_opening(self, small: AskedSpeed) -> AskedSpeed:
+        """Return this speed, with the time of a batch split off by a measurement of fewer prompts.
+
+        Measurements hold the time of all prompts of one batch: with a line through both, a batch of
+        another size costs what the line says.
+        """
+        n, few = self.prompts, small.prompts
+        slope = (self.writing * n + small.writing * -few) * (1 / (n - few))
+        wall, cpu = (
+            min(max(one, 0.0), whole)
+            for one, whole in zip(astuple(slope), astuple(self.writing), strict=True)
+        )
+        writing = Seconds(wall, cpu)
+        return replace(self, writing=writing, opening=(self.writing + writing * -1.0) * n)
 
 
 @dataclass(frozen=True)
@@ -170,9 +192,10 @@ def _with_seconds(value: Mapping[str, Any]) -> dict[str, Any]:
 
 def _mean_speed(speeds: Sequence[AskedSpeed]) -> AskedSpeed:
     n = len(speeds)
-    writing, storing = NO_TIME, NO_TIME
+    writing, storing, opening = NO_TIME, NO_TIME, NO_TIME
     for speed in speeds:
         writing, storing = writing + speed.writing, storing + speed.storing
+        opening = opening + speed.opening
     return AskedSpeed(
         sum(s.prompts for s in speeds),
         sum(s.answer_tokens for s in speeds) / n,
@@ -180,6 +203,7 @@ def _mean_speed(speeds: Sequence[AskedSpeed]) -> AskedSpeed:
         sum(s.stored_bytes for s in speeds) / n,
         writing * (1 / n),
         storing * (1 / n),
+        opening * (1 / n),
     )
 
 

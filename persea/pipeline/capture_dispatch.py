@@ -7,14 +7,13 @@ attempts at one unit never mix.
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persea import __version__, storage
+from persea import storage
 from persea.cache.capture import CaptureUnit
 from persea.cache.shared_store import place_unit
 from persea.cache.unit import is_committed, read_record
@@ -22,18 +21,17 @@ from persea.errors import DataError, RecipeError, TeacherError
 from persea.executors.dispatch import Dispatcher, DispatchPolicy, raise_quarantine
 from persea.executors.executor import Attempt, Executor, Receipt, WorkUnit
 from persea.executors.ledger import Ledger, LedgerEvent
-from persea.executors.local import InProcessExecutor, ProcessExecutor
+from persea.executors.local import InProcessExecutor
 from persea.pipeline.capture_worker import (
     RECEIPT_FILE,
     CaptureRunner,
     CaptureRunnerFactory,
     attempt_folder,
 )
+from persea.pipeline.workers import STAGING_FOLDER, has_workers, open_workers, worker_threads
 
 if TYPE_CHECKING:
     from persea.pipeline.run_context import RunContext
-
-STAGING_FOLDER = ".attempts"  # in the run folder: on the same file system as the cache
 
 
 @dataclass
@@ -64,8 +62,7 @@ class CaptureDispatch:
     @property
     def is_in_process(self) -> bool:
         """Whether this process captures alone."""
-        executor = self.context.recipe.executor
-        return executor.kind == "local" and executor.workers == 1
+        return not has_workers(self.context)
 
     def adopt_attempts(self, unit_groups: Mapping[str, str]) -> int:
         """Publish the complete attempts that a dead run left, and delete the others.
@@ -130,38 +127,21 @@ class CaptureDispatch:
             result = dispatcher.run(WorkUnit(u.name, u.teacher, u) for u in units)
         finally:
             shutil.rmtree(self.staging, ignore_errors=True)
-        raise_quarantine(result, num_planned, TeacherError)
+        raise_quarantine(result, num_planned, TeacherError, "capture")
 
     def _open_executor(self, units: Sequence[CaptureUnit]) -> Executor:
-        settings = self.context.recipe.executor
         if self.is_in_process:
             return InProcessExecutor(
                 lambda: CaptureRunner(self.context, lambda attempt: self.folder, self.on_load),
                 lambda attempt, share: self.on_part(attempt.unit.name, share),
             )
         refuse_shared_budgets(self.context, {u.teacher for u in units})
-        import torch
-
-        threads = self.context.recipe.threads or torch.get_num_threads()
         factory = CaptureRunnerFactory(
             replace(self.context, folder=self.context.folder.absolute()),
             self.staging.absolute(),
-            threads,
+            worker_threads(self.context),
         )
-        if settings.kind == "local":
-            return ProcessExecutor(factory, min(settings.workers, len(units)))
-        from persea.executors.ray_cluster import RayExecutor, RaySettings, SharedFolder
-
-        ray_settings = RaySettings(
-            settings.address,
-            min(settings.workers or len(units), len(units)),
-            settings.cpus_per_worker,
-            settings.gpus_per_worker,
-            settings.allow_unauthenticated,
-            math.ceil(settings.workers * settings.cpus_per_worker),
-        )
-        shared = SharedFolder.create(self.staging.absolute())
-        return RayExecutor(factory, ray_settings, shared, __version__)
+        return open_workers(self.context, factory, self.staging, len(units))
 
     def _keep(self, unit: WorkUnit, attempt: Attempt, receipt: Receipt) -> bool:
         """Accept a unit that this process committed itself."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from persea.errors import DataError
 from persea.evaluation.text_bits import (
     DocumentBits,
     TextReader,
+    TextWindows,
     measure_document_bits,
     split_documents,
 )
@@ -45,6 +47,48 @@ def evaluate_texts(
     Raises:
         DataError: No document can be read by all models.
     """
+    texts = prepare_texts(context, load)
+    bits: dict[str, DocumentBits] = {}
+
+    def model_progress(k: int, fraction: float, message: str) -> None:
+        progress((k + fraction) / len(texts.measured), message)
+
+    for k, (name, model) in enumerate(texts.measured.items()):
+        bits[name] = measure_document_bits(model, texts.windows, partial(model_progress, k))
+    report = compare_on_texts(
+        texts.windows,
+        bits,
+        STUDENT,
+        BASE,
+        context.models.teacher_names,
+        texts.unmeasured,
+    )
+    storage.write_json(folder / TEXTS_FILE, report.to_json())
+    storage.write_json_lines(folder / TEXT_DOCUMENTS_FILE, document_records(texts.windows, bits))
+    return report
+
+
+@dataclass(frozen=True)
+class PreparedTexts:
+    """The held-out texts as all models read them.
+
+    Attributes:
+        windows: The documents, split where all models can read on.
+        measured: Name -> model, of those that are measured.
+        unmeasured: Name -> why a model is not.
+    """
+
+    windows: TextWindows
+    measured: dict[str, EvaluatedModel]
+    unmeasured: dict[str, str]
+
+
+def prepare_texts(context: RunContext, load: Callable[[str], Teacher]) -> PreparedTexts:
+    """Split the held-out texts for all models. See `evaluate_texts`.
+
+    Raises:
+        DataError: No document can be read by all models, or the student by none.
+    """
     settings, models = context.recipe.evaluation, context.models
     names = [STUDENT, BASE, *models.renderers]
     evaluated: dict[str, EvaluatedModel] = {
@@ -72,21 +116,4 @@ def evaluate_texts(
             where=f"evaluation.texts, {name}",
             remedy="give texts that every tokenizer can represent",
         )
-    bits: dict[str, DocumentBits] = {}
-
-    def model_progress(k: int, fraction: float, message: str) -> None:
-        progress((k + fraction) / len(measured), message)
-
-    for k, name in enumerate(measured):
-        bits[name] = measure_document_bits(evaluated[name], windows, partial(model_progress, k))
-    report = compare_on_texts(
-        windows,
-        bits,
-        STUDENT,
-        BASE,
-        models.teacher_names,
-        unmeasured,
-    )
-    storage.write_json(folder / TEXTS_FILE, report.to_json())
-    storage.write_json_lines(folder / TEXT_DOCUMENTS_FILE, document_records(windows, bits))
-    return report
+    return PreparedTexts(windows, {name: evaluated[name] for name in measured}, unmeasured)

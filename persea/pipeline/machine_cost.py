@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from persea.errors import RefusedError
+from persea.evaluation.answering import ITEMS_PER_ANSWER_FILE
 from persea.models.placement import compute_device
 from persea.pipeline import cost, preflight_data
 from persea.pipeline.audition_stage import contestants
@@ -127,7 +128,8 @@ def _capture_lines(
         if size is None
         else cost.PROCESS_BYTES + cost.LOGIT_BYTES + BYTES_PER_WEIGHT * size.num_parameters
     )
-    measured = _measured_capture(works, name, calibration) if calibration else None
+    unit = min(context.recipe.capture.batch_size, context.recipe.capture.prompts_per_unit)
+    measured = _measured_capture(works, name, calibration, unit) if calibration else None
     if measured is not None and calibration is not None:
         time, disk = measured
         return [
@@ -167,7 +169,7 @@ def _capture_lines(
 
 
 def _measured_capture(
-    works: Sequence[SkillWork], name: str, calibration: Calibration
+    works: Sequence[SkillWork], name: str, calibration: Calibration, batch: int
 ) -> tuple[Seconds, float] | None:
     """Return the time and the bytes of a teacher's capture; None = it was not measured."""
     time, disk = NO_TIME, 0.0
@@ -177,7 +179,8 @@ def _measured_capture(
             asked = calibration.asked_speed(name, work.skill)
             if asked is None:
                 return None
-            time = time + (asked.writing + asked.storing) * (work.prompts * share)
+            prompts = work.prompts * share
+            time = time + asked.asking(prompts, batch) + asked.storing * prompts
             disk += work.prompts * share * asked.stored_share * asked.stored_bytes
         if share and work.scored:
             scored = calibration.scored_speed(name)
@@ -243,6 +246,11 @@ def _question_lines(
     efforts = (context.recipe.audition if is_audition else context.recipe.evaluation).efforts
     models = context.models
     names = [*models.teacher_names, BASE] if is_audition else [STUDENT, BASE, *models.renderers]
+    batch = (
+        context.recipe.audition.first_round
+        if is_audition
+        else min(context.recipe.evaluation.batch_size, ITEMS_PER_ANSWER_FILE)
+    )
     lines = []
     for name in names:
         time, written, known = NO_TIME, 0.0, True
@@ -262,7 +270,7 @@ def _question_lines(
             times = len(items) * len(models.measured_efforts(name, efforts))
             if name == STUDENT:
                 times += len(items) * len(context.taught_efforts.get(task.name, ()))
-            time = time + speed.writing * times
+            time = time + speed.asking(len(items), batch) * (times / max(1, len(items)))
             written += times * speed.answer_tokens
         size = _texts_bytes(context, split)
         scored = calibration.scored_speed(measured_as)

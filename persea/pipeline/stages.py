@@ -29,6 +29,7 @@ from persea.pipeline.model_refs import BASE, STUDENT
 from persea.pipeline.progress import WARNING_PREFIX
 from persea.pipeline.run_context import RunContext
 from persea.pipeline.status import record_status
+from persea.pipeline.workers import has_workers
 from persea.tasks.task import Split
 from persea.training.distributed.heartbeat import join_process_group
 
@@ -122,6 +123,10 @@ def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) 
         return teacher.reporting(partial(work.report_answers, name))
 
     load = single_model_loader(load_reporting)
+    if has_workers(context) and (tasks or context.held_out_texts):
+        from persea.pipeline.evaluate_dispatch import EvaluationDispatch
+
+        progress = EvaluationDispatch(context, progress).run(load)
     answers = EvaluationAnswers()
     work = EvaluationWork(
         [model_work(context, name) for name in names],

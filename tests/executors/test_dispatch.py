@@ -142,8 +142,8 @@ def test_a_unit_that_always_fails_is_quarantined_with_its_reason(tmp_path: Path)
     from persea.executors.dispatch import DispatchResult
 
     with pytest.raises(TeacherError, match="1 of 3 units failed every time; unit u1: it fails"):
-        raise_quarantine(DispatchResult(("u0",), quarantined), 3, TeacherError)
-    raise_quarantine(DispatchResult(("u0",), {}), 3, TeacherError)
+        raise_quarantine(DispatchResult(("u0",), quarantined), 3, TeacherError, "capture")
+    raise_quarantine(DispatchResult(("u0",), {}), 3, TeacherError, "capture")
 
 
 def test_an_error_that_every_attempt_would_meet_ends_the_run(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,18 @@ def test_a_skill_that_was_not_measured_has_the_mean_of_the_others() -> None:
     assert found.asked_speed("gemma", "code") is None
     assert found.answer_tokens("code", ("qwen", "gemma")) == 10
     assert Calibration.from_json(found.to_json()) == found
+
+
+def test_a_batch_costs_something_beside_its_prompts() -> None:
+    """4 s for 8 prompts and 10 s for 32: a quarter of a second a prompt, 2 s a batch."""
+    speed = AskedSpeed(32, 10, 1.0, 100, Seconds(10 / 32, 10 / 32), Seconds(0, 0))
+    small = replace(speed, prompts=8, writing=Seconds(0.5, 0.5))
+    found = speed.with_opening(small)
+    assert found.writing.cpu == pytest.approx(0.25)
+    assert found.opening.wall == pytest.approx(2.0)
+    assert found.asking(32, 32).cpu == pytest.approx(10.0)
+    assert found.asking(256, 64).cpu == pytest.approx(64 + 8)
+    assert found.asking(4, 64).cpu == pytest.approx(1 + 2)
+    odd = speed.with_opening(replace(speed, prompts=8, writing=Seconds(2.0, 0.1)))  # noise
+    assert (odd.writing.wall, odd.opening.wall) == (0.0, 10.0)
+    assert (odd.writing.cpu, odd.opening.cpu) == (pytest.approx(10 / 32), pytest.approx(0.0))
