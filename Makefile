@@ -29,6 +29,7 @@
 # make export       GGUF files of the saplings in a real llama.cpp: prompt ids, template and greedy tokens equal transformers'
 # make bench-plan   plans of a million prompts and of 236 billion tokens (bench/plan_size.py); the quickstart against its own plan (bench/plan.py;
 #                   about 20 minutes)
+# make bench-fleet  the driver of a fleet with 225,000 simulated units: plan, resume, dispatch (bench/fleet_size.py; a minute)
 # make engines      real servers as teachers: vLLM, llama.cpp, transformers serve, litellm, persea serve; vLLM in one process; openai, litellm,
 #                   lm-eval (bench/lm_eval_client.py) and vllm bench serve as clients of persea serve (an hour or two after downloads of 3 GB)
 # make soak         a bad minute for `persea serve` (about 2 minutes)
@@ -44,7 +45,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint docs chaos chaos-ray results bench bench-audit bench-bias bench-cache bench-growth bench-rollouts bench-train bench-onpolicy bench-plan bench-objectives bench-extension bench-real bench-scale real templates graders bench-gpu engines export soak saplings clean
+.PHONY: quickstart test lint docs chaos chaos-ray results bench bench-audit bench-bias bench-cache bench-fleet bench-growth bench-rollouts bench-train bench-onpolicy bench-plan bench-objectives bench-extension bench-real bench-scale real templates graders bench-gpu engines export soak saplings clean
 .DELETE_ON_ERROR:
 
 .venv/persea: pyproject.toml
@@ -117,6 +118,9 @@ bench-scale: .venv/persea
 	$(BIN)/pip install -q -e '.[bench,gguf]'
 	$(BIN)/python -m bench.real_models $(REAL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.scale --models $(REAL) $(if $(AGAINST),--against $(AGAINST))
+
+bench-fleet: .venv/persea
+	$(BIN)/python -m bench.fleet_size
 
 bench-growth: .venv/persea
 	$(BIN)/python -m bench.growth

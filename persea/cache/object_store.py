@@ -166,6 +166,47 @@ class ObjectStore:
                 return False
         return True
 
+    def write_file(self, path: str, data: bytes) -> None:
+        """Write a small object below the root, over an earlier one.
+
+        Raises:
+            StorageError: The store cannot be written.
+        """
+        file_system, root = self._file_system
+        with self._storage_errors(path):
+            file_system.pipe_file(f"{root}/{path}", data)
+
+    def read_file(self, path: str) -> bytes | None:
+        """Return an object below the root; None if it is not there.
+
+        Raises:
+            StorageError: The store cannot be read.
+        """
+        file_system, root = self._file_system
+        with self._storage_errors(path):
+            try:
+                return bytes(file_system.cat_file(f"{root}/{path}"))
+            except (FileNotFoundError, IsADirectoryError):
+                return None
+
+    def list_folders(self, path: str) -> list[str]:
+        """Return the names of the folders in a folder, sorted; for people alone, as lists lag.
+
+        Raises:
+            StorageError: The store cannot be read.
+        """
+        file_system, root = self._file_system
+        with self._storage_errors(path):
+            try:
+                found = file_system.ls(f"{root}/{path}", detail=True)
+            except FileNotFoundError:
+                return []
+        return sorted(
+            str(one["name"]).rstrip("/").rpartition("/")[2]
+            for one in found
+            if one["type"] == "directory"
+        )
+
     def _record_path(self, name: str, served_model: str) -> str:
         return f"{self._file_system[1]}/{served_model[:32] or 'local'}/commits/{name}.json"
 

@@ -7,8 +7,8 @@ takes much longer than the others, and starts a second copy of the last straggle
 
 from __future__ import annotations
 
-import statistics
 import time
+from bisect import insort
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -97,7 +97,7 @@ class Dispatcher:
     _waiting: deque[WorkUnit] = field(default_factory=deque, init=False)
     _seconds: dict[str, list[float]] = field(
         default_factory=lambda: defaultdict(list), init=False
-    )  # of a teacher's committed units
+    )  # of a teacher's committed units, sorted: the median is asked for in every round
     _attempts: dict[str, int] = field(default_factory=lambda: defaultdict(int), init=False)
     _committed: dict[str, None] = field(default_factory=dict, init=False)
     _quarantined: dict[str, str] = field(default_factory=dict, init=False)
@@ -173,8 +173,10 @@ class Dispatcher:
         return None
 
     def _median(self, group: str) -> float | None:
-        seconds = self._seconds[group]
-        return statistics.median(seconds) if len(seconds) >= MIN_UNITS_FOR_MEDIAN else None
+        seconds, half = self._seconds[group], len(self._seconds[group]) // 2
+        if len(seconds) < MIN_UNITS_FOR_MEDIAN:
+            return None
+        return seconds[half] if len(seconds) % 2 else (seconds[half - 1] + seconds[half]) / 2
 
     # --- what came back ---
 
@@ -211,7 +213,7 @@ class Dispatcher:
         if unit.name in self._committed:
             return
         self._committed[unit.name] = None
-        self._seconds[unit.group].append(receipt.seconds)
+        insort(self._seconds[unit.group], receipt.seconds)
         self.on_committed(unit)
 
     def _fail(self, running: _Running, failure: Failure) -> None:

@@ -29,6 +29,7 @@ from persea.pipeline.model_refs import BASE, STUDENT
 from persea.pipeline.progress import WARNING_PREFIX
 from persea.pipeline.run_context import RunContext
 from persea.pipeline.status import record_status
+from persea.pipeline.status_copy import status_copies
 from persea.pipeline.workers import has_workers
 from persea.tasks.task import Split
 from persea.training.distributed.heartbeat import join_process_group
@@ -267,9 +268,15 @@ def run_pipeline(context: RunContext, progress: ProgressCallback, only_stage: st
 
             follow_first_rank(context, context.folder / "train", stage_keys.train_inputs)
             return
+        copies = status_copies(
+            context, lambda why: progress(only_stage or "capture", 0.0, f"{WARNING_PREFIX}{why}")
+        )
+        on_written = copies.write if copies else lambda is_end: None
         with (
             storage.lock_run_folder(context.folder),
-            record_status(context.folder, context.recipe.name, progress) as recorded_progress,
+            record_status(
+                context.folder, context.recipe.name, progress, on_written
+            ) as recorded_progress,
         ):
             context.stages.recover()
             for warning in warnings:

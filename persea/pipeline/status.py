@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -83,7 +83,10 @@ class RunStatus:
 
 @contextmanager
 def record_status(
-    folder: Path, run_name: str, progress: ProgressCallback
+    folder: Path,
+    run_name: str,
+    progress: ProgressCallback,
+    on_written: Callable[[bool], None] = lambda is_end: None,
 ) -> Iterator[ProgressCallback]:
     """Record a run's progress and its end in status.json.
 
@@ -91,6 +94,7 @@ def record_status(
         folder: The run folder, locked by this process.
         run_name: Name of the recipe.
         progress: Called with everything that the yielded callback is called with.
+        on_written: Called after status.json is written, with whether the run ends.
 
     Yields:
         A progress callback that also writes status.json. An exception is recorded and raised on.
@@ -119,6 +123,7 @@ def record_status(
         last_write = time.monotonic()
         updated = {"updated_at": round(time.time(), 1)}
         storage.write_json(folder / STATUS_FILE, header | current | updated)
+        on_written(current["state"] is not RunState.RUNNING)
 
     def recorded_progress(stage: str, fraction: float, message: str) -> None:
         progress(stage, fraction, message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 from dataclasses import asdict
@@ -17,8 +18,9 @@ from persea.cache.canaries import KEY_FILE, read_pairs
 from persea.cache.unit import read_record
 from persea.config.recipe import load_recipe
 from persea.errors import RecipeError
-from persea.executors.executor import Receipt
+from persea.executors.executor import Attempt, Receipt
 from persea.executors.ledger import read_ledger
+from persea.pipeline import capture_dispatch
 from persea.pipeline.capture_dispatch import refuse_shared_budgets
 from persea.pipeline.capture_worker import RECEIPT_FILE
 from persea.pipeline.run_context import RunContext
@@ -213,3 +215,63 @@ def test_workers_do_not_spend_a_budget_each(tmp_path: Path) -> None:
     context.models.recipe = context.recipe.model_copy(update={"teachers": tuple(limited)})
     with pytest.raises(RecipeError, match="each worker would spend the budget"):
         refuse_shared_budgets(context, names)
+
+
+class Elastic:
+    """Workers that come and go, 1 then 3 then 2, and finish in any order; all in this process."""
+
+    def __init__(self, factory: Any, seed: int) -> None:
+        self.runner, self.rng = factory(), random.Random(seed)
+        self.running: list[Attempt] = []
+        self.finished: list[str] = []
+        self.sizes: list[int] = []
+
+    @property
+    def num_workers(self) -> int:
+        return (1, 3, 3, 3, 2)[min(len(self.finished), 4)]
+
+    def submit(self, attempt: Attempt) -> str:
+        self.running.append(attempt)
+        self.sizes.append(len(self.running))
+        return f"worker {len(self.running)}"
+
+    def receive(self, timeout_s: float) -> list[Receipt]:
+        attempt = self.running.pop(self.rng.randrange(len(self.running)))
+        self.finished.append(attempt.unit.name)
+        return [self.runner.run(attempt, lambda share: None)]
+
+    def cancel(self, attempt_id: str) -> None:
+        self.running = [a for a in self.running if a.id != attempt_id]
+
+    def close(self) -> None:
+        self.running.clear()
+
+
+def test_elastic_workers_in_any_order_train_the_same_student(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    students, orders, made = [], [], list[Elastic]()
+
+    def open_elastic(context: Any, factory: Any, staging: Path, num_units: int) -> Elastic:
+        made.append(Elastic(factory, seed=len(made)))
+        return made[-1]
+
+    monkeypatch.setattr(capture_dispatch, "open_workers", open_elastic)
+    for name, workers in (("alone", 1), ("a", 2), ("b", 2)):
+        folder = tmp_path / name
+        folder.mkdir()
+        overrides = [f"executor.workers={workers}", "capture.prompts_per_unit=2"]
+        overrides.append(f"capture.store={folder / 'store'}")
+        overrides.append("audition.pinned.languages=qwen-sapling")
+        context = RunContext(load_recipe(recipe(folder, **ONE), overrides), folder / "run")
+        for stage in ("audition", "capture", "train"):
+            run_pipeline(context, lambda *ignored: None, stage)
+        students.append((folder / "run/train/student/model.safetensors").read_bytes())
+        orders.append([u.name for u in context.capture_units])
+    assert students[0] == students[1] == students[2]
+    assert orders[0] == orders[1] == orders[2]
+    a, b = made
+    assert sorted(a.finished) == sorted(b.finished) == sorted(orders[0])
+    assert a.finished != b.finished  # they did finish in different orders
+    assert a.sizes[0] == 1
+    assert max(a.sizes) == 3

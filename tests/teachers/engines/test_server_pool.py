@@ -22,23 +22,35 @@ from tests.servers import Answer, Script, playing
 from tests.teachers.engines.test_token_server import QUICK, QWEN, Truth, asked, is_work
 from tests.teachers.engines.test_transformers import engine, opened
 
+PATIENT = replace(QUICK, stall_timeout_s=60.0, give_up_after_s=120.0)  # of a busy machine
 TRUTH = Truth()  # its answers are computed once for all servers here
-ALIVE = tuple((0.05, b": still here\n\n") for _ in range(40))  # 2 s without a token
+WARM: list[Any] = []
+ALIVE = tuple((0.1, b": still here\n\n") for _ in range(80))  # 8 s without a token
 
 
 @contextmanager
-def servers(*scripts: Script, policy: RetryPolicy = QUICK) -> Iterator[TokenServerEngine]:
-    """Return an engine in front of running servers, after their handshakes."""
+def servers(*scripts: Script, policy: RetryPolicy = PATIENT) -> Iterator[TokenServerEngine]:
+    """Return an engine in front of running servers, after their handshakes.
+
+    The policy holds when TRUTH has computed the answers of `generated`: from then on they are fast.
+    """
     with ExitStack() as stack:
         urls = [stack.enter_context(playing(script)).url for script in scripts]
-        far = pooled(urls, policy)
+        far = pooled(urls)
         handshake_all(far)
+        if not WARM:
+            WARM.append(generated(far, 30))
+        pool = pool_of(far)
+        pool.retry_policy = policy
+        for server in pool.servers:
+            server.client.retry_policy = policy
+            server.checker.retry_policy = replace(policy, max_attempts=2, max_total_tokens=0)
         for script in scripts:
             script.asked.clear()
         yield far
 
 
-def pooled(urls: list[str], policy: RetryPolicy = QUICK) -> TokenServerEngine:
+def pooled(urls: list[str], policy: RetryPolicy = PATIENT) -> TokenServerEngine:
     return TokenServerEngine(open_pool(urls, "far", policy), opened(QWEN)[0], TOKENS_FORMAT, "m", 5)
 
 
@@ -100,7 +112,7 @@ def test_load_is_tokens_and_not_requests() -> None:
 
     one, two = Script(handler), Script(handler)
     with playing(one), playing(two):
-        pool = open_pool([one.url, two.url], "far", replace(QUICK, concurrency=8))
+        pool = open_pool([one.url, two.url], "far", replace(PATIENT, concurrency=8))
         long = Request("/x", {"long": True}, lambda said: 1, expected_tokens=1000)
         short = [Request("/x", {"n": k}, lambda said: 2, expected_tokens=10) for k in range(7)]
         assert pool.send_all([long, *short]) == [1] + [2] * 7
@@ -115,12 +127,12 @@ def test_a_server_without_tokens_is_left_and_rejoins() -> None:
         return Answer(pieces=ALIVE) if sick and is_work(path, body) else None
 
     one, two = Script(TRUTH), Script(TRUTH)
-    policy = replace(QUICK, stall_timeout_s=0.4, concurrency=2)
+    policy = replace(QUICK, stall_timeout_s=1.5, concurrency=2)
     with servers(one, two, policy=policy) as far:
         two.fault = fault
         generated(far, 12)
         left = pool_of(far).servers[1]
-        assert left.left_because == "no token for 0.4 s"
+        assert left.left_because == "no token for 1.5 s"
         stalled = work_of(two)
         assert 2 <= stalled <= 4
         sick = False
@@ -192,7 +204,7 @@ def test_faults_of_a_request_are_its_own() -> None:
         return Answer(b"crash", 500) if is_work(path, body) and body["token_ids"] == bad else None
 
     one, two = Script(TRUTH, fault), Script(TRUTH, fault)
-    with servers(one, two, policy=replace(QUICK, max_attempts=2)) as far:
+    with servers(one, two, policy=replace(PATIENT, max_attempts=2)) as far:
         answers = far.generate(prompts, stops, 2)
         failed = [k for k, a in enumerate(answers) if isinstance(a, EngineFailure)]
         assert failed == [3]
@@ -205,7 +217,7 @@ def test_a_busy_server_waits_while_the_other_works() -> None:
         return Answer(b"", 429, (("retry-after", "60"),)) if is_work(path, body) else None
 
     one, two = Script(TRUTH), Script(TRUTH)
-    with servers(one, two, policy=replace(QUICK, concurrency=1)) as far:
+    with servers(one, two, policy=replace(PATIENT, concurrency=1)) as far:
         two.fault = busy
         generated(far, 6)
         assert work_of(two) == 1
@@ -215,10 +227,10 @@ def test_a_busy_server_waits_while_the_other_works() -> None:
 
 def test_a_budget_counts_the_tokens_of_all_servers() -> None:
     one, two = Script(TRUTH), Script(TRUTH)
-    with servers(one, two, policy=replace(QUICK, concurrency=1)) as far:
+    with servers(one, two, policy=replace(PATIENT, concurrency=1)) as far:
         before = far.client.num_tokens_used
         assert before > 0
-        far.client.retry_policy = replace(QUICK, concurrency=1, max_total_tokens=before + 300)
+        far.client.retry_policy = replace(PATIENT, concurrency=1, max_total_tokens=before + 300)
         with pytest.raises(RefusedError, match="the token budget is used up"):
             generated(far, 60)
         assert before + 300 <= far.client.num_tokens_used < before + 500
@@ -229,11 +241,11 @@ def test_a_budget_counts_the_tokens_of_all_servers() -> None:
 def test_chat_servers_pool_too() -> None:
     one, two = Script(TRUTH), Script(TRUTH)
     with playing(one), playing(two):
-        far = ChatServerEngine(open_pool([one.url, two.url], "far", QUICK), "m")
+        far = ChatServerEngine(open_pool([one.url, two.url], "far", PATIENT), "m")
         handshake_all(far)
         assert far.handshake_fields["top_p"] == 1.0
         two.handler = lambda path, body: TRUTH(path, body).replace(b"answer", b"other answer")
-        other = ChatServerEngine(open_pool([one.url, two.url], "far", QUICK), "m")
+        other = ChatServerEngine(open_pool([one.url, two.url], "far", PATIENT), "m")
         with pytest.raises(TeacherError, match="it answers a fixed question in other words"):
             handshake_all(other)
 
