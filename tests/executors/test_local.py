@@ -12,7 +12,15 @@ import pytest
 
 from persea.errors import DataError, MissingRequirementError, TeacherError
 from persea.executors import local
-from persea.executors.executor import Attempt, Failure, Outcome, PartDone, Receipt, WorkUnit
+from persea.executors.executor import (
+    Attempt,
+    Executor,
+    Failure,
+    Outcome,
+    PartDone,
+    Receipt,
+    WorkUnit,
+)
 from persea.executors.local import InProcessExecutor, ProcessExecutor
 
 
@@ -41,7 +49,7 @@ def attempt(name: str, what: str = "") -> Attempt:
     return Attempt(WorkUnit(name, "teacher", what), 1)
 
 
-def ends(executor: ProcessExecutor, n: int) -> list[Outcome]:
+def ends(executor: Executor, n: int) -> list[Outcome]:
     """The next n outcomes that end an attempt."""
     found: list[Outcome] = []
     until = time.monotonic() + 120

@@ -1,11 +1,13 @@
 """What is refused before Ray is asked, and what an actor does with an attempt.
 
-Kills of nodes and drivers are in bench/chaos_ray.py, because a cluster takes a minute to start.
+Kills of nodes and drivers are in bench/chaos_ray.py: a cluster of several nodes takes a minute to
+start. One of this machine alone takes some seconds; that case runs where Ray is installed.
 """
 
 from __future__ import annotations
 
 import builtins
+import os
 import pickle
 import socket
 from pathlib import Path
@@ -17,6 +19,7 @@ from persea.errors import MissingRequirementError, RefusedError
 from persea.executors.executor import Attempt, Failure, Receipt, WorkUnit
 from persea.executors.ray_cluster import (
     ActorWorker,
+    RayExecutor,
     RaySettings,
     SharedFolder,
     _cluster_errors,
@@ -24,7 +27,7 @@ from persea.executors.ray_cluster import (
     _workers_in,
     connect,
 )
-from tests.executors.test_local import Runner
+from tests.executors.test_local import Runner, ends
 
 
 def actor(tmp_path: Path, version: str = "") -> ActorWorker:
@@ -99,3 +102,39 @@ def test_an_actor_refuses_another_version_and_an_unseen_folder(tmp_path: Path) -
     assert isinstance(found, Failure)
     assert isinstance(found.error, RefusedError)
     assert "does not see the run folder" in found.reason
+
+
+def test_a_cluster_of_this_machine_runs_attempts_and_loses_an_actor(tmp_path: Path) -> None:
+    """The short case: receipts, a failure with its error, and an actor that dies on the way."""
+    pytest.importorskip("ray")
+    import persea
+
+    shared = SharedFolder.create(tmp_path / "attempts")
+    settings = RaySettings(max_workers=1, local_cpus=1)  # each actor is a process that starts
+    try:
+        executor = RayExecutor(Runner, settings, shared, persea.__version__)
+    except MissingRequirementError as error:
+        if "timed out during startup" not in str(error):
+            raise
+        pytest.skip("this machine is too busy: Ray waits 30 s for its own processes")
+    try:
+        assert executor.num_workers == 1
+        found = []
+        for name, number, what in (("a", 1, ""), ("b", 1, "data"), ("c", 1, "die"), ("c", 2, "")):
+            executor.submit(Attempt(WorkUnit(name, "teacher", what), number))
+            found += ends(executor, 1)
+        receipt, failure, lost, again = found
+        assert isinstance(receipt, Receipt)
+        assert (receipt.attempt_id, receipt.tokens_paid, receipt.tokens_kept) == ("a-1", 2, 1)
+        assert isinstance(failure, Failure)
+        assert str(failure.error) == "file:3: no such row -> mend it"
+        assert isinstance(lost, Failure)
+        assert lost.is_lost
+        assert lost.reason.startswith("the actor is gone")
+        assert isinstance(again, Receipt)  # by another process
+        assert len({receipt.worker, again.worker, f"pid {os.getpid()}"}) == 3
+    finally:
+        executor.close()
+    import ray
+
+    assert not ray.is_initialized()

@@ -199,5 +199,5 @@ def test_watch_goes_on_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
                 monkeypatch.setattr(store, "lock_holder", lambda folder: "")
 
         monkeypatch.setattr(time, "sleep", nap)
-        verb(tmp_path, watch=True)
+        verb(str(tmp_path), watch=True)
     assert naps == [2.0, 2.0]
