@@ -71,6 +71,12 @@ class ObjectStore:
                 where="capture.store",
                 remedy="write a folder, or such as s3://bucket/folder",
             ) from error
+        if "hf" in _protocols(file_system) and not root.startswith("buckets/"):
+            raise RecipeError(
+                "a repository of the hub makes a commit of every file",
+                where=f"capture.store: {self.url}",
+                remedy="write a bucket: hf://buckets/NAMESPACE/BUCKET/FOLDER",
+            )
         return file_system, root.rstrip("/")
 
     @cached_property
@@ -85,9 +91,7 @@ class ObjectStore:
             StorageError: The store cannot be written.
         """
         file_system, root = self._file_system
-        protocols = file_system.protocol
-        names = (protocols,) if isinstance(protocols, str) else tuple(protocols)
-        if not set(names) & set(CONDITIONAL_PROTOCOLS):
+        if not set(_protocols(file_system)) & set(CONDITIONAL_PROTOCOLS):
             return False
         path = f"{root}/probe-{secrets.token_hex(8)}"
         with self._storage_errors(path):
@@ -253,6 +257,12 @@ class ObjectStore:
                 remedy="check its address, key, free space and permissions, then run again: "
                 "committed units stay",
             ) from error
+
+
+def _protocols(file_system: Any) -> tuple[str, ...]:
+    """Return the protocols of a file system of fsspec."""
+    found = file_system.protocol
+    return (found,) if isinstance(found, str) else tuple(found)
 
 
 class _DamagedError(Exception):

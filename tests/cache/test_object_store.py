@@ -185,3 +185,18 @@ def test_a_record_is_what_a_local_cache_has(store: ObjectStore, tmp_path: Path) 
     file_system, root = store._file_system
     found = json.loads(file_system.cat_file(f"{root}/local/commits/{NAME}.json"))
     assert found == json.loads((tmp_path / "a" / "commits" / f"{NAME}.json").read_text())
+
+
+def test_a_bucket_of_the_hub_is_a_store_and_a_repository_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a network: the bucket is opened, and what fails then is one line with a remedy."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    bucket = ObjectStore("hf://buckets/someone/some-bucket/persea")
+    assert bucket._file_system[1] == "buckets/someone/some-bucket/persea"
+    assert not bucket.creates_once  # no condition is sent
+    with pytest.raises(StorageError, match="the store fails: OfflineModeIsEnabled") as raised:
+        bucket.fetch(NAME, tmp_path)
+    assert "\n" not in str(raised.value)
+    with pytest.raises(RecipeError, match="a repository of the hub makes a commit of every file"):
+        ObjectStore("hf://datasets/someone/captures").fetch(NAME, tmp_path)
