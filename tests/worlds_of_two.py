@@ -24,6 +24,7 @@ from persea.training.distributed.world import ParallelStrategy, World
 from persea.training.loop import run_training_loop
 from persea.training.loss_balancing import Group, GroupStats
 from persea.training.settings import TrainingSettings
+from persea.training.sharded_state import read_whole
 from persea.training.student import load_student
 
 SAPLING = Path(__file__).resolve().parent.parent / "saplings" / "llama-sapling"
@@ -132,13 +133,22 @@ class Dice:
         return Out(((seen - noise) ** 2).mean(), 4), {Group("dice", "noise"): GroupStats(4, 1.0)}
 
 
+def last_weights(folder: Path) -> list[torch.Tensor]:
+    """Return the weights of the last checkpoint, whole."""
+    path = max((folder / "checkpoints").glob("*.pt"))
+    values: list[torch.Tensor | None] = torch.load(path, weights_only=True)["parameters"]
+    if not path.with_suffix(".shards").exists():
+        return [v for v in values if v is not None]
+    whole = read_whole(path.with_suffix(".shards"))
+    return [whole[f"parameter.{k}"] if v is None else v for k, v in enumerate(values)]
+
+
 def final(folder: Path) -> str:
     """Return the sha256 of the last checkpoint's weights (their values, as the file contains
     seconds)."""
     import hashlib
 
-    last = max((folder / "checkpoints").glob("*.pt"))
     sha = hashlib.sha256()
-    for value in torch.load(last, weights_only=True)["parameters"]:
+    for value in last_weights(folder):
         sha.update(value.numpy().tobytes())
     return sha.hexdigest()

@@ -2,8 +2,9 @@
 
 A checkpoint is three files in checkpoints/: `step-N.pt` (weights, optimiser, random generators,
 state of the batch source), `step-N.jsonl` (metrics up to the step) and, written last,
-`step-N.json`, the record with checksums that makes the others valid. Weights and optimiser moments
-are gathered whole, so that one process can resume a checkpoint of two, and the reverse.
+`step-N.json`, the record with checksums that makes the others valid. With FSDP the weights and
+optimiser moments are in `step-N.shards/`, each process' own part (persea.training.sharded_state).
+One process can resume a checkpoint of two, and the reverse.
 """
 
 from __future__ import annotations
@@ -24,6 +25,14 @@ from persea.errors import DataError, RefusedError
 from persea.training.distributed.world import World
 from persea.training.loss_balancing import Group, GroupScale
 from persea.training.metrics_log import encode_log_line
+from persea.training.sharded_state import (
+    SHARDS_SUFFIX,
+    digests_differ,
+    is_shard,
+    read_shards,
+    remove_checkpoint_path,
+    write_shards,
+)
 
 MAX_CHECKPOINTS = 2  # checkpoints to keep: the newest, and one more in case the disk damages it
 RESUME_AUTO, RESUME_NEVER = "auto", "never"  # values of --resume besides a path
@@ -185,20 +194,30 @@ def save_checkpoint(
             where=str(folder),
             remedy="lower training.learning_rate; the last checkpoint is finite",
         )
+    name = folder / "checkpoints" / f"step-{state.step:08d}"
+    if not world.rank and name.with_suffix(".json").exists():
+        # of this step before its held-out loss was measured
+        storage.DISK.remove(name.with_suffix(".json"))
     moments = optimizer.state_dict()
-    tensors = [gather_full_tensor(p.detach()) for p in parameters]
+    named = {f"parameter.{k}": p.detach() for k, p in enumerate(parameters)} | {
+        f"moment.{k}.{key}": value
+        for k, values in moments["state"].items()
+        for key, value in values.items()
+    }
+    shards = {key: value for key, value in named.items() if is_shard(value)}
+    # a shard is None in the file of the other values
+    tensors = [named[f"parameter.{k}"] for k in range(len(parameters))]
+    tensors = [None if is_shard(t) else t for t in tensors]
     moments["state"] = {
-        k: {name: gather_full_tensor(v) for name, v in values.items()}
+        k: {key: None if is_shard(v) else v for key, v in values.items()}
         for k, values in moments["state"].items()
     }
+    digests = write_shards(name.with_suffix(SHARDS_SUFFIX), shards, world) if shards else {}
     states = world.all_gather(
         (rng_state(), torch.from_numpy(np.frombuffer(source_state, np.uint8).copy()))
     )
     if world.rank:
         return
-    name = folder / "checkpoints" / f"step-{state.step:08d}"
-    if name.with_suffix(".json").exists():  # of this step before its held-out loss was measured
-        storage.DISK.remove(name.with_suffix(".json"))
     with storage.open_atomic(name.with_suffix(".pt")) as file:
         writer: Any = _HashingWriter(file)
         try:
@@ -232,6 +251,7 @@ def save_checkpoint(
             "world": world.size,
             "state": writer.sha.hexdigest(),
             "metrics": storage.digest_bytes(metrics),
+            **({"shards": digests} if digests else {}),
         },
     )
     delete_old_checkpoints(folder)
@@ -240,10 +260,10 @@ def save_checkpoint(
 def delete_old_checkpoints(folder: Path, keep: int = MAX_CHECKPOINTS) -> None:
     """Delete all but the newest checkpoints, and older files that a killed run left behind."""
     records = sorted((folder / "checkpoints").glob("step-*.json"))[-keep:] if keep else []
-    # sorted: the record (.json) is deleted before .jsonl and .pt
+    # sorted: the record (.json) is deleted before .jsonl, .pt and .shards
     for path in sorted((folder / "checkpoints").glob("step-*")):
         if not keep or (records and path.stem < records[0].stem):
-            storage.DISK.remove(path)
+            remove_checkpoint_path(path)
 
 
 def delete_partial_files(folder: Path) -> None:
@@ -253,6 +273,9 @@ def delete_partial_files(folder: Path) -> None:
     """
     for path in (folder / "checkpoints").glob(".step-*.tmp"):
         storage.DISK.remove(path)
+    for path in (folder / "checkpoints").glob(f"step-*{SHARDS_SUFFIX}"):
+        if not path.with_suffix(".json").is_file():
+            remove_checkpoint_path(path)
 
 
 def delete_later_checkpoints(folder: Path, step: int) -> None:
@@ -262,7 +285,7 @@ def delete_later_checkpoints(folder: Path, step: int) -> None:
     """
     for path in sorted((folder / "checkpoints").glob("step-*")):
         if path.stem > f"step-{step:08d}":
-            storage.DISK.remove(path)
+            remove_checkpoint_path(path)
 
 
 # --- reading ---
@@ -367,11 +390,36 @@ def _read_record(path: Path) -> dict[str, Any]:
     except DataError as error:
         raise _corrupt_checkpoint(path) from error
     if (
-        record.keys() != {"inputs", "step", "world", "state", "metrics"}
+        record.keys() - {"shards"} != {"inputs", "step", "world", "state", "metrics"}
         or path.stem != f"step-{record['step']:08d}"
     ):
         raise _corrupt_checkpoint(path)
     return record
+
+
+def _verified_metrics(path: Path, inputs: Mapping[str, Any], world: World) -> tuple[int, bytes]:
+    """Check the record and all files of a checkpoint; return its step and its metrics."""
+    record = _read_record(path)
+    if different := describe_changes(_comparable(record["inputs"]), _comparable(inputs)):
+        raise RefusedError(
+            f"the checkpoint belongs to another recipe, model or capture ({'; '.join(different)})",
+            where=str(path),
+            remedy="use another --out, restore the old inputs, or start again with "
+            f"--resume never, which deletes {path.parent}",
+        )
+    try:
+        metrics = path.with_suffix(".jsonl").read_bytes()
+        digests = storage.digest_file(path.with_suffix(".pt")), storage.digest_bytes(metrics)
+    except FileNotFoundError as error:
+        raise _corrupt_checkpoint(path) from error
+    except OSError as error:
+        raise storage.unreadable_file_error(path, error) from error
+    if digests != (record["state"], record["metrics"]) or (
+        "shards" in record
+        and digests_differ(path.with_suffix(SHARDS_SUFFIX), record["shards"], world)
+    ):
+        raise _corrupt_checkpoint(path)
+    return int(record["step"]), metrics
 
 
 def load_checkpoint(
@@ -397,43 +445,45 @@ def load_checkpoint(
         RefusedError: if the checkpoint belongs to other inputs; the message lists the differences.
         DataError: if a checksum does not match or a weight is not finite.
     """
-    record = _read_record(path)
-    if different := describe_changes(_comparable(record["inputs"]), _comparable(inputs)):
-        raise RefusedError(
-            f"the checkpoint belongs to another recipe, model or capture ({'; '.join(different)})",
-            where=str(path),
-            remedy="use another --out, restore the old inputs, or start again with "
-            f"--resume never, which deletes {path.parent}",
-        )
-    try:
-        metrics = path.with_suffix(".jsonl").read_bytes()
-        digests = storage.digest_file(path.with_suffix(".pt")), storage.digest_bytes(metrics)
-    except FileNotFoundError as error:
-        raise _corrupt_checkpoint(path) from error
-    except OSError as error:
-        raise storage.unreadable_file_error(path, error) from error
-    if digests != (record["state"], record["metrics"]):
-        raise _corrupt_checkpoint(path)
+    step, metrics = _verified_metrics(path, inputs, world)
     state = torch.load(path.with_suffix(".pt"), weights_only=True, mmap=True, map_location="cpu")
-    if record["step"] != state["step"]:
+    if step != state["step"]:
         raise _corrupt_checkpoint(path)
-    if not all(bool(torch.isfinite(value).all()) for value in state["parameters"]):
+    if not all(bool(torch.isfinite(v).all()) for v in state["parameters"] if v is not None):
         raise DataError(
             "a weight of this checkpoint is not finite",
             where=str(path),
             remedy=f"delete {path.with_suffix('')}.*",
         )
+    read: dict[str, torch.Tensor] = {}  # what is in shards
     with torch.no_grad():
-        for parameter, value in zip(parameters, state["parameters"], strict=True):
-            parameter.copy_(_shard_like(value, parameter))
+        for k, (parameter, value) in enumerate(zip(parameters, state["parameters"], strict=True)):
+            if value is None:
+                read[f"parameter.{k}"] = parameter.detach()
+            else:
+                parameter.copy_(_shard_like(value, parameter))
     if optimizer is not None:
         moments = state["optimizer"]
         # numbered by the order of the groups, which need not be that of the parameters
         ordered = [p for group in optimizer.param_groups for p in group["params"]]
+        read |= {
+            f"moment.{k}.{name}": torch.zeros_like(ordered[k].detach())
+            for k, values in moments["state"].items()
+            for name, v in values.items()
+            if v is None
+        }
         moments["state"] = {
-            k: {name: _shard_like(v, ordered[k]).clone() for name, v in values.items()}
+            k: {
+                name: read[f"moment.{k}.{name}"]
+                if v is None
+                else _shard_like(v, ordered[k]).clone()
+                for name, v in values.items()
+            }
             for k, values in moments["state"].items()
         }  # copies: the memory-mapped file may be deleted before the optimiser is
+    if read:
+        read_shards(path.with_suffix(SHARDS_SUFFIX), read, world)
+    if optimizer is not None:
         optimizer.load_state_dict(moments)
         if world.rank < len(state["chance"]):
             restore_rng_state(state["chance"][world.rank])

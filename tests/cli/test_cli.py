@@ -142,6 +142,7 @@ def warm() -> ForkServerContext:
     context.set_forkserver_preload(
         [
             "torch",
+            "torch.distributed.checkpoint",
             "persea.pipeline.stages",
             "persea.pipeline.plan",
             "persea.teachers.engines.transformers",

@@ -40,6 +40,7 @@ PRELOADED_MODULES = (
     "persea.training.loop",
     "persea.training.dataset",
     "persea.losses",
+    "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
     "transformers.models.auto.modeling_auto",

@@ -5,6 +5,7 @@ failures and resumes are everybody's.
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from persea.errors import RunInterrupted
+from persea.errors import DataError, RunInterrupted
 from persea.training.distributed.launcher import launch_processes
 from persea.training.distributed.world import ParallelStrategy, World
 from tests.cli.test_cli import warm
-from tests.worlds_of_two import SETTINGS, Trouble, final, student_run
+from tests.worlds_of_two import SETTINGS, Trouble, final, last_weights, student_run
 
 # of a loss near 10: what sums of 32-bit floats in another order may differ by; measured 5e-6 over
 # six steps
@@ -36,13 +37,6 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in lines(folder)]
-
-
-def weights(folder: Path) -> list[torch.Tensor]:
-    values: list[torch.Tensor] = torch.load(
-        max((folder / "checkpoints").glob("*.pt")), weights_only=True
-    )["parameters"]
-    return values
 
 
 NO_TROUBLE = Trouble()
@@ -79,7 +73,7 @@ def test_two_processes_learn_what_one_learns_from_the_same_batches(
     for mine, theirs in zip(lines(tmp_path), lines(one), strict=True):
         assert mine["positions"] == theirs["positions"]
         assert mine["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-3)
-    for a, b in zip(weights(tmp_path), weights(one), strict=True):
+    for a, b in zip(last_weights(tmp_path), last_weights(one), strict=True):
         assert torch.allclose(
             a, b, atol=3e-3
         )  # one step of Adam: where a gradient is almost nothing, its sign is rounding's
@@ -116,3 +110,26 @@ def test_interrupted_or_not_two_processes_end_with_the_same_bytes(tmp_path: Path
     (told,) = [line["skipped"] for line in lines(tmp_path / "whole") if "skipped" in line]
     assert told == [{"step": 5, "loss": "nan", "gradient_norm": "nan", "teachers": ["t0"]}]
     assert [line["step"] for line in lines(tmp_path / "whole")] == [1, 2, 3, 4, 6]
+
+
+def test_a_sharded_checkpoint_resumes_to_the_same_bytes_and_in_one_process(
+    tmp_path: Path, one: Path
+) -> None:
+    """FSDP: each process writes its own shards; a damaged shard is no checkpoint."""
+    fsdp = ParallelStrategy.FSDP
+    with pytest.raises(RunInterrupted, match="step 3 is saved"):
+        two(tmp_path / "parts", fsdp, Trouble(0, 2, signal.SIGTERM))
+    shutil.copytree(tmp_path / "parts", tmp_path / "damaged")
+    shutil.copytree(tmp_path / "parts", tmp_path / "single")
+    shards = tmp_path / "parts" / "checkpoints" / "step-00000003.shards"
+    names = {p.name for p in shards.iterdir()}
+    assert names == {".metadata", "__0_0.distcp", "__1_0.distcp"}
+    two(tmp_path / "whole", fsdp)
+    two(tmp_path / "parts", fsdp)
+    assert final(tmp_path / "whole") == final(tmp_path / "parts")
+    student_run(World(), None, tmp_path / "single", ParallelStrategy.DDP, SETTINGS, Trouble())
+    assert losses(tmp_path / "single") == pytest.approx(losses(one), rel=CLOSE)
+    path = tmp_path / "damaged" / "checkpoints" / "step-00000003.shards" / "__1_0.distcp"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(DataError, match="the checkpoint is damaged"):
+        student_run(World(), None, tmp_path / "damaged", ParallelStrategy.DDP, SETTINGS, Trouble())
