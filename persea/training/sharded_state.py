@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ def is_shard(value: Any) -> bool:
     return isinstance(value, DTensor)
 
 
+def _dcp() -> Any:
+    """Import torch's distributed checkpoints: heavy, and not needed by one process."""
+    return import_module("torch.distributed.checkpoint")
+
+
 def write_shards(folder: Path, tensors: Mapping[str, torch.Tensor], world: World) -> dict[str, str]:
     """Write this process' shards of some tensors.
 
@@ -46,8 +52,7 @@ def write_shards(folder: Path, tensors: Mapping[str, torch.Tensor], world: World
     Raises:
         StorageError: The disk is full or cannot be written.
     """
-    from torch.distributed import checkpoint as dcp
-
+    dcp = _dcp()
     try:
         dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder))
     except dcp.api.CheckpointException as error:
@@ -69,8 +74,7 @@ def digests_differ(folder: Path, expected: Mapping[str, str], world: World) -> b
 
 def read_shards(folder: Path, tensors: Mapping[str, torch.Tensor], world: World) -> None:
     """Read tensors in place, each process what it holds of them. Collective."""
-    from torch.distributed import checkpoint as dcp
-
+    dcp = _dcp()
     with warnings.catch_warnings():  # that one process is alone, which is meant
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(
@@ -80,8 +84,7 @@ def read_shards(folder: Path, tensors: Mapping[str, torch.Tensor], world: World)
 
 def read_whole(folder: Path) -> dict[str, torch.Tensor]:
     """Return all tensors of a folder of shards, whole: for one process."""
-    from torch.distributed import checkpoint as dcp
-
+    dcp = _dcp()
     metadata: Any = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     tensors = {
         name: torch.empty(tuple(entry.size), dtype=entry.properties.dtype)
