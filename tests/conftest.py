@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -56,14 +57,26 @@ class Speaker:
 
     folder: Path
     renderer: Any
-    tokenizer: Any
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """transformers' tokenizer; opening a real one takes seconds, and not all tests need it."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.folder)
 
     def __repr__(self) -> str:
         return f"Speaker({self.folder.name})"  # a vocabulary's own repr has megabytes
 
     def today(self) -> Any:
         """Return the renderer with today's date, the only date that transformers can write."""
-        return replace(self.renderer, template_date=date.today())
+        return _dated(self.renderer, date.today())
+
+
+@lru_cache(maxsize=64)
+def _dated(renderer: Any, today: date) -> Any:
+    """Keep the copy, because a renderer makes tables of its tokens when it is first used."""
+    return replace(renderer, template_date=today)
 
 
 @pytest.fixture(scope="session")
@@ -91,53 +104,35 @@ def grow() -> ModuleType:
 
 
 def _speaker(folder: Path, name: str) -> Speaker:
-    """Load a renderer and keep the tokenizer that it loads, because a real one takes seconds."""
+    """Load a renderer and keep the tokenizer that it opens, if it has to open one."""
     from transformers import AutoTokenizer
 
     from persea.models.loading import ModelSource, load_renderer
 
-    caught: list[Any] = []
+    opened: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
         real = AutoTokenizer.from_pretrained
         patch.setattr(
             AutoTokenizer,
             "from_pretrained",
-            lambda *a, **k: caught.append(real(*a, **k)) or caught[-1],
+            lambda *a, **k: opened.append(real(*a, **k)) or opened[-1],
         )
-        renderer = load_renderer(ModelSource(str(folder)), name)
-    assert len(caught) <= 1
-    # another worker may have kept it, so that none was loaded here
-    tokenizer = caught[0] if caught else AutoTokenizer.from_pretrained(folder)
-    return Speaker(folder, renderer, tokenizer)
+        speaker = Speaker(folder, load_renderer(ModelSource(str(folder)), name))
+    if opened:
+        (speaker.__dict__["tokenizer"],) = opened
+    return speaker
 
 
 @pytest.fixture(scope="session")
-def tiny_of(grow: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Speaker]:
-    """Family -> a tiny tokenizer with the template of that family's sapling, trained here."""
-    speakers: dict[str, Speaker] = {}
-
-    def of(family: str) -> Speaker:
-        if family not in speakers:
-            plan = next(p for p in grow.PLANS if p.family == family)
-            folder = tmp_path_factory.mktemp("tiny") / plan.name
-            grow.grow_tokenizer(plan, folder)
-            speakers[family] = _speaker(folder, plan.name)
-        return speakers[family]
-
-    return of
+def tiny_of() -> Callable[[str], Speaker]:
+    """Family -> the tiny tokenizer and template of that family's sapling."""
+    return cache(lambda family: _speaker(ROOT / "saplings" / f"{family}-sapling", family))
 
 
 @pytest.fixture(scope="session")
 def real_of(data: Path) -> Callable[[str], Speaker]:
     """Family -> the real tokenizer and template; loading one takes 2 to 7 s."""
-    speakers: dict[str, Speaker] = {}
-
-    def of(family: str) -> Speaker:
-        if family not in speakers:
-            speakers[family] = _speaker(data / "tokenizers" / REAL[family], REAL[family])
-        return speakers[family]
-
-    return of
+    return cache(lambda family: _speaker(data / "tokenizers" / REAL[family], REAL[family]))
 
 
 @pytest.fixture(scope="session", params=FAMILIES)

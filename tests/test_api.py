@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import ast
-import atexit
 import doctest
 import functools
 import inspect
-import json
-import shutil
 import subprocess
 import sys
-import tempfile
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -20,7 +16,8 @@ import pytest
 import torch
 
 import persea
-from tests.cli.test_cli import TINY
+from tests.cli.test_cli import flowed_copy
+from tests.once import made_once
 
 ROOT = Path(__file__).resolve().parents[1]
 CALLABLES = [name for name in persea.__all__ if name not in ("__version__", "errors", "losses")]
@@ -190,13 +187,15 @@ def test_public_signatures_are_pinned(name: str) -> None:
 
 @functools.cache
 def tiny_run() -> persea.DistillResult:
-    """Run a tiny recipe once per process, with the public API."""
-    folder = Path(tempfile.mkdtemp(prefix="persea-api-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    path = folder / "tiny.yaml"
-    path.write_text(json.dumps(TINY))  # JSON is YAML
-    recipe = persea.Recipe.from_yaml(path, overrides=["audition.items=4", "evaluation.items=4"])
-    return persea.distill(recipe, out=folder / "run", progress=lambda *_: None)
+    """Train and evaluate on the capture of the whole tiny run, once, with the public API."""
+
+    def make(folder: Path) -> None:
+        flowed_copy(folder, "check", "audition", "capture")
+        recipe = persea.Recipe.from_yaml(folder / "tiny.yaml", overrides=["evaluation.items=4"])
+        run = persea.distill(recipe, out=folder / "run", progress=lambda *_: None)
+        assert run.folder == folder / "run"
+
+    return persea.DistillResult(made_once("api-run", make) / "run")
 
 
 @pytest.mark.timeout(600)

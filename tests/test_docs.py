@@ -150,6 +150,13 @@ def keys(node: dict[str, Any], defs: dict[str, Any], before: str = "") -> set[st
     return found
 
 
+@cache
+def known_keys() -> frozenset[str]:
+    """Every key of a recipe; pydantic takes .2 s to make the schema."""
+    described = recipe_json_schema()
+    return frozenset(keys(described, described["$defs"]))
+
+
 RENAMED = {
     f"{'.'.join(part for part in path if part != '*')}.{old}".lstrip(".")
     for path, names in (*RENAMED_KEYS.items(), *FOREIGN_KEYS.items())
@@ -159,8 +166,7 @@ RENAMED = {
 
 def unknown_keys(text: str) -> set[str]:
     """Keys in code, such as `training.steps`; audition.pinned and check.texts have free keys."""
-    described = recipe_json_schema()
-    known = keys(described, described["$defs"])
+    known = known_keys()
     sections = "|".join(sorted(key for key in known if "." not in key))
     named = {
         key.replace("[]", "")
@@ -200,8 +206,7 @@ def written_keys(node: Any, before: str = "") -> set[str]:
 
 def unknown_yaml_keys(text: str) -> set[str]:
     """Keys in ```yaml blocks that no recipe has."""
-    described = recipe_json_schema()
-    known = keys(described, described["$defs"])
+    known = known_keys()
     blocks = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     return {key for block in blocks for key in written_keys(yaml.safe_load(block)) - known}
 
@@ -294,9 +299,8 @@ def test_generated_pages_are_in_step_with_the_code(name: str) -> None:
 
 
 def test_recipe_reference_has_every_key_of_the_schema() -> None:
-    described = recipe_json_schema()
     text = (ROOT / "docs" / "reference" / "recipe.md").read_text(encoding="utf-8")
-    for key in keys(described, described["$defs"]):
+    for key in known_keys():
         assert f"| `{key.rpartition('.')[2]}` |" in text, key
 
 

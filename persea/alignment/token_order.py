@@ -87,6 +87,8 @@ class TokenOrder:
     @cached_property
     def _token_heads(self) -> tuple[npt.NDArray[np.int64], list[tuple[str, ...]]]:
         """(number of each token's leading signatures, the distinct leading signatures)."""
+        if self.pretokenizer.ignores_signatures:
+            return np.zeros(len(self.vocabulary), np.int64), [()]
         numbers: dict[tuple[str, ...], int] = {}
         head_W = [
             numbers.setdefault(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import TypeAlias
 
 _Tree: TypeAlias = dict[str, "_Tree"]  # next character -> the rest; "" = a name ends here
@@ -23,6 +24,12 @@ def compile_names(names: Iterable[str]) -> re.Pattern[str]:
         >>> compile_names(["<a>", "<a>b", "<c>"]).findall("<a>b <a> <c> <d>")
         ['<a>b', '<a>', '<c>']
     """
+    return _compile(tuple(names))
+
+
+@lru_cache(maxsize=64)
+def _compile(names: tuple[str, ...]) -> re.Pattern[str]:
+    """Compile names; kept, because Gemma's take .2 s and each copy of a renderer needs them."""
     distinct = sorted({n for n in names if n}, key=len, reverse=True)
     if not distinct:
         return re.compile(r"(?!)")

@@ -83,7 +83,13 @@ class Pretokenizer:
     _representatives: dict[tuple[str, bool], str] = field(default_factory=dict)
     _first_by_class: dict[tuple[str, bool], str] = field(default_factory=dict)
     _property_splitters: dict[str, pre_tokenizers.Split] = field(default_factory=dict)
+    _properties: dict[str, bytes] = field(default_factory=dict)  # character -> a 0 or 1 a property
     _stays_joined: dict[tuple[str, str], bool] = field(default_factory=dict)
+
+    @property
+    def ignores_signatures(self) -> bool:
+        """Whether `can_split` gives one answer for all texts."""
+        return bool(self.unsupported) or self.never_splits
 
     def split_positions(self, text: str) -> list[int]:
         """Return the character positions at which words begin, including 0 if there is text."""
@@ -146,20 +152,31 @@ class Pretokenizer:
             return (
                 "".join([self._representative_of(c, False) for c in characters[:LOOKAHEAD_CHARS]]),
             )
-        return tuple(
-            sorted({self._representative_of(c, False) for c in _characters_with_prefix(partial)})
-        )
+        completions = _characters_with_prefix(partial)
+        self._find_properties(completions)
+        return tuple(sorted({self._representative_of(c, False) for c in completions}))
 
-    def _has_property(self, property_pattern: str, c: str) -> bool:
-        """Return whether a character has a Unicode property, by the tokenizer's own engine.
+    def _find_properties(self, characters: Sequence[str]) -> None:
+        """Find out which Unicode properties characters have, by the tokenizer's own engine.
 
-        Another engine's Unicode version may have one more script.
+        Another engine's Unicode version may have one more script. The engine is called once for all
+        characters: a call for each takes seconds for one vocabulary.
         """
-        if property_pattern not in self._property_splitters:
-            self._property_splitters[property_pattern] = pre_tokenizers.Split(
-                Regex(property_pattern), "removed"
-            )
-        return not self._property_splitters[property_pattern].pre_tokenize_str(c)
+        text = "".join([c for c in characters if c not in self._properties])
+        if not text:
+            return
+        has_PT = np.ones((len(self.unicode_properties), len(text)), np.bool_)
+        for row_T, pattern in zip(has_PT, self.unicode_properties, strict=True):
+            if pattern not in self._property_splitters:
+                self._property_splitters[pattern] = pre_tokenizers.Split(Regex(pattern), "removed")
+            for _, (begin, end) in self._property_splitters[pattern].pre_tokenize_str(text):
+                row_T[begin:end] = False
+        self._properties.update(zip(text, map(bytes, has_PT.T), strict=True))
+
+    def _properties_of(self, c: str) -> bytes:
+        if c not in self._properties:
+            self._find_properties(c)
+        return self._properties[c]
 
     def _representative_of(self, c: str, ignore_letter_literals: bool) -> str:
         """Return the first character seen of the same class.
@@ -176,11 +193,7 @@ class Pretokenizer:
                 for low, high in self.char_ranges
                 for x in (c, c.lower(), c.upper())
             ]  # a pattern may ignore case
-            char_class = (
-                c
-                if literal
-                else repr([self._has_property(p, c) for p in self.unicode_properties] + in_ranges)
-            )
+            char_class = c if literal else repr((self._properties_of(c), in_ranges))
             self._representatives[key] = self._first_by_class.setdefault(
                 (char_class, ignore_letter_literals), c
             )

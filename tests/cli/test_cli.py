@@ -7,7 +7,6 @@ own, and a whole tiny run.
 
 from __future__ import annotations
 
-import atexit
 import functools
 import json
 import multiprocessing
@@ -20,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -35,6 +34,7 @@ from persea.cli.options import count_available_cores
 from persea.config.bundled import portable_recipe
 from persea.config.recipe import load_recipe
 from persea.errors import RunInterrupted
+from tests.once import made_once
 
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
@@ -198,9 +198,15 @@ def flowed() -> tuple[Path, Ended]:
     """A whole tiny run, made once: the folder that holds tiny.yaml and run/, and how its process
     ended.
     """
-    folder = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder, command("run", recipe(folder), "--out", "run", folder=folder)
+
+    def make(folder: Path) -> None:
+        (folder / "whole").mkdir()
+        path = recipe(folder / "whole")
+        ended = command("run", path, "--out", "run", folder=folder / "whole")
+        (folder / "ended.json").write_text(json.dumps(asdict(ended)))
+
+    folder = made_once("tiny-run", make)
+    return folder / "whole", Ended(**json.loads((folder / "ended.json").read_text()))
 
 
 def flowed_copy(to: Path, *stages: str) -> Path:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -38,6 +39,15 @@ def test_the_weights_are_those_that_were_measured(name: str) -> None:
         in (SAPLINGS / "README.md").read_text()
     )
     assert grown(name)["parameters"] <= 1_500_000 and len(weights) <= 3_100_000
+
+
+def test_a_tokenizer_is_grown_again_as_it_is(grow: ModuleType, tmp_path: Path) -> None:
+    plan = next(p for p in grow.PLANS if p.name == "gpt-oss-sapling")
+    grow.grow_tokenizer(plan, tmp_path / plan.name)
+    files = sorted((tmp_path / plan.name).iterdir())
+    assert {f.name for f in files} >= {"tokenizer.json", "chat_template.jinja"}
+    for file in files:
+        assert file.read_bytes() == (SAPLINGS / plan.name / file.name).read_bytes()
 
 
 def test_all_saplings_together_are_small() -> None:
