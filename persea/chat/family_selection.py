@@ -12,6 +12,7 @@ from persea.chat.families.hybrid import has_thinking_switch, make_hybrid_family
 from persea.chat.family import Family
 from persea.chat.probing import EncodeText, prove_family_once
 from persea.chat.renderer import ChatRenderer
+from persea.chat.template_probes import REMEDY
 from persea.chat.text_runs import refuse_tokens_without_row, split_runs
 from persea.errors import DataError
 from persea.tokenization.logit_rows import tokens_without_row
@@ -80,7 +81,7 @@ def choose_family(
         raise DataError(
             f"persea cannot follow the chat template: {proof.difference}",
             where=where,
-            remedy="write a file for this family, see docs/new_family.md",
+            remedy=REMEDY,
         )
     if has_switch:
         return without_tools

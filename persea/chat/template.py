@@ -23,6 +23,7 @@ ChatTemplate: TypeAlias = Callable[..., str]
 """(messages, add_generation_prompt, **template variables) -> the rendered text."""
 
 TEMPLATE_REMEDY = "take the template from the model's own repository"
+REFUSAL_REMEDY = "this family has no form for it; change or leave out the conversation"
 
 
 class _GenerationBlock(Extension):
@@ -147,7 +148,7 @@ def compile_template(
             raise DataError(
                 f"the chat template refuses the conversation: {error.message}",
                 where=where,
-                remedy="this family has no form for it; change or leave out the conversation",
+                remedy=REFUSAL_REMEDY,
             ) from error
         except Exception as error:
             # A template can divide by zero, recurse without end, or add a number to a text.

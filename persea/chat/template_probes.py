@@ -12,7 +12,10 @@ from persea.chat.template import ChatTemplate
 from persea.errors import DataError
 
 PLACEHOLDER_FORMAT = "\ue000{}\ue001"  # private-use characters, which no template treats specially
-REMEDY = "write a file for this family, see docs/new_family.md"
+REMEDY = (
+    "a teacher can give its text alone, from a server: `model: text_only` (docs/engines.md); "
+    "else write a file for this family (docs/new_family.md)"
+)
 CONTENT_PARTS = "content parts"  # thoughts as {"type": "thinking"} in a list, as in Ministral 3
 
 

@@ -15,11 +15,13 @@ from typing import Any
 
 from persea.chat.families.tool_format import tools_to_json_schema
 from persea.chat.messages import Role, ThinkingEffort, Tool
+from persea.chat.template import REFUSAL_REMEDY
 from persea.chat.template_probes import (
     ANSWER,
     NEXT_ANSWER,
     NEXT_QUESTION,
     QUESTION,
+    REMEDY,
     SYSTEM,
     THOUGHTFUL,
     TemplateProbe,
@@ -40,7 +42,7 @@ from persea.errors import DataError
 # Arguments of str.strip that templates use; None = all white space.
 STRIP_CHARS_CHOICES = ("", "\n", " ", " \n", None)
 WHITESPACE_PROBES = ("\n \t\u3000", " \n\t\u3000")
-STOP_REMEDY = "the model would never stop; write a file for this family, see docs/new_family.md"
+STOP_REMEDY = f"the model would never stop; {REMEDY}"
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,9 @@ def _refuse_odd_template(probe: TemplateProbe) -> None:
     except DataError as error:
         tools = tools_to_json_schema([Tool("clock", "The time.", '{"type": "object"}')])
         if probe.try_render(QUESTION, prompt=True, switches=(("tools", tools),)) is None:
-            raise
+            if error.remedy != REFUSAL_REMEDY:
+                raise
+            raise DataError(error.message, where=error.where, remedy=REMEDY) from error
         raise probe.refuse(
             "needs tools: it is the model's variant for tools",
             "use the model's template for conversations without tools (its default)",

@@ -222,17 +222,36 @@ def with_only_able_teachers(context: RunContext, cast: Cast) -> Cast:
             continue
         able, _ = context.text_contestants(skill)
         if len(able) != 1:
-            name = context.models.teacher_names[0]
-            reason = "none has a text to measure them by" if able else "no teacher can render them"
-            raise RefusedError(
-                f"no teacher can be chosen for the given answers of {skill}: {reason}",
-                where="audition",
-                remedy=f"choose one: `audition: {{pinned: {{{skill}: {name}}}}}`"
-                if able
-                else "add a teacher whose chat template has tools, or leave this part out",
-            )
+            raise _no_choice(context, skill, able)
         parts[skill] = ((able[0], 1.0),)
     return replace(cast, parts=parts)
+
+
+def refuse_unmeasurable_answers(context: RunContext) -> None:
+    """Raise if no teacher of a skill can be chosen by its given answers.
+
+    Raises:
+        RefusedError: No teacher can render the answers, or they hold no text to compare several
+            teachers by.
+    """
+    for skill in context.scored_skills:
+        if skill in context.single_teachers:
+            continue
+        able, texts = context.text_contestants(skill)
+        if not able or (len(able) > 1 and not texts):
+            raise _no_choice(context, skill, able)
+
+
+def _no_choice(context: RunContext, skill: str, able: Sequence[str]) -> RefusedError:
+    name = context.models.teacher_names[0]
+    reason = "none has a text to measure them by" if able else "no teacher can render them"
+    return RefusedError(
+        f"no teacher can be chosen for the given answers of {skill}: {reason}",
+        where="audition",
+        remedy=f"choose one: `audition: {{pinned: {{{skill}: {name}}}}}`"
+        if able
+        else "add a teacher whose chat template has tools, or leave this part out",
+    )
 
 
 def _write_cast(

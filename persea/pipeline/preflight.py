@@ -7,6 +7,7 @@ from persea.errors import DataError, RecipeError
 from persea.evaluation.answering import refuse_choice_items
 from persea.executors.ray_cluster import refuse_missing_ray
 from persea.pipeline import preflight_data
+from persea.pipeline.audition_stage import refuse_unmeasurable_answers
 from persea.pipeline.lm_eval_stage import given_results_digests, refuse_impossible_lm_eval
 from persea.pipeline.run_context import RunContext
 from persea.pipeline.stage_keys import audition_inputs, stage_key, train_inputs
@@ -36,8 +37,8 @@ def check_run(context: RunContext, only_stage: str = "") -> list[str]:
             the student does not have.
         DataError: A file is missing, broken or empty, or a prompt lacks the answer to score.
         MissingRequirementError: A key, a package or a sandbox is missing.
-        RefusedError: A part of the corpus is lost, the disk is too small, or the run folder holds
-            another recipe's student.
+        RefusedError: A part of the corpus is lost, no teacher can be chosen by given answers, the
+            disk is too small, or the run folder holds another recipe's student.
         TeacherError: A server would have to rank choices.
     """
     refuse_unsupported_efforts(context)
@@ -52,6 +53,7 @@ def check_run(context: RunContext, only_stage: str = "") -> list[str]:
     refuse_impossible_lm_eval(context)
     preflight_data.refuse_missing_keys(context)
     preflight_data.refuse_unknown_lora_targets(context)
+    refuse_unmeasurable_answers(context)
     warnings = preflight_data.describe_equal_models(context)
     warnings += preflight_data.refuse_long_prompts(context)
     if only_stage == "":

@@ -16,6 +16,7 @@ from persea.config.recipe import Recipe
 from persea.errors import DataError, RefusedError
 from persea.evaluation.audition import Cast
 from persea.pipeline.audition_stage import with_only_able_teachers
+from persea.pipeline.preflight import check_run
 from persea.pipeline.run_context import RunContext
 from persea.pipeline.stages import run_pipeline
 from tests.data.test_rows import TIDE, TWO_TURNS
@@ -138,6 +139,8 @@ def test_answers_that_measure_nobody_are_refused_with_the_teacher_to_pin(tmp_pat
     chats.write_text(json.dumps({**CHATS[1], "messages": CHATS[1]["messages"][:2]}) + "\n")
     context = context_of(tmp_path, teachers=two, file="calls.jsonl", skill="tides")
     assert context.text_contestants("tides") == (("qwen", "gpt-oss"), [])
-    with pytest.raises(RefusedError, match="none has a text to measure them by") as caught:
-        with_only_able_teachers(context, Cast({}, ()))
-    assert "`audition: {pinned: {tides: qwen}}`" in (caught.value.remedy or "")
+    # in the audition, and before any model is asked
+    for refuse in (lambda: with_only_able_teachers(context, Cast({}, ())), lambda: check_run(context)):
+        with pytest.raises(RefusedError, match="none has a text to measure them by") as caught:
+            refuse()
+        assert "`audition: {pinned: {tides: qwen}}`" in (caught.value.remedy or "")

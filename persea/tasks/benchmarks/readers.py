@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from persea.chat.messages import Conversation, Tool, ToolCall
+from persea.chat.messages import Conversation, Message, Tool, ToolCall
 from persea.data.prompts import Prompt
 from persea.errors import DataError
 from persea.storage import parse_strict_json, read_input_bytes
@@ -76,6 +76,7 @@ def benchmark_item(
     question: str,
     reference: str = "",
     *,
+    before: tuple[Message, ...] = (),
     answer_key: str = "",
     choices: tuple[str, ...] = (),
     tools: tuple[Tool, ...] = (),
@@ -89,6 +90,7 @@ def benchmark_item(
         language: Language of the answer.
         question: Text of the user's message.
         reference: Text of the right answer.
+        before: Messages before the user's.
         answer_key: Data for the grader.
         choices: Answers to rank by likelihood.
         tools: Tools that the question declares.
@@ -98,7 +100,9 @@ def benchmark_item(
         The item, its reference in NFC.
     """
     conversation = Conversation.from_question(question)
-    conversation = Conversation(conversation.messages, conversation.effort, tools)
+    conversation = Conversation(
+        (*before, *conversation.messages), conversation.effort, tools
+    )
     item_id = f"{name}/{language}/{row.fields.get('id', row.index)}"
     return TaskItem(
         Prompt(item_id, conversation, name, language),

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from persea.chat.messages import Message, Tool, ToolCall, canonical_json
+from persea.chat.messages import Message, Role, Text, Tool, ToolCall, canonical_json
 from persea.errors import DataError
 from persea.tasks.benchmarks.benchmark import (
     Benchmark,
@@ -29,6 +30,7 @@ from persea.tasks.task import Grade, TaskItem
 
 # BFCL's type names -> those of JSON schema; the others are equal.
 BFCL_TO_JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": ""}
+NO_FUNCTION = "no function"  # why a row is left out
 # Two text arguments are equal if they differ only in these characters, in case and in the kind of
 # quotation mark: the rule of bfcl-eval 2026.3.23, with which `bench/graders.py` compares.
 IGNORED_CHARACTERS = re.compile(r"[ ,./\-_*^]")
@@ -59,17 +61,29 @@ def _parse_tool(row: BenchmarkRow, function: Any) -> Tool:
         raise row.data_error(f"a `function` is not a tool: {error}") from error
 
 
-def _question_and_tools(row: BenchmarkRow) -> tuple[str, tuple[Tool, ...]]:
-    """Return the question of a row of one turn, and its tools."""
+def _question_and_tools(row: BenchmarkRow) -> tuple[tuple[Message, ...], str, tuple[Tool, ...]]:
+    """Return the messages before the question of a row, the question, and its tools.
+
+    BFCL's live categories have rows with a system text or with earlier answers before the question.
+    """
     turns, functions = row.value("question", list), row.value("function", list)
+    if len(turns) > 1:
+        raise row.data_error(
+            f"`question` has {len(turns)} turns: BFCL's multi_turn categories run simulated tools, "
+            "which bfcl-eval alone has"
+        )
     try:
-        ((turn,),) = turns
-        text = turn["content"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise row.data_error("`question` is not one turn of one message") from error
-    if not isinstance(text, str) or not text.strip() or not functions:
-        raise row.data_error("no question, or no function")
-    return text, tuple(_parse_tool(row, f) for f in functions)
+        (messages,) = turns
+        given = [(Role(m["role"]), unicodedata.normalize("NFC", m["content"])) for m in messages]
+        last_role, text = given[-1]
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise row.data_error("`question` is not one turn of messages with texts") from error
+    if last_role is not Role.USER:
+        raise row.data_error("`question` does not end with the user's message")
+    if not text.strip():
+        raise row.data_error("no question")
+    before = tuple(Message(role, (Text(said),)) for role, said in given[:-1])
+    return before, text, tuple(_parse_tool(row, f) for f in functions)
 
 
 def bfcl(source: BenchmarkSource) -> BenchmarkItems:
@@ -86,8 +100,10 @@ def bfcl(source: BenchmarkSource) -> BenchmarkItems:
         )
     possible = {row.text("id"): row for row in read_json_lines(source.answers)}
 
-    def one(row: BenchmarkRow) -> TaskItem:
-        text, tools = _question_and_tools(row)
+    def one(row: BenchmarkRow) -> TaskItem | str:
+        before, text, tools = _question_and_tools(row)
+        if not tools:
+            return NO_FUNCTION
         if row.text("id") not in possible:
             raise row.data_error(f"no possible answer for {row.text('id')} in {source.answers}")
         answer = possible[row.text("id")]
@@ -99,7 +115,9 @@ def bfcl(source: BenchmarkSource) -> BenchmarkItems:
                 for call in truth
                 for name, arguments in call.items()
             )
-        except (DataError, ValueError, TypeError, AttributeError, IndexError) as error:
+        except IndexError:
+            return "an argument has no possible value"
+        except (DataError, ValueError, TypeError, AttributeError) as error:
             raise answer.data_error(f"`ground_truth` is not a list of calls: {error}") from error
         names = {t.name for t in tools}
         if not calls or any(c.name not in names for c in calls):
@@ -107,7 +125,14 @@ def bfcl(source: BenchmarkSource) -> BenchmarkItems:
                 "`ground_truth` holds no call, or one of a tool that the question does not declare"
             )
         return benchmark_item(
-            "bfcl", row, "en", text, answer_key=json.dumps(truth), tools=tools, calls=calls
+            "bfcl",
+            row,
+            "en",
+            text,
+            before=before,
+            answer_key=json.dumps(truth),
+            tools=tools,
+            calls=calls,
         )
 
     return collect_items(map(one, read_benchmark_rows(source, read_json_lines)), source)
@@ -228,9 +253,11 @@ def _normalize_string(text: str) -> str:
 def bfcl_irrelevance(source: BenchmarkSource) -> BenchmarkItems:
     """Load questions whose tools do not help."""
 
-    def one(row: BenchmarkRow) -> TaskItem:
-        text, tools = _question_and_tools(row)
-        return benchmark_item("bfcl-irrelevance", row, "en", text, tools=tools)
+    def one(row: BenchmarkRow) -> TaskItem | str:
+        before, text, tools = _question_and_tools(row)
+        if not tools:
+            return NO_FUNCTION
+        return benchmark_item("bfcl-irrelevance", row, "en", text, before=before, tools=tools)
 
     return collect_items(map(one, read_benchmark_rows(source, read_json_lines)), source)
 

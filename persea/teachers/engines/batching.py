@@ -20,6 +20,7 @@ import torch
 from torch.nn.functional import pad
 
 from persea.errors import PerseaError, TeacherError
+from persea.models.cached_states import EXACT, cache_input, cache_of, find_cache_use
 from persea.teachers.engines import Sampling
 from persea.teachers.engines.shared_prefix import SharedPrefix, takes_positions
 from persea.teachers.engines.token_sampling import (
@@ -158,6 +159,7 @@ class ContinuousBatch:
         self._prefix = prefix
         self._groups: list[Group] = []
         self._can_join: bool | None = None  # known after the first prefill
+        self._use = EXACT
         self._takes_positions = takes_positions(engine.model)
 
     @property
@@ -206,8 +208,8 @@ class ContinuousBatch:
                 generation.prompt[group.width :]
             )
         cache = self._forward(group, ids_BT)
-        if cache is not None:
-            self._can_join = _can_join(cache.layers)
+        if cache is not None or not self._use.steps:
+            self._can_join = self._use.batches and _can_join(cache)
         if group.members and self._groups and self._can_join:
             _join(self._groups[0], group)
         elif group.members:
@@ -220,6 +222,8 @@ class ContinuousBatch:
             _keep(group, [g for g in group.members if not g.is_finished])
             if group.members:
                 ids = [[g.ids[-1]] for g in group.members]
+                if not self._use.steps:  # one member, without a cache
+                    ids = [[*g.prompt, *g.ids] for g in group.members]
                 self._forward(group, torch.tensor(ids))
         self._groups = [group for group in self._groups if group.members]
 
@@ -227,7 +231,8 @@ class ContinuousBatch:
         """Run new tokens of all members, draw one token each, and let finished members leave.
 
         Returns:
-            The cache; None if the model failed, which is an error of all members.
+            The cache; None if there is none, or if the model failed, which is an error of all
+            members.
         """
         model, engine = self.engine.model, self.engine
         new_width = group.width + ids_BT.shape[1]
@@ -240,10 +245,13 @@ class ContinuousBatch:
             positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
             inputs["position_ids"] = positions_BT[:, group.width :]
         try:
+            self._use = find_cache_use(model, engine.vocab_size)
+            if not self._use.batches and len(group.members) == 1:
+                inputs = {"input_ids": ids_BT}
             output = model(
                 **{key: value.to(model.device) for key, value in inputs.items()},
-                past_key_values=group.cache,
-                use_cache=True,
+                **cache_input(model, group.cache),
+                use_cache=self._use.steps,
                 logits_to_keep=1,
             )
             logits_BW = output.logits[:, -1, : engine.vocab_size].float().cpu()
@@ -252,8 +260,8 @@ class ContinuousBatch:
                 generation.error = as_teacher_error(error, len(group.members))
             group.members.clear()
             return None
-        cache = group.cache = output.past_key_values
-        group.width = new_width
+        cache = group.cache = cache_of(output) if self._use.steps else None
+        group.width = new_width if self._use.steps else 0
         _move_padding_left(group)
         for generation, logits_W in zip(group.members, logits_BW, strict=True):
             generation.draw(logits_W)
@@ -297,8 +305,8 @@ def as_teacher_error(error: Exception, num_answers: int) -> Exception:
     )
 
 
-def _can_join(layers: Sequence[Any]) -> bool:
-    return all(type(layer).__name__ in JOINABLE_LAYERS for layer in layers)
+def _can_join(cache: Any) -> bool:
+    return all(type(layer).__name__ in JOINABLE_LAYERS for layer in cache.layers)
 
 
 def _keep(group: Group, kept: list[Generation]) -> None:

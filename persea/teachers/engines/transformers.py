@@ -19,6 +19,7 @@ from persea.distributions.blocks import BlockedLogits, blocks_of_logits
 from persea.distributions.lm_head import LMHead
 from persea.distributions.sparse import slice_distributions
 from persea.errors import RefusedError, TeacherError
+from persea.models.cached_states import cache_input, cache_of, find_cache_use
 from persea.models.hidden_states import LogitScaling, find_logit_scaling, run_without_head
 from persea.teachers.engines import (
     GREEDY,
@@ -329,7 +330,8 @@ class TransformersEngine(Engine):
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield (first position, hidden states or logits [B, T, X]) of a batch, right padded.
 
-        A long sequence is computed in pieces with a KV cache.
+        A long sequence is computed in pieces behind a cache, unless the model's running state makes
+        other logits of them.
         """
         width = max(map(len, sequences))
         ids_BT, mask_BT = torch.zeros(
@@ -344,21 +346,22 @@ class TransformersEngine(Engine):
         if head is None:
             elements = len(sequences) * self._logits_width()
             step = max(1, min(step, _max_logit_elements(self.model.device) // elements))
+        if step < width and not find_cache_use(self.model, self.vocab_size).pieces:
+            step = width
         past = None
         for first in range(0, width, step):
             end = min(first + step, width)
             inputs: dict[str, Any] = {"input_ids": ids_BT[:, first:end], "use_cache": step < width}
             if past is not None or not bool(mask_BT.all()):
                 inputs["attention_mask"] = mask_BT[:, :end]
-            if past is not None:
-                inputs["past_key_values"] = past
+            inputs |= cache_input(self.model, past)
             if head is None:
                 output = self.model(**inputs)
                 yield first, output.logits
             else:
                 hidden_BTD, output = run_without_head(self.model, **inputs)
                 yield first, hidden_BTD
-            past = output.past_key_values if step < width else None
+            past = cache_of(output) if step < width else None
 
     def _lm_head(self) -> LMHead | None:
         """Return the head; None where it is not known, offloaded, or no plain linear layer."""
@@ -383,17 +386,22 @@ class TransformersEngine(Engine):
         """
         generator = seeded_generator(prompt, sampling)
         ids = torch.from_numpy(np.asarray(prompt, np.int64))[None].to(self.model.device)
+        has_steps = find_cache_use(self.model, self.vocab_size).steps
         past = None
         for _ in range(max_new_tokens):
             with torch.inference_mode():
                 output = self.model(
-                    input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1
+                    input_ids=ids,
+                    **cache_input(self.model, past),
+                    use_cache=has_steps,
+                    logits_to_keep=1,
                 )
-                past = output.past_key_values
+                past = cache_of(output) if has_steps else None
                 logits_W = output.logits[0, -1, : self.vocab_size].float()
                 require_finite_logits(logits_W)
                 token = sample_token(logits_W.cpu(), sampling, generator)
-                ids = torch.tensor([[token]], device=self.model.device)
+                new = torch.tensor([[token]], device=self.model.device)
+                ids = new if has_steps else torch.cat([ids, new], 1)
             yield token
             if token in stop_ids:
                 return

@@ -409,6 +409,17 @@ def test_earlier_answers_may_be_trimmed_differently(tmp_path: Path, where: str):
             + END,
             "drops or repeats a question or an answer",
         ),
+        (
+            # Firefunction: variables that no caller of a chat template sets.
+            "{{ 'Functions: ' + functions }}" + HEAD + TURN + END,
+            "'functions' is undefined",
+        ),
+        (
+            # Solar Open: thought and answer are two messages, each with the same end.
+            HEAD + "<|{{ m.role }}|>{% if m.reasoning %}<think>{{ m.reasoning }}<|stop|>"
+            "<|assistant|>{% endif %}{{ m.content }}<|stop|>" + END,
+            "ends an answer, between thought and answer",
+        ),
     ],
 )
 def test_templates_generic_cannot_follow_are_refused_when_opened(
@@ -417,7 +428,7 @@ def test_templates_generic_cannot_follow_are_refused_when_opened(
     with pytest.raises(DataError) as caught:
         load_renderer(small(tmp_path, template), "teachers.0.model")
     assert re.search(reason, caught.value.message)
-    assert caught.value.remedy
+    assert "`model: text_only`" in caught.value.remedy
     assert "\n" not in str(caught.value)
 
 

@@ -299,7 +299,25 @@ def test_a_reference_that_did_not_stop_is_not_right(
             "bfcl",
             lines(BFCL),
             lines({"id": "a_0", "ground_truth": [{"area": {"base": []}}]}),
-            "not a list of calls",
+            "can be graded: an argument has no possible value",
+        ),
+        (
+            "bfcl",
+            lines(BFCL | {"question": BFCL["question"] * 2}),
+            lines({"id": "a_0", "ground_truth": []}),
+            "has 2 turns: BFCL's multi_turn categories",
+        ),
+        (
+            "bfcl",
+            lines(BFCL | {"question": [[{"role": "assistant", "content": "Hi."}]]}),
+            lines({"id": "a_0", "ground_truth": []}),
+            "does not end with the user's message",
+        ),
+        (
+            "bfcl",
+            lines(BFCL | {"question": [[{"role": "user", "content": None}]]}),
+            lines({"id": "a_0", "ground_truth": []}),
+            "not one turn of messages with texts",
         ),
         ("bfcl", lines(BFCL), lines({"id": "a_0", "ground_truth": [3]}), "not a list of calls"),
         (
@@ -368,6 +386,24 @@ def test_what_cannot_be_graded_is_left_out_and_counted(source: Callable[..., Ben
         sets.find_benchmark("ifeval"), source(lines(IFEVAL, other, other | {"key": 3}))
     )
     assert (len(opened.items), opened.left_out) == (1, {"no checker for new:one": 2})
+
+
+def test_live_rows_of_bfcl_keep_their_system_text_and_earlier_messages(
+    source: Callable[..., BenchmarkSource],
+):
+    """BFCL's live categories have both, and a few rows that nothing can be right for."""
+    said = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello."), ("user", "Base 1?")]
+    messages = [{"role": role, "content": text} for role, text in said]
+    live = BFCL | {"id": "live_0", "question": [messages]}
+    empty = live | {"id": "live_1", "function": []}
+    truth = lines({"id": "live_0", "ground_truth": [{"area": {"base": [1]}}]})
+    for name, answers in (("bfcl", truth), ("bfcl-irrelevance", "")):
+        loaded = sets.find_benchmark(name).load_items(source(lines(live, empty), answers))
+        (item,), left_out = loaded.items, loaded.left_out
+        asked = item.prompt.conversation
+        assert [(m.role.value, m.text) for m in asked.messages] == said
+        assert [t.name for t in asked.tools] == ["area"]
+        assert left_out == {"no function": 1}
 
 
 def test_rows_know_their_file_and_line(tmp_path: Path):
