@@ -23,6 +23,12 @@ def bundled_path(reference: str) -> str:
     return str(bundled_folder(kind) / name)
 
 
+def bundled_models() -> list[str]:
+    """Return the names of the bundled models, as a recipe gives them."""
+    folders = sorted(bundled_folder("saplings").glob("*-sapling"))
+    return [f"{BUNDLED_PREFIX}saplings/{folder.name}" for folder in folders]
+
+
 def portable_recipe(text: str) -> str:
     """Return a bundled recipe's text as one that runs from any folder, named after its file."""
     lines = text.replace("../saplings/", f"{BUNDLED_PREFIX}saplings/").splitlines(keepends=True)

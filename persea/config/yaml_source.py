@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import yaml
 from yaml.constructor import SafeConstructor
 
-from persea.config.bundled import BUNDLED_PREFIX, bundled_path
+from persea.config.bundled import BUNDLED_PREFIX, bundled_models, bundled_path
 from persea.config.secrets import is_secret
 from persea.errors import RecipeError
 from persea.storage import read_input_bytes
@@ -321,7 +321,11 @@ def resolve_values(value: Any, path: KeyPath, yaml_source: YamlSource) -> Any:
         )
     text = re.sub(r"\$\{([^}]*)\}?", lambda m: _env_value(m[1], path, yaml_source), value)
     if text.startswith(BUNDLED_PREFIX) and path[-1] in ("model", "tokenizer"):
-        return bundled_path(text)
+        found = bundled_path(text)
+        if not Path(found).is_dir():
+            names = ", ".join(bundled_models())
+            yaml_source.add_problem(path, f"names no bundled model ({text!r})", f"one of {names}")
+        return found
     folder = yaml_source.file.absolute().parent
     if not _is_path(text, path, folder):
         return text

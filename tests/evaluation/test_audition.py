@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from persea.cache.capture import plan_units
-from persea.chat.messages import Conversation, ThinkingEffort
+from persea.chat.messages import Conversation, FinishReason, ThinkingEffort
 from persea.data.prompts import Prompt
 from persea.errors import RefusedError
 from persea.evaluation.audition import Cast, PartDecision, build_cast, cast_markdown, cast_table
@@ -97,6 +98,15 @@ def test_a_skill_that_nobody_is_good_enough_at_is_refused(
     ) as caught:
         chosen(rights(*counts))
     assert caught.value.exit_code == 4
+
+
+def test_answers_that_hit_the_limit_are_named_so() -> None:
+    race = rights(0, 0, 0, of=20)
+    cut = [replace(r, finish=FinishReason.LENGTH) for r in race.results["qwen"]]
+    race.results["qwen"][:] = cut
+    with pytest.raises(RefusedError, match="20 of 20 answers of qwen on code were cut off") as no:
+        chosen(race)
+    assert "capture.max_new_tokens" in (no.value.remedy or "")
 
 
 def by_language(**rights_of: Sequence[int]) -> TaskRace:

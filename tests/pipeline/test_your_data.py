@@ -90,6 +90,7 @@ def test_chats_with_tools_turns_and_pairs_are_captured_and_learned(tmp_path: Pat
         "chats.jsonl:7, message 1"
     )
     assert any("columns that change nothing" in m for m in messages)
+    assert any("train" in m and "no check of this run folder has passed" in m for m in messages)
     dataset = storage.read_json(tmp_path / "run" / "train" / "dataset.json")
     assert (dataset["examples"], dataset["skipped"]) == ({"qwen-sapling": 7}, {})
 
@@ -140,7 +141,7 @@ def test_answers_that_measure_nobody_are_refused_with_the_teacher_to_pin(tmp_pat
     context = context_of(tmp_path, teachers=two, file="calls.jsonl", skill="tides")
     assert context.text_contestants("tides") == (("qwen", "gpt-oss"), [])
     # in the audition, and before any model is asked
-    for refuse in (lambda: with_only_able_teachers(context, Cast({}, ())), lambda: check_run(context)):
+    for refuse in (lambda c: with_only_able_teachers(c, Cast({}, ())), check_run):
         with pytest.raises(RefusedError, match="none has a text to measure them by") as caught:
-            refuse()
+            refuse(context)
         assert "`audition: {pinned: {tides: qwen}}`" in (caught.value.remedy or "")

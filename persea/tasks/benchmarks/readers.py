@@ -100,9 +100,7 @@ def benchmark_item(
         The item, its reference in NFC.
     """
     conversation = Conversation.from_question(question)
-    conversation = Conversation(
-        (*before, *conversation.messages), conversation.effort, tools
-    )
+    conversation = Conversation((*before, *conversation.messages), conversation.effort, tools)
     item_id = f"{name}/{language}/{row.fields.get('id', row.index)}"
     return TaskItem(
         Prompt(item_id, conversation, name, language),
