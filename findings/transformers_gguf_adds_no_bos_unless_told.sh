@@ -2,7 +2,7 @@
 # transformers 5.24.0 reading GGUF tokenizers, beside llama.cpp b11549 (xllamacpp 2026.10.11549) on the same files: BOS.
 #
 # Guess: whether a text begins with BOS is what `tokenizer.ggml.add_bos_token` says, and one rule decides where a file
-# lacks that key, as many files of Llama 3 do.
+# lacks that key.
 # Seen: where the key is there, both follow it. Where it is missing, llama.cpp puts BOS before a text for the pre-tokenizer
 # llama-bpe, transformers does not, and neither does the tokenizer that transformers saves: the first token of every
 # text differs.
