@@ -69,7 +69,7 @@ ExecutorKind = Annotated[
     str,
     typer.Option(
         "--executor",
-        help="Where the teachers answer: local or ray; short for --set executor.kind=ray.",
+        help="Where the models answer: local or ray; short for --set executor.kind=ray.",
         show_default=False,
     ),
 ]
@@ -78,7 +78,7 @@ Workers = Annotated[
     typer.Option(
         "--workers",
         min=0,
-        help="Processes that hold a teacher each; short for --set executor.workers=2.",
+        help="Processes that hold a model each; short for --set executor.workers=2.",
         show_default=False,
     ),
 ]

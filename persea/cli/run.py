@@ -185,6 +185,20 @@ def train(
         typer.echo(json.dumps(context.stages.read_record("train"), indent=1))
 
 
+def evaluate(
+    recipe: RecipePath,
+    set_: Sets = NO_OVERRIDES,
+    out: Out = DEFAULT_OUT,
+    as_json: AsJson = False,
+    tasks: TaskFiles = NO_TASKS,
+    executor: ExecutorKind = "",
+    workers: Workers = None,
+) -> None:
+    """Compare the student with its base and every teacher on held-out items."""
+    changes = [*set_, *executor_overrides(executor, workers)]
+    _run_stage("evaluate", make_run_context(recipe, changes, out, task_files=tasks), as_json)
+
+
 _add_stage_command(
     "check",
     "Check that each teacher's tokenizer and template suit the student; exit code 4 if one does "
@@ -193,11 +207,8 @@ _add_stage_command(
 _add_stage_command(
     "audition", "Measure every teacher on every skill, and cast the best teacher for each skill."
 )
-for own_options in (capture, train):
+for own_options in (capture, train, evaluate):
     app.command(rich_help_panel=STAGE_PANEL)(own_options)
-_add_stage_command(
-    "evaluate", "Compare the student with its base and every teacher on held-out items."
-)
 _add_stage_command("report", "Write the report page, the model card and report.json.")
 
 

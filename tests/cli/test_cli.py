@@ -575,6 +575,11 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], int, str]] = {
         2,
         r"--set executor\.kind=spark: .* \(got 'spark'\) -> one of local, ray",
     ),
+    "another executor of an evaluation": (
+        lambda f: ["evaluate", recipe(f), "--executor", "spark"],
+        2,
+        r"--set executor\.kind=spark: .* \(got 'spark'\) -> one of local, ray",
+    ),
     "no worker": (
         lambda f: ["capture", recipe(f), "--workers", "0"],
         2,
