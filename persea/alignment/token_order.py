@@ -18,6 +18,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from persea.alignment.kept_heads import TokenHeads, keep_heads
 from persea.tokenization.bpe import BpeDerivations, derive_bpe
 from persea.tokenization.pretokenizer import (
     PROBE_PREFIXES,
@@ -85,10 +86,13 @@ class TokenOrder:
         return found
 
     @cached_property
-    def _token_heads(self) -> tuple[npt.NDArray[np.int64], list[tuple[str, ...]]]:
+    def _token_heads(self) -> TokenHeads:
         """(number of each token's leading signatures, the distinct leading signatures)."""
         if self.pretokenizer.ignores_signatures:
             return np.zeros(len(self.vocabulary), np.int64), [()]
+        return keep_heads(self.vocabulary, self._make_token_heads)
+
+    def _make_token_heads(self) -> TokenHeads:
         numbers: dict[tuple[str, ...], int] = {}
         head_W = [
             numbers.setdefault(

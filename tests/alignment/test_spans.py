@@ -300,17 +300,16 @@ def test_exchanging_the_sides_exchanges_the_answer(
 
 @given(conversation=conversations())
 def test_unsupervised_tokens_are_no_boundaries(renderers: Renderers, conversation: Conversation):
-    for renderer in renderers.values():
-        rendered = renderer.render(conversation)
-        for other in renderers.values():
-            both = common_boundaries(rendered, other.render(conversation))
+    question = Conversation(conversation.messages[:-1], conversation.effort)
+    all_rendered = [renderer.render(conversation) for renderer in renderers.values()]
+    prompts = [renderer.render_prompt(question) for renderer in renderers.values()]
+    for rendered, prompt in zip(all_rendered, prompts, strict=True):
+        for other in all_rendered:
+            both = common_boundaries(rendered, other)
             assert rendered.loss_mask_T[both.student_C].all()
             assert not np.isin(both.student_C, np.flatnonzero(rendered.starts_T < 0)).any()
-            prompt = renderer.render_prompt(
-                Conversation(conversation.messages[:-1], conversation.effort)
-            )
-            assert len(common_boundaries(prompt, other.render(conversation)).student_C) == 0
-            assert len(aligned_spans(prompt, other.render(conversation)).student_C2) == 0
+            assert len(common_boundaries(prompt, other).student_C) == 0
+            assert len(aligned_spans(prompt, other).student_C2) == 0
 
 
 # --- single cases ---
