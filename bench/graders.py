@@ -224,7 +224,8 @@ def model_answers(folder: str, items: Sequence[TaskItem], num: int) -> list[str]
 
     (model,) = _open_models([folder], 16).values()
     found = model.load().answer([item.prompt for item in items[:num]], MODEL_TOKENS)
-    return [answer.message.text for answer in found]
+    last = [answer.conversation.messages[-1] for answer in found]
+    return [message.text if message.role is Role.ASSISTANT else "" for message in last]
 
 
 def compare_ifeval(python: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -232,7 +233,7 @@ def compare_ifeval(python: Path, options: argparse.Namespace) -> dict[str, Any]:
     items = ifeval(BenchmarkSource(str(DATA / "eval" / "ifeval.jsonl"))).items
     texts = pool()
     cases, sources = [], []
-    for item in items:
+    for item in items if options.only != "model" else ():
         for name, some in json.loads(item.answer_key):
             for text in [*texts, *edge_answers(name, some)]:
                 cases.append(_ifeval_case(item, [[name, some]], text))
@@ -454,16 +455,22 @@ def main() -> None:
     parser.add_argument("--model", help="folder of a model whose answers are graded too")
     parser.add_argument("--prompts", type=int, default=100, help="prompts that the model answers")
     parser.add_argument("--bfcl", type=Path, nargs="*", default=[])
-    parser.add_argument("--only", choices=("ifeval", "bfcl"), help="keep the other's results")
+    parser.add_argument(
+        "--only", choices=("ifeval", "bfcl", "model"), help="keep the others' results"
+    )
     options = parser.parse_args()
     python = prepare(options.venv)
     result = json.loads(OUT.read_text()) if options.only else {}
     result["packages"] = list(PACKAGES)
-    if options.only != "ifeval":
+    if options.only == "model":
+        found = compare_ifeval(python, options)
+        result["model"] = {"folder": Path(options.model).name, **found}
+        print(json.dumps(result["model"], ensure_ascii=False))
+    if options.only in (None, "bfcl"):
         result["bfcl"] = compare_bfcl(python, [DATA / "eval" / "bfcl", *options.bfcl])
         for name, part in result["bfcl"].items():
             print(name, json.dumps(part, ensure_ascii=False), flush=True)
-    if options.only != "bfcl":
+    if options.only in (None, "ifeval"):
         result["ifeval"] = compare_ifeval(python, options)
         print(json.dumps(result["ifeval"], ensure_ascii=False))
     OUT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")

@@ -185,7 +185,8 @@ def _main() -> None:
             if key not in compiled:
                 if len(compiled) >= MAX_COMPILED:
                     compiled.clear()
-                compiled[key] = compile_template(*request["template"], today, "template")
+                text, special_tokens = request["template"]
+                compiled[key] = compile_template(text, special_tokens, today, "template")
             rendered = compiled[key](
                 request["messages"],
                 add_generation_prompt=request["add_generation_prompt"],

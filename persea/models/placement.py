@@ -41,7 +41,8 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     """
     import torch
 
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    has_mkldnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if device.type != "cpu" or not has_mkldnn:
         return True  # not known to be slow
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

@@ -64,7 +64,8 @@ def count_shared_tokens(prompts: Sequence[Sequence[int]]) -> int:
     """Return how many tokens all prompts begin with; each prompt has at least one more."""
     if len(prompts) < 2:
         return 0
-    first, last = min(prompts), max(prompts)  # in the order of words: these two differ the earliest
+    # In the order of words the first and the last differ the earliest.
+    first, last = min(prompts, key=tuple), max(prompts, key=tuple)
     longest = min(len(prompt) for prompt in prompts) - 1
     for k in range(longest):
         if first[k] != last[k]:
