@@ -164,7 +164,9 @@ templates: .venv/persea
 	$(BIN)/python bench/templates.py .templates/lc
 
 graders: .venv/persea
-	$(BIN)/python bench/graders.py .venv-graders
+	$(BIN)/pip install -q -e '.[gguf]'
+	$(BIN)/python -m bench.real_models $(REAL)
+	$(BIN)/python bench/graders.py .venv-graders --model $(REAL)/smollm2
 	$(BIN)/python bench/harmony.py .venv-harmony
 
 bench-gpu: .venv/persea
