@@ -20,13 +20,16 @@ from persea.models.gguf_model import (
     gguf_header,
     gguf_note,
 )
-from persea.models.loading import ModelSource, eos_token_ids, local_folder
+from persea.models.loading import ModelSource, config_value, eos_token_ids, local_folder
 from persea.models.weight_files import SUFFIX, find_weight_files, update_with_weights
 from persea.storage import digest_file
 from persea.tokenization.logit_rows import tokens_without_row
 
 # The origin of a student that persea trained lies beside its files; no model depends on it.
 LINEAGE_FILE = "lineage.json"
+# Raised when a model with a running state gets other logits from the local engine.
+RUNNING_STATE_VERSION = 1
+RUNNING_STATE_TYPES = frozenset({"jamba", "mamba"})
 
 
 def fingerprint(source: ModelSource, where: str) -> str:
@@ -70,6 +73,25 @@ def fingerprint(source: ModelSource, where: str) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def computation_version(source: ModelSource, where: str) -> list[Any]:
+    """Return what an identity needs besides the weights: how the local engine computes the model.
+
+    Before version 1 the engine gave models with a running state other logits than those of the
+    whole text, so answers and captures of that time are not reused. Empty for all other models,
+    whose identities stay the same.
+
+    Args:
+        source: The model.
+        where: The place for error messages.
+    """
+    if source.is_random or find_gguf(source.model, where) is not None:
+        return []  # persea makes and converts models with attention only
+    model_type = config_value(source, "config.json", "model_type", where)
+    if model_type not in RUNNING_STATE_TYPES:
+        return []
+    return [{"running_state": RUNNING_STATE_VERSION}]
 
 
 def file_stats(source: ModelSource, where: str) -> tuple[tuple[str, int, int, int], ...]:

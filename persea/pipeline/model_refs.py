@@ -29,6 +29,7 @@ from persea.config.schema import (
 from persea.errors import RefusedError
 from persea.evaluation.answering import EvaluatedModel
 from persea.models.identity import (
+    computation_version,
     file_digests,
     file_stats,
     fingerprint,
@@ -220,6 +221,7 @@ class ModelRefs:
                     t.effort,
                     *generation_identity(t),
                     *([t.attn_implementation] if t.attn_implementation else []),
+                    *([] if is_remote(t) else computation_version(model_source(t), t.name)),
                 ]
             )
             for t in self.recipe.teachers
@@ -448,7 +450,10 @@ class ModelRefs:
         if name in self.renderers:
             identity = self.teacher_identities[name]
         else:
-            identity = digest_json([fingerprint(self._student_source(name), name), renderer.digest])
+            source = self._student_source(name)
+            identity = digest_json(
+                [fingerprint(source, name), renderer.digest, *computation_version(source, name)]
+            )
         if endpoint:
             load(name)  # another model's answers must not be reused
             identity = digest_json([identity, self.remote_engines[name].fingerprints[0].to_json()])

@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Tokenizer, models
 
 from persea.errors import DataError
 from persea.tokenization.prefix_space import (
+    TEXT_BEGINNING,
     PrefixSpace,
     find_prefix_space,
     remove_prefix_space,
@@ -17,7 +18,10 @@ from persea.tokenization.prefix_space import (
 
 HIDDEN_MARK = "\U000f0000"  # a private-use character
 # A tokenizer may write a space before a text if a normaliser or pre-tokenizer of it matches.
-PREFIX_PATTERN = re.compile(r'"Prepend"|"Metaspace"|"add_prefix_space":\s*true')
+PREFIX_PATTERN = re.compile(
+    r'"Prepend"|"Metaspace"|"add_prefix_space":\s*true|'
+    + re.escape(f'"Regex":{json.dumps(TEXT_BEGINNING)}')
+)
 LOSSY_REMEDY = (
     "it cannot be the student, nor teach with distributions; it can teach with its text alone: "
     "serve it and name it `model: text_only` with its endpoint (docs/engines.md)"

@@ -1,11 +1,11 @@
 """The space that a tokenizer puts before a text: where it goes, and the same tokenizer without it.
 
 SentencePiece models begin a text with a space ("▁Hello"), and some byte-level ones do
-(`add_prefix_space`). Their files spell that in five ways, and transformers adds two more when it
-converts: a Prepend normaliser, Metaspace with `first` or `always`, ByteLevel, each with its own
-exception for a text that begins with white space. So the rule is not read from the file but found
-by encoding, with the tokenizer as it is and with the same tokenizer without the space, and then
-checked on the probes.
+(`add_prefix_space`). Their files spell that in six ways, and transformers adds two more when it
+converts: a Prepend normaliser, a Replace of the text's beginning (LLM-jp), Metaspace with `first`
+or `always`, ByteLevel, each with its own exception for a text that begins with white space. So the
+rule is not read from the file but found by encoding, with the tokenizer as it is and with the same
+tokenizer without the space, and then checked on the probes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from persea.tokenization.control_tokens import WHITESPACE
 SPACE_MARK = "▁"  # what SentencePiece writes for a space
 # A text of each kind of beginning: a letter, a space, other white space.
 LETTER_PROBE, SPACE_PROBE, NEWLINE_PROBE = "hello", " hello", "\nhello"
+# Regular expression of LLM-jp's Replace normaliser: the beginning of a text.
+TEXT_BEGINNING = r"(?<!\n)^"
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,11 @@ def _writes_prefix(normalizer: dict[str, Any]) -> bool:
 
     transformers doubles a leading "▁", because Metaspace takes it for the space that it would add.
     """
-    return normalizer["type"] == "Prepend" or (
-        normalizer["type"] == "Replace"
-        and normalizer["content"] == SPACE_MARK * 2
-        and normalizer["pattern"].get("Regex") in (r"\A▁", "^▁")
+    if normalizer["type"] != "Replace":
+        return bool(normalizer["type"] == "Prepend")
+    beginning = normalizer["pattern"].get("Regex")
+    return (normalizer["content"] == SPACE_MARK * 2 and beginning in (r"\A▁", "^▁")) or (
+        normalizer["content"] == SPACE_MARK and beginning == TEXT_BEGINNING
     )
 
 

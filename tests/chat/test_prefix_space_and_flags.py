@@ -43,6 +43,7 @@ KINDS: dict[str, tuple[Tokenizer, str]] = {
     "byte-level prefix that is swallowed": (byte_level_bpe(prefix=True, rstrip=ALL), "phi3"),
     "unigram": (unigram("metaspace first"), "bare"),
     "unigram, legacy": (unigram("prepend", rstrip=ALL), "phi3"),
+    "llm-jp": (unigram("beginning"), "bare"),
 }
 FRAGMENTS = [
     "hello",

@@ -12,7 +12,14 @@ import pytest
 from persea.chat.renderer import ChatRenderer
 from persea.errors import DataError
 from persea.models.hub import resolve_commit
-from persea.models.identity import file_stats, fingerprint, model_warnings
+from persea.models.identity import (
+    RUNNING_STATE_TYPES,
+    RUNNING_STATE_VERSION,
+    computation_version,
+    file_stats,
+    fingerprint,
+    model_warnings,
+)
 from persea.models.loading import ModelSource
 from tests.conftest import Speaker
 from tests.models.conftest import RANDOM, configure
@@ -44,6 +51,15 @@ def test_a_fingerprint_changes_with_any_byte(copy: Path):
 
 def test_a_fingerprint_does_not_depend_on_the_place(copy: Path, llama: tuple[Path, ChatRenderer]):
     assert fingerprint(ModelSource(str(copy)), "w") == fingerprint(ModelSource(str(llama[0])), "w")
+
+
+def test_only_models_with_a_running_state_have_a_computation_version(copy: Path):
+    source = ModelSource(str(copy))
+    assert computation_version(source, "w") == []
+    for model_type in RUNNING_STATE_TYPES:
+        configure(copy, config={"model_type": model_type})
+        assert computation_version(source, "w") == [{"running_state": RUNNING_STATE_VERSION}]
+    assert computation_version(ModelSource("random", tokenizer="x/y"), "w") == []
 
 
 def test_fingerprints_of_hub_and_random_models():

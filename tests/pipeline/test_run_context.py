@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from persea.chat.messages import ThinkingEffort
 from persea.config.recipe import load_recipe
 from persea.errors import DataError, RecipeError, TeacherError
+from persea.models import identity
 from persea.pipeline.model_refs import BASE, STUDENT, has_effort
 from persea.pipeline.plan import plan_run
 from persea.pipeline.preflight import refuse_unsupported_efforts
@@ -79,6 +80,19 @@ def test_a_teachers_identity_changes_with_its_effort_and_its_files_and_not_with_
         river(tmp_path, teachers=teachers).models.teacher_identities["qwen-sapling"]
         != one["qwen-sapling"]
     )
+
+
+def test_how_a_running_state_is_computed_is_part_of_an_identity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers of Mamba and Jamba from before the probe of their caches are not reused."""
+    one = river(tmp_path).models.teacher_identities
+    monkeypatch.setattr(identity, "RUNNING_STATE_TYPES", frozenset({"qwen3"}))
+    other = river(tmp_path).models.teacher_identities
+    assert {n for n in one if one[n] != other[n]} == {"qwen-sapling"}
+    monkeypatch.setattr(identity, "RUNNING_STATE_VERSION", 2)
+    third = river(tmp_path).models.teacher_identities
+    assert {n for n in one if other[n] != third[n]} == {"qwen-sapling"}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

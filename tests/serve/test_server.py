@@ -20,6 +20,7 @@ import numpy as np
 import openai
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from persea.chat.messages import (
     Conversation,
@@ -41,6 +42,7 @@ from persea.serve.streaming import ServedModel, StreamingAnswerParser
 from persea.tasks.generated import GENERATED_TASKS
 from persea.tasks.task import Split
 from persea.teachers.engines import Sampling
+from tests.chat.families.test_published_templates import find_template
 from tests.cli.test_cli import persea
 from tests.conftest import Speaker
 from tests.servers import Served, serving, start_serve
@@ -375,6 +377,44 @@ def test_weights_that_give_no_numbers_are_not_the_clients_fault() -> None:
     answer = inside(speaker, "/v1/completions", prompt="x")
     assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
     assert "not finite" in answer.json()["error"]["message"]
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("template", ["qwen3.5", "qwen3_5_think"])
+def test_a_second_turn_behind_a_thought_is_answered(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    """Qwen 3.5's own template drops the earlier thought; the fork of PERSEA_DATA keeps it."""
+    folder = Path(shutil.copytree(SAPLINGS / "qwen-sapling", tmp_path / template))
+    text = find_template(data, template).read_text(encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
+    speaker = load_served_model(str(folder))
+    assert speaker.renderer.family.name == "qwen3.5"
+    question = Conversation.from_question("2 + 3?", effort=ThinkingEffort.HIGH)
+    answer = speaker.renderer.render(question.with_answer(Thinking("hm"), Text("Five.")))
+    prompts: list[list[int]] = []
+
+    async def says(model: ServedModel, prompt: Any, *rest: Any) -> AsyncGenerator[list[int], None]:
+        prompts.append(list(prompt))
+        yield answer.ids_T[answer.loss_mask_T].tolist()
+
+    monkeypatch.setattr(ServedModel, "stream_tokens", says)
+    messages: list[dict[str, Any]] = []
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for text in ("2 + 3?", "And 4?", "And 5?"):
+        messages.append({"role": "user", "content": text})
+        response = inside(
+            speaker, "/v1/chat/completions", messages=messages, reasoning_effort="high"
+        )
+        assert response.status_code == 200, response.text
+        expected = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, enable_thinking=True, return_dict=False
+        )
+        assert prompts[-1] == expected
+        told = response.json()["choices"][0]["message"]
+        assert (told["reasoning_content"], told["content"]) == ("hm", "Five.")
+        messages.append({key: told[key] for key in ("role", "content", "reasoning_content")})
+    assert ("hm" in tokenizer.decode(prompts[-1])) == (template == "qwen3.5")
 
 
 # --- log-probabilities ---

@@ -61,6 +61,16 @@ PREFIX_FORMS: dict[str, tuple[Any, Any]] = {
             [pre_tokenizers.Metaspace("▁", prepend_scheme="always", split=False)]
         ),
     ),
+    # LLM-jp: no space behind a line break
+    "beginning": (
+        normalizers.Sequence(
+            [
+                normalizers.Replace(Regex(r"(?<!\n)^"), "▁"),
+                normalizers.Replace(Regex(" "), "▁"),
+            ]
+        ),
+        None,
+    ),
     "none": (normalizers.Replace(" ", "▁"), None),
 }
 

@@ -92,6 +92,11 @@ def template_inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], d
                     remedy="the template names a result after the last call; "
                     "leave the conversation out",
                 )
+    return harmony_inputs(conversation)
+
+
+def harmony_inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return messages with the thought as `thinking`, tools, and the effort."""
     messages = messages_to_dicts(conversation, "thinking")
     for message in messages:
         if not message.get("thinking", "x"):
@@ -104,10 +109,16 @@ def template_inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], d
 
 
 def parse(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
-    """Parse ([ to=NAME]<|channel|>NAME<|message|>TEXT) joined by <|end|><|start|>assistant.
+    """Parse messages; the last one is the final channel or a call, all others are thoughts."""
+    parts = parse_harmony(pieces)
+    if parts is None:
+        return None
+    ends = [not isinstance(p, Thinking) for p in parts]
+    return parts if ends and ends[-1] and sum(ends) == 1 else None
 
-    The last message is the final channel or a call; all others are thoughts.
-    """
+
+def parse_harmony(pieces: DecodedPieces) -> tuple[ContentPart, ...] | None:
+    """Parse ([ to=NAME]<|channel|>NAME<|message|>TEXT) joined by <|end|><|start|>assistant."""
     parts: list[ContentPart] = []
     rest = list(pieces)
     while rest:
@@ -127,8 +138,7 @@ def parse(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, .
                 return None
             role = rest[2].removeprefix(b"assistant")
             rest = [role, *rest[3:]] if role else rest[3:]
-    ends = [not isinstance(p, Thinking) for p in parts]
-    return tuple(parts) if parts and ends[-1] and sum(ends) == 1 else None
+    return tuple(parts)
 
 
 def _parse_message(pieces: DecodedPieces) -> ContentPart | None:

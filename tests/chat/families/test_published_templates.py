@@ -1,7 +1,8 @@
 """Published chat templates without a file of their own are followed, with efforts and tools.
 
 They are read from PERSEA_DATA, from the package trl where it is installed, and from the folder that
-PERSEA_TEMPLATES names (models/templates of llama.cpp); a template that is not there is skipped.
+PERSEA_TEMPLATES names (models/templates of llama.cpp, and LLM-jp's as `make templates` fetches it);
+a template that is not there is skipped.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from bench.templates import compare, conversations, make_tokenizer_folder, tool_conversations
+from persea.models.licence import UNKNOWN_LICENCE, read_licence
 from persea.models.loading import ModelSource, load_renderer
 
 # Template -> (efforts, stop token, whether it has tools)
@@ -45,7 +47,12 @@ PUBLISHED = {
     "tencent-Hy3": ("none low high", "<｜hy_eos:opensource｜>", True),
     "ibm-granite-granite-4.1": ("none", "<|end_of_text|>", True),
     "inclusionai-ling-3.0-flash": ("none high", "<|role_end|>", True),
+    "MiMo-VL": ("none", "<|im_end|>", True),
+    "diffusion_gemma": ("none high", "<turn|>", False),
+    "llm-jp-4.1": ("low medium high", "<|return|>", True),
 }
+# Those that a family of persea's renders, token for token; the others are generic.
+PROVEN = {"MiMo-VL": "qwen2.5", "llm-jp-4.1": "llm-jp"}
 
 
 def find_template(data: Path, name: str) -> Path:
@@ -71,6 +78,9 @@ def test_a_published_template_is_rendered_as_transformers_does(
     has_tools = family.is_tool_text_verbatim is not None
     efforts = " ".join(effort.value for effort in family.efforts)
     assert (efforts, family.stop_tokens[0], has_tools) == PUBLISHED[name]
+    assert family.name == PROVEN.get(name, "generic")
+    # A template makes no licence: Xiaomi's MiMo-VL has Qwen's text.
+    assert read_licence(ModelSource(str(folder)), name) == UNKNOWN_LICENCE
     tokenizer = AutoTokenizer.from_pretrained(folder)
     effort, thinks = family.efforts[-1], bool(family.thought_ends)
     given = [next(conversations(effort, thinks))]
