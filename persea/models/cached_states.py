@@ -85,7 +85,10 @@ def _probe(model: PreTrainedModel, vocab_size: int) -> CacheUse:
 
 
 def _has_attention_alone(model: PreTrainedModel, ids_T: torch.Tensor) -> bool:
-    cache = cache_of(model(input_ids=ids_T[None].to(model.device), use_cache=True))
+    try:
+        cache = cache_of(model(input_ids=ids_T[None].to(model.device), use_cache=True))
+    except (RuntimeError, TypeError, ValueError, IndexError):  # it makes no cache at all
+        return False
     layers = getattr(cache, "layers", ())
     return bool(layers) and all(type(layer).__name__ in ATTENTION_LAYERS for layer in layers)
 
@@ -126,6 +129,8 @@ def _agrees(
     except (RuntimeError, TypeError, ValueError, IndexError):  # it cannot take these at all
         return False
     logits_BTV = torch.cat(found, 1).float()
+    if logits_BTV.shape[1] != width:  # a mask of the whole text made tokens of it
+        return False
     for row, first in enumerate([0] * (len(ids_BT) - 1) + [padding]):
         whole_TV = model(input_ids=ids_BT[row : row + 1, first:].to(device), use_cache=False)
         expected_TV = whole_TV.logits[0].float()

@@ -29,7 +29,12 @@ from persea.tokenization.logit_rows import tokens_without_row
 LINEAGE_FILE = "lineage.json"
 # Raised when a model with a running state gets other logits from the local engine.
 RUNNING_STATE_VERSION = 1
-RUNNING_STATE_TYPES = frozenset({"jamba", "mamba"})
+# Those that fail a probe of persea.models.cached_states under transformers 5.24, and those that no
+# probe has passed.
+RUNNING_STATE_TYPES = frozenset(
+    "bailing_hybrid bamba deepseek_v4 falcon_mamba glm5_next jamba kimi_linear mamba mamba2 "
+    "qwen4_exp recurrent_gemma rwkv xlstm zamba".split()
+)
 
 
 def fingerprint(source: ModelSource, where: str) -> str:

@@ -38,6 +38,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "LlamaConfig": {"num_hidden_layers": 2},
     "JambaConfig": JAMBA,
     "MambaConfig": {"num_hidden_layers": 2, "state_size": 8},
+    "FalconMambaConfig": {"num_hidden_layers": 2, "state_size": 8},
+    "RwkvConfig": {"num_hidden_layers": 2, "attention_hidden_size": 32, "context_length": 64},
     "FalconH1Config": FALCON | {"mamba_n_groups": 1, "head_dim": 8},
 }
 

@@ -112,9 +112,10 @@ class TransformersEngine(Engine):
         batched = generate_batched(self, prompts, stop_ids, max_new_tokens, reducer)
         if batched is not None:
             return batched
-        # The cache of a state-space model cannot be joined: transformers generates whole batches,
-        # and answers with a temperature are drawn one by one.
-        if not self.sampling.temperature:
+        # The cache of a state-space model cannot be joined: transformers generates whole batches.
+        # Answers with a temperature, and those of a model without right steps, come one by one.
+        has_steps = find_cache_use(self.model, self.vocab_size).steps
+        if has_steps and not self.sampling.temperature:
             answers = self.generate_rollouts(
                 prompts, stop_ids, max_new_tokens, temperature=0.0, seed=0
             )
