@@ -7,9 +7,9 @@ versions of numpy than persea). IFEval: every instruction of every published pro
 that are written to follow it, to miss it, and to lie at its edge, with lines of PERSEA_DATA in
 several languages, and with the greedy answers of a real model (--model). BFCL: every published
 question, with each of its possible answers and with calls changed in one place. Differences are
-listed by instruction, or by change, with an example and the reason. `--bfcl` is a folder with more
-of BFCL's files, such as VENV's bfcl_eval/data. Writes bench/results/graders.json; about 2 minutes,
-and 5 more for a model's answers.
+listed by instruction, or by change, with an example and the reason. BFCL's files are those of
+PERSEA_DATA, of the package bfcl-eval (the live and parallel categories) and of the folders of
+`--bfcl`. Writes bench/results/graders.json; several minutes, and 5 more for a model's answers.
 """
 
 from __future__ import annotations
@@ -114,6 +114,14 @@ def prepare(folder: Path) -> Path:
         for some in ((*PACKAGES, "--no-deps"), NEEDED):
             subprocess.run([python, "-m", "pip", "install", "-q", *some], check=True)
     return python
+
+
+def packaged_files(venv_folder: Path) -> list[Path]:
+    """Return the folder with the questions that the package bfcl-eval brings."""
+    found = sorted(venv_folder.glob("lib/python3*/site-packages/bfcl_eval/data"))
+    if not found:
+        sys.exit(f"{venv_folder}: no bfcl_eval/data; delete the folder, and it is made again")
+    return found
 
 
 def ask_reference(python: Path, cases: Sequence[dict[str, Any]]) -> list[list[bool]]:
@@ -467,7 +475,9 @@ def main() -> None:
         result["model"] = {"folder": Path(options.model).name, **found}
         print(json.dumps(result["model"], ensure_ascii=False))
     if options.only in (None, "bfcl"):
-        result["bfcl"] = compare_bfcl(python, [DATA / "eval" / "bfcl", *options.bfcl])
+        result["bfcl"] = compare_bfcl(
+            python, [DATA / "eval" / "bfcl", *packaged_files(options.venv), *options.bfcl]
+        )
         for name, part in result["bfcl"].items():
             print(name, json.dumps(part, ensure_ascii=False), flush=True)
     if options.only in (None, "ifeval"):

@@ -113,18 +113,20 @@ def iter_hub_table(
             where=name,
             remedy="pip install datasets",
         ) from error
+    number = -1
     try:
         rows = datasets.load_dataset(
             name, config or None, split=split, revision=revision or None, streaming=streaming
         )
+        for number, row in enumerate(rows):
+            yield TableRow(f"{name}/{split}:{number}", f"{name}/{split}:{number}", row)
     except (OSError, ValueError, RuntimeError) as error:  # what `datasets` and its hub client raise
+        place = f" after row {number}" if number >= 0 else ""
         raise DataError(
-            f"the data set cannot be read: {str(error).splitlines()[0][:200]}",
+            f"the data set cannot be read{place}: {(str(error).splitlines() or [''])[0][:200]}",
             where=f"{name}, {split}",
             remedy="check `hub:`, `split:` and the network; a local copy is read as a folder",
         ) from error
-    for number, row in enumerate(rows):
-        yield TableRow(f"{name}/{split}:{number}", f"{name}/{split}:{number}", row)
 
 
 def _iter_folder(folder: Path, max_line_bytes: int) -> Iterator[TableRow]:

@@ -55,11 +55,6 @@ def check_run(context: RunContext, only_stage: str = "") -> list[str]:
     preflight_data.refuse_unknown_lora_targets(context)
     refuse_unmeasurable_answers(context)
     warnings = preflight_data.describe_equal_models(context)
-    if only_stage == "train" and not context.stages.has_record("check"):
-        warnings.append(
-            "no check of this run folder has passed, so nothing has compared the tokenizers: "
-            f"`persea check {context.recipe.source_path}`"
-        )
     warnings += preflight_data.refuse_long_prompts(context)
     if only_stage == "":
         preflight_data.refuse_full_disk(context)

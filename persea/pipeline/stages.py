@@ -238,13 +238,20 @@ def _say_if_slow(progress: ProgressCallback, stage: str) -> Iterator[None]:
         timer.cancel()
 
 
-def run_pipeline(context: RunContext, progress: ProgressCallback, only_stage: str = "") -> None:
+def run_pipeline(
+    context: RunContext,
+    progress: ProgressCallback,
+    only_stage: str = "",
+    *,
+    check_before_train: bool = True,
+) -> None:
     """Run every stage in order, or one stage; skip each that is up to date.
 
     Args:
         context: The recipe and its run folder.
         progress: Called with the stage, the fraction done and a message.
         only_stage: Name of the only stage to run; "" = all.
+        check_before_train: Whether the stage `train` alone is preceded by `check`.
 
     Raises:
         RefusedError: A licence forbids the student, a finished student of another recipe would be
@@ -283,8 +290,9 @@ def run_pipeline(context: RunContext, progress: ProgressCallback, only_stage: st
                 progress(only_stage or STAGES[0].name, 0.0, f"{WARNING_PREFIX}{warning}")
             if not only_stage and not context.stages.has_record("evaluate"):
                 context.models.open_servers(context.recipe.audition.batch_size)
+            names = _stage_names(context, only_stage, check_before_train)
             for stage in STAGES:
-                if not only_stage or stage.name == only_stage:
+                if stage.name in names:
                     if stage.name in LICENSED_STAGES:  # a server has named its model by now
                         refuse_unlicensed(context.recipe, context.folder)
                     _run_stage(context, stage, recorded_progress)
@@ -295,6 +303,18 @@ def run_pipeline(context: RunContext, progress: ProgressCallback, only_stage: st
         from persea.evaluation.evaluate import refuse_saved_regressions
 
         refuse_saved_regressions(context.folder / "evaluate" / "evaluation.json")
+
+
+def _stage_names(context: RunContext, only_stage: str, check_before_train: bool) -> tuple[str, ...]:
+    """Return the stages to run: no student is trained on a pair that no check has passed.
+
+    Without a capture there is nothing to train on, which `train` itself says.
+    """
+    if not only_stage:
+        return tuple(stage.name for stage in STAGES)
+    if only_stage == "train" and check_before_train and (context.folder / "capture").is_dir():
+        return "check", "train"
+    return (only_stage,)
 
 
 def _run_stage(context: RunContext, stage: Stage, progress: ProgressCallback) -> None:

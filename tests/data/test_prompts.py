@@ -263,7 +263,12 @@ def test_every_line_comes_out_once(
         ("{", "not JSON"),
         ("prompt", "not JSON"),
         (b'{"prompt": "\xff"}', "not JSON"),
-        ('{"prompt": "a"} {"prompt": "b"}', "not JSON"),
+        ('{"prompt": "a"} {"prompt": "b"}', "not JSON: Extra data"),
+        ('{"prompt": "a"},', "not JSON: Extra data"),
+        ('{"prompt": "a",}', "not JSON"),
+        ("# a comment", "not JSON"),
+        ("// a comment", "not JSON"),
+        ('{"prompt": "a"} # a comment', "not JSON: Extra data"),
         ('{"prompt": "cut \\ud83d emoji"}', "surrogates not allowed"),
         ('{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}", "not JSON"),
         ('{"prompt": "a", "id": ' + "9" * 5000 + "}", "not JSON"),
@@ -300,6 +305,14 @@ def test_a_malformed_line_is_refused_with_its_number(tmp_path: Path, line: Any, 
     assert caught.value.where.startswith(f"{path}:3")
     assert caught.value.remedy
     assert len(str(caught.value)) < 1000
+
+
+def test_lines_that_end_in_a_carriage_return_alone_are_refused(tmp_path: Path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\r{"prompt": "b"}\r')
+    with pytest.raises(DataError, match="not JSON: Extra data") as caught:
+        list(read_prompts(path, "skill", "en"))
+    assert caught.value.where == f"{path}:1"
 
 
 def test_a_line_without_end_is_refused(tmp_path: Path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,25 @@ def test_lines_are_counted_where_fields_have_several(tmp_path: Path) -> None:
     assert [row.name for row in iter_table(tmp_path / "x.csv")] == ["x.csv:2", "x.csv:3", "x.csv:5"]
 
 
+def test_a_table_of_old_macintosh_line_ends_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_bytes(b"a,b\r1,2\r3,4\r")
+    assert [(row.name, row.value, row.error) for row in iter_table(path)] == [
+        ("x.csv:2", {"a": "1", "b": "2"}, ""),
+        ("x.csv:3", {"a": "3", "b": "4"}, ""),
+    ]
+
+
+def test_trailing_commas_and_comments_of_a_table_are_no_rows(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("a,b\n1,2,\n# a comment\n3,4\n")
+    assert [row.error for row in iter_table(path)] == [
+        "3 fields, 2 columns",
+        "1 fields, 2 columns",
+        "",
+    ]
+
+
 def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     jsonl(tmp_path / "b" / "two.jsonl")
@@ -128,9 +147,12 @@ def test_a_broken_row_has_its_reason_and_the_others_are_read(tmp_path: Path) -> 
     [
         ("x.txt", b"x", ".txt is no table"),
         ("x.json", b"[1, ", "not JSON"),
+        ("x.json", b'[{"a": 1},]', "not JSON"),
+        ("x.json", b'[\n// a comment\n{"a": 1}]', "not JSON"),
         ("x.json", b'{"a": 1}', "no single list of rows"),
         ("x.json", b"3", "int instead of an array"),
         ("x.csv", b"a,a\n1,2\n", "two of one name"),
+        ("x.csv", b"a,b,\n1,2,\n", "a column without a name"),
         ("x.csv", b"a,b\n\xff,2\n", "not UTF-8"),
         ("x.csv", b'a,b\n"1,2\n', "broken CSV"),
         ("x.parquet", b"PAR1", "broken Parquet"),
@@ -190,3 +212,22 @@ def test_a_data_set_is_loaded_by_name_split_and_revision(tmp_path: Path) -> None
     with pytest.raises(DataError, match="cannot be read") as caught:
         list(iter_hub_table(str(tmp_path), "nope"))
     assert caught.value.where == f"{tmp_path}, nope"
+
+
+def test_a_data_set_of_the_hub_is_refused_offline() -> None:
+    with pytest.raises(DataError, match="the data set cannot be read: ") as caught:
+        list(iter_hub_table("persea/no-such-data-set", "train"))
+    assert caught.value.where == "persea/no-such-data-set, train"
+    assert "the network; a local copy is read as a folder" in (caught.value.remedy or "")
+
+
+def test_a_stream_that_breaks_off_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Iterator[dict[str, str]]:
+        yield ROWS[0]
+        raise ConnectionError("Server Disconnected")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: broken())
+    rows = iter_hub_table("a/b", "train", streaming=True)
+    assert next(rows).value == ROWS[0]
+    with pytest.raises(DataError, match="cannot be read after row 0: Server"):
+        next(rows)

@@ -81,6 +81,7 @@ def test_a_run_with_another_learning_rate_asks_nobody(
             run_pipeline(context, lambda s, f, words, told=told: told.append(words), stage)
         assert (requests.take() > 0) == (rate == "1e-3")
         run_pipeline(context, lambda *ignored: None, "train")
+        requests.take()  # of the check before it
         summaries.append(json.loads((out / "capture" / "summary.json").read_text()))
     assert "qwen-sapling: 2 of 2 units of earlier runs" in told
     assert summaries[0] == summaries[1]

@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 
 from persea import storage
-from persea.errors import RefusedError
+from persea.config.recipe import load_recipe
+from persea.errors import DataError, RefusedError
 from persea.pipeline import stage_keys
+from persea.pipeline.run_context import RunContext
 from persea.pipeline.stage_store import StageStore
+from persea.pipeline.stages import run_pipeline
 from persea.pipeline.status import read_status
 from tests.cli.test_cli import STAGES, flowed_copy, persea, tree
 from tests.disks import Dying
@@ -214,3 +217,13 @@ def test_every_reader_of_a_run_folder_refuses_an_older_version_in_one_line(
     assert line.startswith(f"persea: run/{stage}: written by version 0 of the stage {stage}; this")
     assert " -> " in line
     assert "Traceback" not in ended.err
+
+
+def test_a_report_before_the_evaluation_names_the_command(tmp_path: Path) -> None:
+    flowed_copy(tmp_path, "check", "audition", "capture", "train")
+    context = RunContext(load_recipe(tmp_path / "tiny.yaml"), tmp_path / "run")
+    with pytest.raises(DataError, match=r"run/evaluate/done\.json: not there") as caught:
+        run_pipeline(context, lambda *told: None, "report")
+    remedy = "run the stage that writes evaluate/ first: `persea evaluate RECIPE`"
+    assert caught.value.remedy == remedy
+    assert not (tmp_path / "run" / "report").exists()

@@ -249,7 +249,7 @@ def test_another_student_is_another_training(tmp_path: Path, changes: dict[str, 
 
 
 def test_the_shape_of_the_adapters_is_part_of_the_training(tmp_path: Path) -> None:
-    flowed_copy(tmp_path, "audition", "capture")
+    flowed_copy(tmp_path, "check", "audition", "capture")
     lora = TINY["student"] | {"adapt": "lora", "lora": {"rank": 2, "alpha": 4}}
     made = [persea("train", recipe(tmp_path, student=lora), "--out", "run", folder=tmp_path).code]
     made.append(

@@ -90,7 +90,7 @@ def test_chats_with_tools_turns_and_pairs_are_captured_and_learned(tmp_path: Pat
         "chats.jsonl:7, message 1"
     )
     assert any("columns that change nothing" in m for m in messages)
-    assert any("train" in m and "no check of this run folder has passed" in m for m in messages)
+    assert (tmp_path / "run" / "check" / "done.json").is_file()  # training starts with a check
     dataset = storage.read_json(tmp_path / "run" / "train" / "dataset.json")
     assert (dataset["examples"], dataset["skipped"]) == ({"qwen-sapling": 7}, {})
 

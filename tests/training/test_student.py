@@ -5,6 +5,7 @@ with adapters.
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -442,8 +443,20 @@ def test_the_student_is_saved_in_the_type_it_came_in_and_others_may_read_it(
     assert read_stored_dtype(tmp_path / "student") == "bfloat16"
     assert json.loads((tmp_path / "student/config.json").read_text())["dtype"] == "bfloat16"
     assert next(one.model.parameters()).dtype is torch.float32
-    mode = (tmp_path / "student" / "model.safetensors").stat().st_mode & 0o777
-    assert mode == (tmp_path / "student" / "config.json").stat().st_mode & 0o777
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_saved_files_have_the_mode_of_the_umask(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        student(lora=LORA).save(tmp_path / "student")
+    finally:
+        os.umask(before)
+    files = [p for f in ("student", "adapter") for p in (tmp_path / f).iterdir()]
+    assert {p.name for p in files} >= {"model.safetensors", "adapter_model.safetensors"}
+    assert {p.name: p.stat().st_mode & 0o777 for p in files} == {
+        p.name: 0o666 & ~mask for p in files
+    }
 
 
 def test_a_tokenizer_of_vocab_and_merges_is_saved_too(tmp_path: Path) -> None:
