@@ -216,7 +216,8 @@ def load_tokenizer(source: ModelSource, where: str) -> Any:
     opened = open_tokenizer_file(folder, where)
     if opened is not None:
         return opened
-    if local_folder(name, where) is not None:  # a hub model behind a server may have code beside it
+    # A hub model behind a server may have code beside it; a GGUF file's weights are not converted.
+    if find_gguf(name, where) is not None or local_folder(name, where) is not None:
         refuse_remote_code(folder, where)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
