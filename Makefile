@@ -1,5 +1,5 @@
 # make quickstart   the main job: three tiny teachers train one student; creates its own virtual environment
-# make test         the tests; creates its own virtual environment (10 to 20 minutes on 2 cores)
+# make test         the tests; creates its own virtual environment (about 20 minutes on 2 cores, 37 minutes of CPU time)
 # make lint         ruff and mypy
 # make docs         the documentation as a site, in site/ (installs mkdocs; about a minute)
 # make chaos        kills, cuts, flips bits, fills the disk, and compares the results: the cache (4 minutes), a training (15 minutes), a whole
