@@ -75,6 +75,8 @@ NEUTRAL_LLAMACPP_FIELDS = {
 
 # Log-probability of the token, and (id, log-probability) of the most likely ones.
 _Row: TypeAlias = "tuple[Any, list[tuple[Any, Any]]]"
+# Ids, the row of each where it is known, and whether no id is missing.
+_Answer: TypeAlias = "tuple[list[int], list[_Row | None], bool]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,10 +119,13 @@ class LlamaCppEngine(ServerEngine):
         )
         prompt_ids = self.renderer.render_prompt(HANDSHAKE_QUESTION).ids_T
         greedy = replace(self, sampling=GREEDY)
-        (answer,) = self.send_handshakes(
-            [greedy._generate_request(prompt_ids, HANDSHAKE_TOKENS)], HANDSHAKE_REMEDY
-        )
-        for token, row in zip(*answer, strict=True):
+        for stream in (True, False):
+            (answer,) = self.send_handshakes(
+                [greedy._generate_request(prompt_ids, HANDSHAKE_TOKENS, stream)], HANDSHAKE_REMEDY
+            )
+            if answer[2]:
+                break
+        for token, row in zip(answer[0], answer[1], strict=True):
             if row is not None and row[0] < row[1][0][1] - self.max_fingerprint_drift:
                 self.refuse_handshake(
                     f"the handshake failed: token {token} of a greedy answer has a log-probability "
@@ -134,7 +139,7 @@ class LlamaCppEngine(ServerEngine):
                 for s in self.handshake_samplings(self.sampling)
             ]
             self.refuse_equal_draws(
-                [ids for ids, _ in self.send_handshakes(draws, HANDSHAKE_REMEDY)]
+                [ids for ids, *_ in self.send_handshakes(draws, HANDSHAKE_REMEDY)]
             )
         self.fingerprints.append(fingerprint)
         return fingerprint
@@ -156,17 +161,24 @@ class LlamaCppEngine(ServerEngine):
     ) -> list[npt.NDArray[np.int32] | EngineFailure]:
         """Generate one answer per prompt, streamed. See Engine.
 
+        llama.cpp b11549 leaves tokens out of a stream: those before the last one of a character
+        that several tokens make up. Such an answer is asked for again, not streamed.
         llama.cpp ends an answer at the end tokens of the GGUF file; one that goes on after another
         stop token is cut there.
         """
         self._rows_of_answers.clear()
         answers = self.send_verified([self._generate_request(p, max_new_tokens) for p in prompts])
+        lost = [k for k, a in enumerate(answers) if not isinstance(a, EngineFailure) and not a[2]]
+        if lost:
+            again = [self._generate_request(prompts[k], max_new_tokens, stream=False) for k in lost]
+            for k, answer in zip(lost, self.send_verified(again), strict=True):
+                answers[k] = answer
         found: list[npt.NDArray[np.int32] | EngineFailure] = []
         for prompt_ids, answer in zip(prompts, answers, strict=True):
             if isinstance(answer, EngineFailure):
                 found.append(answer)
                 continue
-            ids, rows = answer
+            ids, rows, _ = answer
             end = next((k + 1 for k, i in enumerate(ids) if i in stop_ids), len(ids))
             digest = hashlib.blake2b(prompt_ids.astype(np.int32).tobytes())
             for token, row in zip(ids[:end], rows[:end], strict=True):
@@ -177,26 +189,35 @@ class LlamaCppEngine(ServerEngine):
         return found
 
     def _generate_request(
-        self, prompt_ids: npt.NDArray[np.int32], max_new_tokens: int
-    ) -> Request[tuple[list[int], list[_Row | None]]]:
-        """Build a streamed request; its answer is ids, and the row of each where it is known."""
+        self, prompt_ids: npt.NDArray[np.int32], max_new_tokens: int, stream: bool = True
+    ) -> Request[_Answer]:
+        """Build a request for an answer."""
         s = self.sampling
         body = self._request_body(prompt_ids, max_new_tokens, self.num_top_logprobs) | {
-            "stream": True,
+            "stream": stream,
             "cache_prompt": False,  # a reused prefix rounds differently
             "temperature": s.temperature,
             "top_p": s.top_p if s.temperature else 1.0,
             "seed": s.seed,
         }
+        num_prompt = len(prompt_ids)
+        if not stream:
+            return Request(
+                COMPLETION_PATH,
+                body,
+                lambda whole: self._parse_answer([whole], max_new_tokens, is_streamed=False),
+                lambda answer: num_prompt + len(answer[0]),
+                expected_tokens=num_prompt + max_new_tokens,
+            )
         return Request(
             COMPLETION_PATH,
             body,
-            lambda events: self._parse_answer(events, max_new_tokens),
-            lambda answer: len(prompt_ids) + len(answer[0]),
+            lambda events: self._parse_answer(events, max_new_tokens, is_streamed=True),
+            lambda answer: num_prompt + len(answer[0]),
             lambda event: bool(require_object(event, "an event").get("tokens")),
             lambda event: require_object(event, "an event").get("stop") is True,
             max_new_tokens + 1,
-            len(prompt_ids) + max_new_tokens,
+            num_prompt + max_new_tokens,
         )
 
     def _request_body(
@@ -211,9 +232,7 @@ class LlamaCppEngine(ServerEngine):
             **NEUTRAL_LLAMACPP_FIELDS,
         }
 
-    def _parse_answer(
-        self, events: list[Any], max_new_tokens: int
-    ) -> tuple[list[int], list[_Row | None]]:
+    def _parse_answer(self, events: list[Any], max_new_tokens: int, is_streamed: bool) -> _Answer:
         """Join the events of an answer."""
         ids: list[int] = []
         entries: list[dict[str, Any]] = []
@@ -229,10 +248,24 @@ class LlamaCppEngine(ServerEngine):
             raise MalformedResponseError(
                 f"{len(ids)} tokens that ended by {reason!r}, {max_new_tokens} were requested"
             )
-        return ids, self._rows_of_tokens(ids, entries)
+        rows = self._rows_of_tokens(ids, entries)
+        is_cut = len(ids) < max_new_tokens
+        if reason == "eos":
+            is_cut = not ids or self.renderer.vocabulary.bytes_W[ids[-1]] is not None
+        if is_streamed and (rows is None or is_cut):
+            return ids, [None] * len(ids), False
+        if rows is None:
+            raise MalformedResponseError("entries and tokens of an answer do not fit together")
+        return ids, rows, True
 
-    def _rows_of_tokens(self, ids: list[int], entries: list[dict[str, Any]]) -> list[_Row | None]:
-        """Return the row of each token; None where a character of several tokens has one entry."""
+    def _rows_of_tokens(
+        self, ids: list[int], entries: list[dict[str, Any]]
+    ) -> list[_Row | None] | None:
+        """Return the row of each token; None where a character of several tokens has one entry.
+
+        Returns:
+            None if tokens are missing.
+        """
         rows: list[_Row | None] = [None] * len(ids)
         k = 0
         for entry in entries:
@@ -247,7 +280,7 @@ class LlamaCppEngine(ServerEngine):
                 if ids[k - 1] == entry.get("id") and raw == expected:
                     break
             else:
-                raise MalformedResponseError("entries and tokens of an answer do not fit together")
+                return None
             if k - start == 1:
                 rows[start] = _parse_row(entry)
         return rows

@@ -17,6 +17,8 @@ import pytest
 from persea.chat.messages import Conversation, Text
 from persea.errors import TeacherError
 from persea.models.loading import ModelSource, load_renderer
+from persea.tasks.generated import find_generated_task
+from persea.tasks.task import Split
 from persea.teachers.engines import EngineFailure, Sampling
 from persea.teachers.engines.http_client import HttpClient
 from persea.teachers.engines.llamacpp_server import FORCING_LOGIT_BIAS, LlamaCppEngine
@@ -87,14 +89,14 @@ def _llamacpp(path: str, text: str) -> Any:
     stop_type = "eos" if ids[-1] in renderer.stop_ids else "limit"
     if not body["stream"]:
         return {"tokens": ids, "completion_probabilities": entries, "stop_type": stop_type}
-    # the tokens one by one, each entry with the token that completes it; no [DONE]
+    # Characters one by one, with the last token of each: b11549 leaves the others out. No [DONE].
     said, k, raw = [], 0, b""
     for token in ids:
         raw += renderer.vocabulary.bytes_W[token] or b""
-        event: dict[str, Any] = {"tokens": [token], "stop": False}
         if is_whole(raw):
-            event["completion_probabilities"], k, raw = [entries[k]], k + 1, b""
-        said.append(event)
+            event = {"tokens": [token], "completion_probabilities": [entries[k]], "stop": False}
+            said.append(event)
+            k, raw = k + 1, b""
     said.append({"tokens": [], "stop": True, "stop_type": stop_type})
     return b"".join(b"data: " + json.dumps(e).encode() + b"\n\n" for e in said)
 
@@ -159,12 +161,38 @@ def test_own_answers_are_scored_without_another_request() -> None:
     assert np.abs(row.target_logprob_N - expected_N).max() < 1e-4
 
 
+def test_tokens_that_a_stream_leaves_out_are_asked_for_again() -> None:
+    """An answer whose character has two tokens, whole and cut within the character."""
+    renderer, _ = opened(QWEN)
+    item = next(
+        i
+        for i in find_generated_task("languages").items(Split.TEST, 400, 0)
+        if i.prompt.id == "languages/quantity/zh/from-english/50-house"
+    )
+    prompt = renderer.render_prompt(item.prompt.conversation).ids_T
+    (expected,) = engine(QWEN).generate([prompt], renderer.stop_ids, 12)
+    pieces = [renderer.vocabulary.bytes_W[i] or b"" for i in expected]
+    half = next(k for k, p in enumerate(pieces) if not is_whole(p))
+    with playing(Script(llamacpp)) as script:
+        far = connected(script)
+        for new in (12, half + 1):
+            script.asked.clear()
+            (answer,) = far.generate([prompt], renderer.stop_ids, new)
+            assert not isinstance(answer, EngineFailure)
+            assert answer.tolist() == expected[:new].tolist()
+            own = [b for _, _, b in script.asked if b and b.get("prompt") == prompt.tolist()]
+            assert [b["stream"] for b in own] == [True, False]
+
+
 def test_neutral_samplers_are_sent_and_a_server_that_penalises_is_refused() -> None:
     def penalised(path: str, body: Any) -> Any:
         if path == "/completion" and body["stream"] and not body.get("logit_bias"):
             assert (body["top_k"], body["min_p"], body["repeat_penalty"]) == (0, 0.0, 1.0)
-            ids, prompt = [opened(QWEN)[0].vocabulary.encode("zebra")[0]], body["prompt"]
-            event = {"tokens": ids, "completion_probabilities": entries_of(prompt, ids, TOP)}
+            ids = opened(QWEN)[0].vocabulary.encode("zebra")[:1] * body["n_predict"]
+            event = {
+                "tokens": ids,
+                "completion_probabilities": entries_of(body["prompt"], ids, TOP),
+            }
             last = {"tokens": [], "stop": True, "stop_type": "limit"}
             return b"".join(b"data: " + json.dumps(e).encode() + b"\n\n" for e in (event, last))
         return llamacpp(path, body)
