@@ -44,6 +44,11 @@ EXACT = CacheUse(pieces=True, steps=True, batches=True)
 _USES: WeakKeyDictionary[PreTrainedModel, CacheUse] = WeakKeyDictionary()
 
 
+def takes_positions(model: torch.nn.Module) -> bool:
+    """Return whether positions can be given to a model, so that padding may stand anywhere."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
 def cache_input(model: PreTrainedModel, cache: Any) -> dict[str, Any]:
     """Return the argument of a forward pass that continues behind a cache; None = a new one.
 
@@ -66,6 +71,13 @@ def find_cache_use(model: PreTrainedModel, vocab_size: int) -> CacheUse:
     Args:
         model: A causal language model.
         vocab_size: Number of tokens of its tokenizer.
+
+    Returns:
+        What was the same as without a cache; attention alone is not probed further.
+
+    Example:
+        >>> find_cache_use(model, 49_152).batches    # a Llama           # doctest: +SKIP
+        True
     """
     if model not in _USES:
         with eval_mode(model), torch.no_grad():
@@ -109,7 +121,7 @@ def _agrees(
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[-1, :padding] = 0
     places_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    has_positions = takes_positions(model)
     cache, found = None, []
     try:
         for begin in (0, *range(PROBE_PREFIX, width, step)):
@@ -117,7 +129,7 @@ def _agrees(
             inputs = {"input_ids": ids_BT[:, begin:end]}
             if masked:
                 inputs["attention_mask"] = mask_BT[:, :end]
-            if masked and takes_positions:
+            if masked and has_positions:
                 inputs["position_ids"] = places_BT[:, begin:end]
             output = model(
                 **{key: value.to(device) for key, value in inputs.items()},

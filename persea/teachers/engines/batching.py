@@ -20,9 +20,15 @@ import torch
 from torch.nn.functional import pad
 
 from persea.errors import PerseaError, TeacherError
-from persea.models.cached_states import EXACT, cache_input, cache_of, find_cache_use
+from persea.models.cached_states import (
+    EXACT,
+    cache_input,
+    cache_of,
+    find_cache_use,
+    takes_positions,
+)
 from persea.teachers.engines import Sampling
-from persea.teachers.engines.shared_prefix import SharedPrefix, takes_positions
+from persea.teachers.engines.shared_prefix import SharedPrefix
 from persea.teachers.engines.token_sampling import (
     require_finite_logits,
     sample_token,

@@ -100,6 +100,8 @@ class Request(Generic[T]):
         max_token_events: Most events with a token that an answer may have; 0 = no limit.
         expected_tokens: Tokens of the prompt and of the longest answer: the load that the request
             is for a server.
+        num_silent_tokens: Tokens that may be generated before anything comes, each of which may
+            take `stall_timeout_s`; more than 1 for a generated answer that is not streamed.
     """
 
     path: str
@@ -110,6 +112,7 @@ class Request(Generic[T]):
     event_is_final: Callable[[Any], bool] = lambda event: False
     max_token_events: int = 0
     expected_tokens: int = 1
+    num_silent_tokens: int = 1
 
 
 class RetryableError(Exception):
@@ -332,11 +335,11 @@ class HttpClient:
     async def _attempt(self, client: httpx2.AsyncClient, request: Request[T]) -> T:
         import httpx2
 
-        limit = asyncio.timeout(self.retry_policy.max_answer_s)
+        limit, stall = asyncio.timeout(self.retry_policy.max_answer_s), self._max_silence_s(request)
         try:
             async with (
                 limit,
-                asyncio.timeout(self.retry_policy.stall_timeout_s) as watch,
+                asyncio.timeout(stall) as watch,
                 self._open_response(client, request) as response,
             ):
                 await self._raise_for_status(response)
@@ -357,9 +360,7 @@ class HttpClient:
                                 f"more than {request.max_token_events} tokens came, which is the "
                                 "limit of the request"
                             )
-                        watch.reschedule(
-                            asyncio.get_running_loop().time() + self.retry_policy.stall_timeout_s
-                        )
+                        watch.reschedule(asyncio.get_running_loop().time() + stall)
                 return request.parse_response(events)
         except MalformedResponseError as error:
             raise RetryableError(str(error)) from error
@@ -368,10 +369,10 @@ class HttpClient:
                 raise RejectedRequestError(
                     f"the answer had no end after {self.retry_policy.max_answer_s:g} s"
                 ) from error
-            reason = f"no token for {self.retry_policy.stall_timeout_s:g} s"
+            reason = f"no token for {stall:g} s"
             raise RetryableError(reason, stalled=True) from error
         except httpx2.TimeoutException as error:
-            reason = f"no byte for {self.retry_policy.stall_timeout_s:g} s"
+            reason = f"no byte for {stall:g} s"
             raise RetryableError(reason, stalled=True) from error
         except httpx2.TransportError as error:
             raise RetryableError(
@@ -382,15 +383,26 @@ class HttpClient:
         except httpx2.InvalidURL as error:
             self._raise_server_error(f"{error}", "give `url:` as http://host:port")
 
+    def _max_silence_s(self, request: Request[T]) -> float:
+        policy = self.retry_policy
+        return min(policy.max_answer_s, policy.stall_timeout_s * request.num_silent_tokens)
+
     @asynccontextmanager
     async def _open_response(
         self, client: httpx2.AsyncClient, request: Request[T]
     ) -> AsyncIterator[httpx2.Response]:
+        import httpx2
+
         if request.body is None:
             async with client.stream("GET", request.path) as response:
                 yield response
         else:
-            async with client.stream("POST", request.path, json=request.body) as response:
+            timeout = httpx2.Timeout(
+                self.retry_policy.stall_timeout_s, read=self._max_silence_s(request), pool=None
+            )
+            async with client.stream(
+                "POST", request.path, json=request.body, timeout=timeout
+            ) as response:
                 yield response
 
     async def _raise_for_status(self, response: httpx2.Response) -> None:

@@ -208,6 +208,7 @@ class LlamaCppEngine(ServerEngine):
                 lambda whole: self._parse_answer([whole], max_new_tokens, is_streamed=False),
                 lambda answer: num_prompt + len(answer[0]),
                 expected_tokens=num_prompt + max_new_tokens,
+                num_silent_tokens=max_new_tokens,
             )
         return Request(
             COMPLETION_PATH,

@@ -5,7 +5,6 @@ Prompts of one task often begin with the same system text, list of tools or work
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -13,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from persea.models.cached_states import ATTENTION_LAYERS, cache_of, takes_positions
+
 if TYPE_CHECKING:
     from persea.teachers.engines.transformers import TransformersEngine
 
 # A pass of its own costs more than it saves where fewer tokens are saved.
 MIN_TOKENS, MIN_SAVED_TOKENS = 16, 128
-# Layers of transformers' caches whose columns are tokens, so that a prefix can be cut out.
-COLUMN_LAYERS = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer"})
 # Kinds of RoPE whose frequencies depend on the length of the whole text.
 LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
@@ -53,11 +52,6 @@ class SharedPrefix:
             for layer in cache.layers:
                 layer.batch_repeat_interleave(num_rows)
         return cache
-
-
-def takes_positions(model: torch.nn.Module) -> bool:
-    """Return whether positions can be given to a model, so that padding may stand anywhere."""
-    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def count_shared_tokens(prompts: Sequence[Sequence[int]]) -> int:
@@ -95,15 +89,16 @@ def compute_shared_prefix(
         return None
     ids = tuple(prompts[0][:length])
     ids_1T = torch.tensor([ids], device=model.device)
-    cache = model(
+    output = model(
         input_ids=ids_1T,
         attention_mask=torch.ones_like(ids_1T),
         position_ids=torch.arange(length, device=model.device)[None],
         use_cache=True,
         logits_to_keep=1,
-    ).past_key_values
+    )
+    cache = cache_of(output)
     layers = getattr(cache, "layers", ())
-    if not layers or any(type(layer).__name__ not in COLUMN_LAYERS for layer in layers):
+    if not layers or any(type(layer).__name__ not in ATTENTION_LAYERS for layer in layers):
         return None
     prefix = SharedPrefix(ids, cache)
     return prefix if prefix.fits(length) else None

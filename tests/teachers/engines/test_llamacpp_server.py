@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import time
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,7 @@ from persea.models.loading import ModelSource, load_renderer
 from persea.tasks.generated import find_generated_task
 from persea.tasks.task import Split
 from persea.teachers.engines import EngineFailure, Sampling
-from persea.teachers.engines.http_client import HttpClient
+from persea.teachers.engines.http_client import HttpClient, Request
 from persea.teachers.engines.llamacpp_server import FORCING_LOGIT_BIAS, LlamaCppEngine
 from persea.teachers.engines.server import resolve_served_model
 from tests.servers import Answer, Script, playing
@@ -182,6 +183,25 @@ def test_tokens_that_a_stream_leaves_out_are_asked_for_again() -> None:
             assert answer.tolist() == expected[:new].tolist()
             own = [b for _, _, b in script.asked if b and b.get("prompt") == prompt.tolist()]
             assert [b["stream"] for b in own] == [True, False]
+
+
+def test_an_answer_that_is_not_streamed_may_be_silent_as_long_as_its_tokens() -> None:
+    """Without a token the watchdog ends an attempt: here after .2 s for each token to come."""
+
+    def slow(path: str, body: Any) -> Any:
+        time.sleep(0.6)
+        return {"tokens": [1]}
+
+    with playing(Script(slow)) as script:
+        policy = replace(QUICK, stall_timeout_s=0.2, max_attempts=1)
+        client = HttpClient(script.url, "far", policy, sleep=no_sleep)
+        asked = Request("/completion", {"n_predict": 50}, lambda whole: whole["tokens"])
+        (stalled,) = client.send_all([asked])
+        assert isinstance(stalled, EngineFailure) and "for 0.2 s" in stalled.reason
+        assert client.send_all([replace(asked, num_silent_tokens=50)]) == [[1]]
+        far = LlamaCppEngine(client, opened(QWEN)[0], "m", TOP)
+        again = far._generate_request(np.array([5], np.int32), 50, stream=False)
+        assert again.num_silent_tokens == 50
 
 
 def test_neutral_samplers_are_sent_and_a_server_that_penalises_is_refused() -> None:
