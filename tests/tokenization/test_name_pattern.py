@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,11 +20,10 @@ def test_it_finds_what_an_alternation_finds(names: list[str], text: str):
     assert found == [m.span() for m in plain.finditer(text)]
 
 
-def test_thousands_of_names_compile_at_once():
+def test_thousands_of_names_become_a_short_pattern():
     many = [f"<unused{k}>" for k in range(6242)]
-    began = time.process_time()
     pattern = compile_names(many)
-    assert time.process_time() - began < 0.5
+    assert len(pattern.pattern) < sum(map(len, many)) / 5, "they share what they begin with"
     assert pattern.findall("<unused0><unused6241><unused6242> <unused12>") == [
         "<unused0>",
         "<unused6241>",
