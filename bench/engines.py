@@ -64,6 +64,8 @@ from persea.teachers.engines.transformers import TransformersEngine  # noqa: E40
 
 RESULTS = ROOT / "bench" / "results" / "engines.json"
 PAGE = ROOT / "docs" / "engines.md"
+HEAD = "server, protocol||greedy answers equal|largest difference, nats|equal with faults|"
+COLUMNS = (HEAD + "answers kept|audition, evaluation").split("|")
 TABLE_MARKS = ("<!-- table of bench/engines.py -->", "<!-- end of the table -->")
 STUDENT = ROOT / "saplings" / "llama-sapling"
 OTHER_TOKENIZER = ROOT / "saplings" / "gemma-sapling"
@@ -438,13 +440,15 @@ def entry_name(server: RealServer, protocol: str) -> str:
 
 def table_row(name: str, entry: dict[str, Any]) -> str:
     """Return a row of the table in docs/engines.md."""
-    run, faults = entry.get("run", {}), entry.get("faults")
-    handshake = entry.get("handshake", "failed: " + entry.get("failure", ""))
-    ran = f"ran {entry['date']}"
-    if not handshake.startswith("passed"):
-        ran = f"{ran}: {handshake.partition(':')[0]}, as it must be"
+    run, faults, failure = entry.get("run", {}), entry.get("faults"), entry.get("failure", "")
+    handshake = entry.get("handshake", "")
+    ran = f"failed {entry['date']}: {failure.replace('|', '/')}"
+    if not failure:
+        ran = f"ran {entry['date']}{': refused, as it must be' * handshake.startswith('refused')}"
     kept = f"{run['kept']} of {run['prompts']}" if "kept" in run else "-"
-    if run.get("kills"):
+    if run.get("exit"):
+        kept = f"the run failed: exit {run['exit']}"
+    elif run.get("kills"):
         kept = f"{kept}, {run['kills']} kills, {run['asked_again_after_commit']} asked twice"
     cells = [
         name,
@@ -460,10 +464,8 @@ def table_row(name: str, entry: dict[str, Any]) -> str:
 
 def write_table(results: dict[str, Any]) -> None:
     """Write the table of all results into docs/engines.md, between its marks."""
-    head = "server, protocol||greedy answers equal|largest difference, nats|equal with faults|"
-    columns = (head + "answers kept|audition, evaluation").split("|")
     rows = [table_row(name, entry) for name, entry in sorted(results["servers"].items())]
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|", *rows]
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|", *rows]
     before, begin, rest = PAGE.read_text(encoding="utf-8").partition(TABLE_MARKS[0])
     end, after = rest.partition(TABLE_MARKS[1])[1:]
     text = "\n".join((begin, "", *lines, "", end))

@@ -90,3 +90,25 @@ def test_the_table_of_the_page_is_that_of_the_results(
     next(iter(results["servers"].values()))["greedy_equal"] = "7 of 8"
     engines.write_table(results)
     assert engines.PAGE.read_text() != page
+
+
+@pytest.mark.parametrize(
+    ("entry", "cells"),
+    [
+        (
+            {
+                "handshake": "passed",
+                "run": {"exit": 5, "kills": 2, "seconds": 9.0, "error": "gone"},
+            },
+            ("ran 2026-12-01", "the run failed: exit 5"),
+        ),
+        ({"failure": "did not start: a|b"}, ("failed 2026-12-01: did not start: a/b", "-")),
+        ({"handshake": "refused: no ids"}, ("ran 2026-12-01: refused, as it must be", "-")),
+    ],
+)
+def test_a_failure_is_a_row_of_the_table(entry: dict[str, Any], cells: tuple[str, str]) -> None:
+    """A run that failed has no counts; the reason of a server that failed breaks no column."""
+    row = engines.table_row("a server, chat", {"date": "2026-12-01"} | entry)
+    found = [cell.strip() for cell in row.strip("|").split("|")]
+    assert (found[0], found[1], found[5]) == ("a server, chat", *cells)
+    assert len(found) == 7
