@@ -184,7 +184,8 @@ def beside_as_dear(
     others = []
     for settings, lines in groups.items():
         other = dict(zip(SETTINGS, settings, strict=True))
-        same = all(other[k] == value[k] for k in ("languages", "kilobytes", "part", "replay"))
+        keys = ("languages", "kilobytes", "part", "replay", "arithmetic")
+        same = all(other[k] == value[k] for k in keys)
         kind = (other["method"], other["student"].split()[0] == "pruned")
         mine, _ = shared_seeds(some, lines)
         theirs = float(np.mean([x.get("cpu_seconds", 0) for x in lines]))
