@@ -27,6 +27,8 @@ if "PERSEA_TEST_HOME" not in os.environ:
     )
     atexit.register(shutil.rmtree, os.environ["PERSEA_HOME"], ignore_errors=True)
 
+atexit.register(gc.unfreeze)  # extension modules count what is left at the end
+
 import pytest
 from hypothesis import HealthCheck, settings
 
