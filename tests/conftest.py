@@ -27,11 +27,10 @@ if "PERSEA_TEST_HOME" not in os.environ:
     )
     atexit.register(shutil.rmtree, os.environ["PERSEA_HOME"], ignore_errors=True)
 
-atexit.register(gc.unfreeze)  # extension modules count what is left at the end
-
 import pytest
 from hypothesis import HealthCheck, settings
 
+atexit.register(gc.unfreeze)  # extension modules count what is left at the end
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("PERSEA_DATA", str(ROOT.parent / "shared" / "data"))  # beside the checkout
 sys.path.insert(0, str(ROOT / "bench"))  # worlds and baselines are tested like the package
