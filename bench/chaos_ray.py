@@ -7,10 +7,11 @@ Needs `pip install 'persea[ray]'`. Cases, each with 12 units of two bundled teac
 - node: a node is killed in the middle of the capture, and another one joins.
 - straggler: a worker is stopped (SIGSTOP); its unit is executed a second time.
 - driver: persea itself is killed, and run again.
+- rollouts: a training on the student's own answers, which workers sample; a node is killed.
 
-Every case asserts that its fault happened, that units and commit records are those of a capture
-in one process, that each unit was committed once, and that planned = committed + quarantined +
-pending in the ledger. About 4 minutes of CPU time.
+Every case asserts that its fault happened, that units and commit records (or the student's weights)
+are those of one process, that each unit was committed once, and that planned = committed +
+quarantined + pending in the ledger. About 5 minutes of CPU time.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -51,6 +53,19 @@ RECIPE: dict[str, Any] = {
         "compare_with_base": False,
     },
     "capture": {"max_new_tokens": 32, "prompts_per_unit": 6, "batch_size": 6},
+    "training": {
+        "steps": 7,
+        "batch_size": 4,
+        "warmup_steps": 1,
+        "on_policy": {
+            "start_step": 1,
+            "share": 1.0,
+            "rollouts": 8,
+            "rollouts_per_unit": 2,
+            "max_staleness_steps": 2,
+            "max_new_tokens": 16,
+        },
+    },
 }
 
 
@@ -92,8 +107,21 @@ def ledger_lines(run: Path) -> list[dict[str, Any]]:
         return []
 
 
-def num_committed(run: Path) -> int:
-    return sum(line["event"] == "committed" for line in ledger_lines(run))
+def num_committed(run: Path, stage: str = "capture") -> int:
+    return sum((x["event"], x["stage"]) == ("committed", stage) for x in ledger_lines(run))
+
+
+def summary(sums: Any) -> dict[str, Any]:
+    return {
+        "units": sums.committed,
+        "attempts": sums.num_attempts,
+        "lost": sums.num_lost,
+        "cancelled_or_failed": sums.num_failed,
+        "duplicates": sums.num_duplicates,
+        "tokens_kept": sums.tokens_kept,
+        "tokens_paid": sums.tokens_paid,
+        "attempts_with_unknown_tokens": sums.num_unknown,
+    }
 
 
 class Chaos:
@@ -191,6 +219,43 @@ class Chaos:
         subprocess.run([*command, "capture", *options], check=True, env=environment)
         return self.account("driver", tree(run / "capture")) | {"killed_after_units": before}
 
+    def rollouts_sampled(self) -> dict[str, Any]:
+        """Train on the cluster and in one process, from the same capture."""
+        from persea.config.recipe import load_recipe
+        from persea.executors.ledger import read_ledger
+        from persea.pipeline.run_context import RunContext
+        from persea.pipeline.stages import run_pipeline
+
+        path, killed = self.folder / "local" / "chaos.yaml", list[int]()
+
+        def kill(run: Path) -> None:
+            if not killed and num_committed(run, "train") >= 5:
+                killed.append(num_committed(run, "train"))
+                self.cluster.remove_node(self.node, allow_graceful=False)
+                self.node = self.cluster.add_node(**node_options(1))
+
+        students = []
+        for name, overrides in (("alone", ["executor.workers=1"]), ("fleet", self.on_ray)):
+            run = self.folder / name
+            shutil.copytree(self.folder / "local" / "run", run)
+            context = RunContext(load_recipe(path, overrides), run)
+            for stage in ("check", "train"):
+                run_pipeline(context, lambda *ignored, run=run: kill(run), stage)
+            students.append((run / "train" / "student" / "model.safetensors").read_bytes())
+        assert killed, "the node was not killed"
+        assert students[0] == students[1], "the students differ"
+        assert "train" not in read_ledger(self.folder / "alone")
+        sums = read_ledger(run)["train"]
+        assert sums.planned == sums.committed == 12, sums
+        commits = Counter(
+            x["unit"]
+            for x in ledger_lines(run)
+            if (x["event"], x["stage"]) == ("committed", "train")
+        )
+        assert set(commits.values()) == {1}, commits
+        assert sums.num_attempts == 12 + sums.num_duplicates + sums.num_failed + sums.num_lost
+        return summary(sums) | {"student_equal_local": True, "killed_after_units": killed[0]}
+
     def account(self, name: str, cache: dict[str, bytes]) -> dict[str, Any]:
         from persea.executors.ledger import read_ledger
 
@@ -210,22 +275,12 @@ class Chaos:
         ended = sums.committed + sums.num_duplicates + sums.num_failed + sums.num_lost
         reused = sum(line["event"] == "reused" for line in ledger_lines(run))
         assert sums.num_attempts == ended - reused, sums
-        return {
-            "units": sums.committed,
-            "attempts": sums.num_attempts,
-            "lost": sums.num_lost,
-            "cancelled_or_failed": sums.num_failed,
-            "duplicates": sums.num_duplicates,
-            "tokens_kept": sums.tokens_kept,
-            "tokens_paid": sums.tokens_paid,
-            "attempts_with_unknown_tokens": sums.num_unknown,
-            "bytes_equal_local": True,
-        }
+        return summary(sums) | {"bytes_equal_local": True}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("cases", nargs="*", default=["node", "straggler", "driver"])
+    parser.add_argument("cases", nargs="*", default=["node", "straggler", "driver", "rollouts"])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -235,6 +290,7 @@ def main() -> None:
             "node": chaos.node_killed,
             "straggler": chaos.worker_stopped,
             "driver": chaos.driver_killed,
+            "rollouts": chaos.rollouts_sampled,
         }
         results = {}
         try:
@@ -246,8 +302,9 @@ def main() -> None:
 
             ray.shutdown()
             chaos.cluster.shutdown()
-    if options.out:
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+    if options.out:  # cases that were not asked for stay
+        kept = json.loads(options.out.read_text()) if options.out.is_file() else {}
+        options.out.write_text(json.dumps(kept | results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -56,6 +56,14 @@ class OnPolicySection(RecipeSection):
         le=MAX_COUNT,
         description="answers sampled at once; each on-policy step uses `batch_size` of them",
     )
+    rollouts_per_unit: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_COUNT,
+        description="answers of a unit of work: where `executor:` has several workers, they sample "
+        "the units of `rollouts` side by side; another number draws other answers. null = all, in "
+        "the process of the training",
+    )
     max_staleness_steps: int = Field(
         default=8,
         ge=0,

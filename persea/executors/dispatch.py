@@ -15,7 +15,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from persea.errors import MissingRequirementError, PerseaError, StorageError
-from persea.executors.executor import Attempt, Executor, Failure, PartDone, Receipt, WorkUnit
+from persea.executors.executor import (
+    RETRIED_ERRORS,
+    Attempt,
+    Executor,
+    Failure,
+    PartDone,
+    Receipt,
+    WorkUnit,
+)
 from persea.executors.ledger import Ledger, LedgerEvent
 
 POLL_S = 1.0  # longest wait for outcomes before timeouts are looked at
@@ -76,14 +84,16 @@ class Dispatcher:
     """Runs units on an executor.
 
     Attributes:
-        executor: Where they run. The dispatcher closes it.
+        executor: Where they run. The dispatcher closes it, unless it keeps it.
         ledger: Where every attempt is recorded.
         publish: Makes an attempt's result the unit: `publish(unit, attempt, receipt)` returns False
-            if the unit exists already, and then drops the result.
+            if the unit exists already, and then drops the result. With one of RETRIED_ERRORS it
+            refuses the result, and the unit is tried again.
         policy: When attempts are repeated.
         on_committed: Called after each commit.
         on_part: Called with (unit, share done) inside an attempt.
         clock: Monotonic seconds: a clock of the system that jumps changes nothing.
+        keeps_executor: Whether the executor stays open for further units; its owner closes it.
     """
 
     executor: Executor
@@ -93,6 +103,7 @@ class Dispatcher:
     on_committed: Callable[[WorkUnit], None] = lambda unit: None
     on_part: Callable[[WorkUnit, float], None] = lambda unit, share: None
     clock: Callable[[], float] = time.monotonic
+    keeps_executor: bool = False
     _running: dict[str, _Running] = field(default_factory=dict, init=False)
     _waiting: deque[WorkUnit] = field(default_factory=deque, init=False)
     _seconds: dict[str, list[float]] = field(
@@ -127,7 +138,8 @@ class Dispatcher:
                     self._record_end(LedgerEvent.FAILED, running, f"the run stopped: {error}")
             raise
         finally:
-            self.executor.close()
+            if not self.keeps_executor:
+                self.executor.close()
         return DispatchResult(tuple(self._committed), dict(self._quarantined))
 
     # --- what to run ---
@@ -201,15 +213,20 @@ class Dispatcher:
 
     def _finish(self, running: _Running, receipt: Receipt) -> None:
         attempt, unit = running.attempt, running.attempt.unit
-        is_first = self.publish(unit, attempt, receipt)
-        self._record(
-            LedgerEvent.COMMITTED if is_first else LedgerEvent.DUPLICATE,
-            attempt,
-            receipt.worker,
-            seconds=round(receipt.seconds, 3),
-            tokens_paid=receipt.tokens_paid,
-            tokens_kept=receipt.tokens_kept if is_first else 0,
-        )
+        values: dict[str, object] = {
+            "seconds": round(receipt.seconds, 3),
+            "tokens_paid": receipt.tokens_paid,
+        }
+        try:
+            is_first = self.publish(unit, attempt, receipt)
+        except RETRIED_ERRORS as error:
+            values |= {"tokens_kept": 0, "reason": str(error)}
+            self._record(LedgerEvent.FAILED, attempt, receipt.worker, **values)
+            self._try_again(unit, str(error))
+            return
+        values["tokens_kept"] = receipt.tokens_kept if is_first else 0
+        event = LedgerEvent.COMMITTED if is_first else LedgerEvent.DUPLICATE
+        self._record(event, attempt, receipt.worker, **values)
         if unit.name in self._committed:
             return
         self._committed[unit.name] = None

@@ -311,6 +311,11 @@ class Ledger:
         )
         self._append(lines)
 
+    @property
+    def kept_units(self) -> Sequence[str]:
+        """Units that a line says are committed, over all starts of the run."""
+        return tuple(self._kept)
+
     def tokens_kept(self, unit: str) -> int:
         """Return the tokens of a committed unit. Raises KeyError if no line explains it."""
         return self._kept[unit]

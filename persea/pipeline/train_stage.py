@@ -20,6 +20,7 @@ from persea.losses import HiddenStates, Loss, LossOutput, build_loss
 from persea.models.loading import set_threads
 from persea.pipeline.model_refs import silence_transformers
 from persea.pipeline.progress import WARNING_PREFIX
+from persea.pipeline.rollout_dispatch import RolloutDispatch, has_rollout_workers
 from persea.pipeline.run_context import RunContext
 from persea.training import checkpoint as checkpoints
 from persea.training.dataset import Batch, DistillDataset, build_dataset
@@ -31,6 +32,7 @@ from persea.training.example_store import ExampleStore, selected_answers
 from persea.training.loop import run_training_loop
 from persea.training.loss_balancing import Group, GroupStats
 from persea.training.on_policy.rollouts import Rollouts, build_rollouts
+from persea.training.on_policy.sampling import OwnSampler, RolloutSampler
 from persea.training.optimizers import build_optimizer
 from persea.training.settings import TrainingSettings
 from persea.training.trackers import open_tracker
@@ -145,6 +147,24 @@ def train_rank(
         progress: called before everything that may take seconds, after every step, and inside a
             step that takes longer than a second.
     """
+    if not has_rollout_workers(context):
+        return _train_rank(context, folder, inputs, progress, OwnSampler())
+
+    def on_committed(step: int, words: str) -> None:
+        progress(step / context.training.steps, words)
+
+    with RolloutDispatch(context, inputs, on_committed) as sampler:
+        return _train_rank(context, folder, inputs, progress, sampler)
+
+
+def _train_rank(
+    context: RunContext,
+    folder: Path,
+    inputs: Mapping[str, Any],
+    progress: StageProgress,
+    sampler: RolloutSampler,
+) -> StudentModel:
+    """Train as `train_rank` does, with the student's own answers from a sampler."""
     t, world = context.training, context.world
     done = _steps_of_checkpoint(context, folder) / t.steps
     progress(done, "")
@@ -173,7 +193,7 @@ def train_rank(
     trained, held_out = (
         dataset.train_test_split(t.validation_share) if t.validation_share else (dataset, None)
     )
-    rollouts = _load_rollouts(context, student, held_out)
+    rollouts = _load_rollouts(context, student, held_out, sampler)
     loss_fn = build_loss(t.loss_terms)
 
     def step_loss(
@@ -265,7 +285,10 @@ def _store_examples(
 
 
 def _load_rollouts(
-    context: RunContext, student: StudentModel, held_out_dataset: DistillDataset | None
+    context: RunContext,
+    student: StudentModel,
+    held_out_dataset: DistillDataset | None,
+    sampler: RolloutSampler,
 ) -> Rollouts | None:
     """Build the on-policy steps of a recipe that has them; held-out prompts are never used."""
     t = context.training
@@ -286,6 +309,7 @@ def _load_rollouts(
         t.batch_size,
         context.recipe.seed,
         t.max_length,
+        sampler,
     )
 
 

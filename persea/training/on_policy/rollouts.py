@@ -43,6 +43,7 @@ from persea.training.on_policy.rollout_answers import (
     RolloutPrompt,
     parse_rollout,
 )
+from persea.training.on_policy.sampling import OwnSampler, RolloutSampler, split_batch
 from persea.training.on_policy.teacher_scores import TeacherScorer
 from persea.training.on_policy.tripwires import ENDED, ENTROPY, LENGTH, Tripwires, TripwireVerdict
 
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
     from persea.training.student import StudentModel
 
 MAX_ENTROPY_POSITIONS = 256  # of a step: the logits of a real vocabulary cost time
-PROMPT_SEED, SAMPLING_SEED = 1, 2  # last number of the seeds of prompt order and of sampling
+PROMPT_SEED = 1  # last number of the seed of the order of prompts; 2 = of sampling (sampling.py)
 # input of a process without an answer of its own: every process must run the model
 PLACEHOLDER_TOKENS = RenderedTokens(
     np.zeros(2, np.int32),
@@ -71,13 +72,15 @@ class RolloutBatch:
 
     Attributes:
         index: number of the batch of rollouts.
-        step: training step whose weights sampled the answers.
+        step: training step whose weights sampled the answers, the oldest if there are several.
         ids: token ids of each answer; empty if its prompt cannot be rendered.
+        weights: digest of these weights, of answers that workers sampled; "" = of this process.
     """
 
     index: int
     step: int
     ids: tuple[npt.NDArray[np.int32], ...]
+    weights: str = ""
 
 
 @dataclass(eq=False)
@@ -96,6 +99,7 @@ class Rollouts:
         batch_size: answers a step.
         seed: seed of prompt order and sampling.
         max_tokens: longest conversation, in student tokens.
+        sampler: samples the answers.
 
     Raises:
         RecipeError: if a teacher's distributions are not of the kind that the objective needs.
@@ -108,6 +112,7 @@ class Rollouts:
     batch_size: int
     seed: int
     max_tokens: int
+    sampler: RolloutSampler = field(default_factory=OwnSampler)
     _in_flight: RolloutBatch | None = None
     _tripwires: Tripwires = field(init=False)
 
@@ -284,6 +289,7 @@ class Rollouts:
             {
                 "number": r.index,
                 "step": r.step,
+                "weights": r.weights,
                 "ids": [i.tolist() for i in r.ids],
                 "tripwires": self._tripwires.to_json(),
             }
@@ -293,7 +299,10 @@ class Rollouts:
         """Restore sampled answers. All processes sample the same, so the first state serves all."""
         saved = json.loads(states[0]) if states and states[0] else None
         self._in_flight = saved and RolloutBatch(
-            saved["number"], saved["step"], tuple(np.array(i, np.int32) for i in saved["ids"])
+            saved["number"],
+            saved["step"],
+            tuple(np.array(i, np.int32) for i in saved["ids"]),
+            saved.get("weights", ""),
         )
         self._tripwires.restore((saved or {}).get("tripwires", {}))
 
@@ -303,7 +312,7 @@ class Rollouts:
         """Return the usable answers of a step, why the others are left out, and all lengths."""
         number, index = self._batch_and_index(step)
         if index == 0 and (self._in_flight is None or self._in_flight.step != step):
-            self._in_flight = RolloutBatch(number, step, tuple(self._generate(number, step)))
+            self._in_flight = self._sample(number, step)
         batch = self._in_flight
         if batch is None or batch.index != number:
             raise DataError(
@@ -354,31 +363,24 @@ class Rollouts:
         epoch, at = divmod(batch_index * self.config.rollouts + k, len(self.prompts))
         return self.prompts[int(prompt_order(self.seed, epoch, len(self.prompts))[at])]
 
-    def _generate(self, batch_index: int, step: int) -> list[npt.NDArray[np.int32]]:
+    def _sample(self, batch_index: int, step: int) -> RolloutBatch:
         """Sample the answers of a batch; empty where the prompt cannot be rendered."""
-        from persea.teachers.engines.transformers import TransformersEngine
-
-        renderer, model = self.student.renderer, self.student.model
+        renderer = self.student.renderer
         prompts: dict[int, npt.NDArray[np.int32]] = {}
         for k in range(self.config.rollouts):
             with suppress(DataError):  # parse_rollout counts the prompt as left out
                 conversation = self._prompt_at(batch_index, k).conversation
                 prompts[k] = renderer.render_prompt(conversation).ids_T
-        training = model.training
-        model.eval()
-        seed = int(np.random.default_rng([self.seed, step, SAMPLING_SEED]).integers(1 << 62))
-        sampled = TransformersEngine(
-            model, len(renderer.vocabulary), self.config.rollouts
-        ).generate_rollouts(
-            list(prompts.values()),
-            renderer.stop_ids,
-            self.config.max_new_tokens,
-            temperature=self.config.temperature,
-            seed=seed,
+        units = split_batch(list(prompts.values()), renderer.stop_ids, self.config, self.seed, step)
+        sampled = self.sampler.sample(self.student, units)
+        ids = (answer for one in sampled for answer in one.ids)
+        answers = dict(zip(prompts, ids, strict=True))
+        return RolloutBatch(
+            batch_index,
+            min((one.step for one in sampled), default=step),
+            tuple(answers.get(k, np.empty(0, np.int32)) for k in range(self.config.rollouts)),
+            next((one.weights for one in sampled), ""),
         )
-        model.train(training)
-        answers = dict(zip(prompts, sampled, strict=True))
-        return [answers.get(k, np.empty(0, np.int32)) for k in range(self.config.rollouts)]
 
     def _render_for_teachers(
         self, answers: Sequence[RolloutAnswer], skipped: Counter[str]
@@ -439,6 +441,7 @@ def build_rollouts(
     batch_size: int,
     seed: int,
     max_tokens: int,
+    sampler: RolloutSampler | None = None,
 ) -> Rollouts:
     """Build the source of on-policy steps, with all teachers of the prompts in memory.
 
@@ -451,13 +454,16 @@ def build_rollouts(
         batch_size: answers a step.
         seed: seed of prompt order and sampling.
         max_tokens: longest conversation, in student tokens.
+        sampler: samples the answers; None = this process.
     """
     prompts = tuple(RolloutPrompt(prompt, name) for prompt, name in assignments)
     scorers = {
         name: TeacherScorer(load_teacher(name), event_maps[name], config.min_candidate_prob)
         for name in dict.fromkeys(one.teacher for one in prompts)
     }
-    return Rollouts(student, prompts, scorers, config, batch_size, seed, max_tokens)
+    return Rollouts(
+        student, prompts, scorers, config, batch_size, seed, max_tokens, sampler or OwnSampler()
+    )
 
 
 def _to_tensors(metrics: Mapping[str, float]) -> dict[str, torch.Tensor]:

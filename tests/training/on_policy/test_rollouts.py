@@ -5,8 +5,9 @@ teacher, the same whoever resumes.
 from __future__ import annotations
 
 import copy
+import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -38,6 +39,12 @@ from persea.training.on_policy.rollout_answers import (
     place_sampled_tokens,
 )
 from persea.training.on_policy.rollouts import Rollouts
+from persea.training.on_policy.sampling import (
+    SampledAnswers,
+    SamplingUnit,
+    sample_unit,
+    split_batch,
+)
 from persea.training.on_policy.teacher_scores import TeacherScorer
 from persea.training.student import StudentModel
 from tests.conftest import Speaker
@@ -396,7 +403,7 @@ def test_where_a_thought_ends_is_taught_too() -> None:
         last = int(np.flatnonzero(np.isin(whole.ids_T[len(prompt) :], voice.stop_ids))[0])
         ids.append(whole.ids_T[len(prompt) : len(prompt) + last + 1])
     own._in_flight = rollouts.RolloutBatch(0, 2, tuple(ids))
-    own._generate = lambda number, step: list(ids)  # type: ignore[method-assign]
+    own._sample = lambda number, step: rollouts.RolloutBatch(number, step, tuple(ids))  # type: ignore[method-assign]
     out, share = own.loss(3)
     said, left_out, _ = own._parse_answers(3, 0, 1)
     assert len(said) == 2 and not left_out
@@ -630,6 +637,40 @@ def test_a_stale_answer_is_refused() -> None:
         match="answers sampled at step 3 are too old at step 5: at most 1 steps are allowed",
     ):
         own.loss(5)
+
+
+def test_answers_of_older_weights_than_allowed_are_never_trained_on() -> None:
+    """Their age counts by the step that they carry, whenever they came."""
+
+    class Late:
+        def sample(
+            self, student: StudentModel, units: Sequence[SamplingUnit]
+        ) -> list[SampledAnswers]:
+            return [
+                SampledAnswers(unit.step - late, sample_unit(student, unit), "digest")
+                for unit in units
+            ]
+
+    for late in (2, 3):
+        own = replace(source("qwen-sapling"), sampler=Late())
+        if late == 2:
+            own.loss(3)
+            assert own._in_flight is not None
+            assert (own._in_flight.step, own._in_flight.weights) == (1, "digest")
+            assert json.loads(own.state())["weights"] == "digest"
+            continue
+        with pytest.raises(RefusedError, match="answers sampled at step 0 are too old at step 3"):
+            own.loss(3)
+
+
+def test_units_have_a_seed_and_a_batch_of_their_own() -> None:
+    prompts = [np.arange(k + 1, dtype=np.int32) for k in range(5)]
+    whole = split_batch(prompts, (0,), TERMS, 3, 7)
+    assert [len(u.prompts) for u in whole] == [4, 1]  # `rollouts` is 4
+    two = split_batch(prompts, (0,), TERMS.model_copy(update={"rollouts_per_unit": 2}), 3, 7)
+    assert [len(u.prompts) for u in two] == [2, 2, 1]
+    assert len({u.seed for u in two}) == 3
+    assert two[0].seed == whole[0].seed
 
 
 @pytest.mark.parametrize("name", NAMES[:1])
