@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -31,7 +32,11 @@ from persea.executors.executor import (
 MIN_PART_INTERVAL_S = 0.5  # between two messages of one attempt about its progress
 MAX_DEATHS_BEFORE_WORK = 3  # workers that die before their first unit: none will live
 # Imported once, before workers are forked: torch and transformers take seconds each.
-PRELOADED_MODULES = ("persea.pipeline.capture_worker", "transformers.models.auto.modeling_auto")
+PRELOADED_MODULES = (
+    "persea.pipeline.capture_worker",
+    "persea.teachers.engines.transformers",
+    "transformers.models.auto.modeling_auto",
+)
 
 
 class InProcessExecutor:
@@ -81,6 +86,16 @@ class InProcessExecutor:
         self._runner = None
 
 
+def start_fork_server() -> None:
+    """Start the process that workers are forked from; it imports torch and transformers.
+
+    Called early, its seconds pass beside what this process does before it needs workers. It ends
+    with this process. A second call does nothing.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOADED_MODULES))
+    forkserver.ensure_running()
+
+
 def worker_name() -> str:
     """Return the name of this process as a worker."""
     return f"pid {os.getpid()}"
@@ -108,7 +123,7 @@ class ProcessExecutor:
     def __init__(self, make_runner: RunnerFactory, num_workers: int) -> None:
         self._make_runner, self._num_workers = make_runner, num_workers
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(list(PRELOADED_MODULES))
+        start_fork_server()
         self._numbers = itertools.count(1)
         self._deaths_before_work = 0
         self._workers: list[_Worker] = []

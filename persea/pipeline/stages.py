@@ -261,6 +261,7 @@ def run_pipeline(
             allow it. Raised when all output is written.
     """
     set_threads(context.recipe.threads)
+    _start_fork_server(context, only_stage)
     with join_process_group(context.world):
         warnings = list[str]()
         if not context.world.rank:  # one process refuses for all
@@ -303,6 +304,19 @@ def run_pipeline(
         from persea.evaluation.evaluate import refuse_saved_regressions
 
         refuse_saved_regressions(context.folder / "evaluate" / "evaluation.json")
+
+
+def _start_fork_server(context: RunContext, only_stage: str) -> None:
+    """Let worker processes import their modules while this process does what comes before them."""
+    is_needed = any(
+        only_stage in ("", stage) and not context.stages.has_record(stage)
+        for stage in ("capture", "evaluate")
+    )
+    is_local = context.recipe.executor.kind == "local"
+    if is_needed and is_local and has_workers(context) and not context.world.rank:
+        from persea.executors.local import start_fork_server
+
+        start_fork_server()
 
 
 def _stage_names(context: RunContext, only_stage: str, check_before_train: bool) -> tuple[str, ...]:

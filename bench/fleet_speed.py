@@ -1,0 +1,186 @@
+"""python -m bench.fleet_speed: tokens per second of one worker and of two, capturing on two cores.
+
+A quarter of the quickstart's prompts is captured in a process of its own, once by that process
+alone and once by two worker processes, in interleaved pairs. For each:
+
+- tokens a second by the clock, from the begin of the stage to its end;
+- CPU seconds of the process and of each worker, from the kernel. `path_s` is what two cores that
+  do nothing else would need: CPU seconds of the process, then of the worker that uses most. Other
+  programs change it less than the clock.
+
+The server that workers are forked from starts before the audition, as in `persea run`; its CPU
+seconds are told apart.
+
+Both captures must have the same bytes. Writes bench/results/fleet_speed.json, with the load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SAPLINGS = ROOT / "saplings"
+TICKS = os.sysconf("SC_CLK_TCK")
+POLL_S = 0.2
+
+
+def recipe(prompts_per_unit: int, share: int) -> dict[str, Any]:
+    corpus = (("languages", 3600), ("code", 900), ("safety", 600), ("tools", 1200))
+    return {
+        "name": "speed",
+        "threads": 1,
+        "student": {"model": str(SAPLINGS / "llama-sapling"), "adapt": "full"},
+        "teachers": [
+            {"model": str(SAPLINGS / f"{name}-sapling")} for name in ("qwen", "gemma", "gpt-oss")
+        ],
+        "corpus": [{"skill": skill, "generate": count // share} for skill, count in corpus],
+        "audition": {
+            "pinned": {
+                "languages": "qwen-sapling",
+                "code": "gemma-sapling",
+                "safety": "gemma-sapling",
+                "tools": "gpt-oss-sapling",
+            },
+            "compare_with_base": False,
+        },
+        "capture": {
+            "max_new_tokens": 64,
+            "batch_size": prompts_per_unit,
+            "prompts_per_unit": prompts_per_unit,
+            "store": "captures",
+        },
+    }
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def descendants(pid: int) -> list[int]:
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, task.read_text().split()):
+            found += [child, *descendants(child)]
+    return found
+
+
+class Meter:
+    """Polls the CPU seconds of this process' descendants: workers are killed at the end."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[int, float] = {}
+        self.is_over = threading.Event()
+        self.thread = threading.Thread(target=self.poll, daemon=True)
+        self.thread.start()
+
+    def poll(self) -> None:
+        while not self.is_over.wait(POLL_S):
+            for pid in descendants(os.getpid()):
+                try:
+                    self.seconds[pid] = cpu_seconds(pid)
+                except OSError:
+                    continue
+
+    def stop(self) -> list[float]:
+        self.is_over.set()
+        self.thread.join()
+        return sorted((round(s, 2) for s in self.seconds.values()), reverse=True)
+
+
+def capture(path: Path, workers: int) -> dict[str, Any]:
+    """Capture in this process, and return what it took."""
+    from persea.config.recipe import load_recipe
+    from persea.executors.ledger import read_ledger
+    from persea.executors.local import start_fork_server
+    from persea.pipeline.run_context import RunContext
+    from persea.pipeline.stages import run_pipeline
+    from persea.storage import digest_path
+
+    run = path.parent / "run"
+
+    def context() -> RunContext:
+        return RunContext(load_recipe(path, [f"executor.workers={workers}"]), run)
+
+    if workers > 1:
+        start_fork_server()
+    run_pipeline(context(), lambda *ignored: None, "audition")
+    wall, begin, meter = time.monotonic(), time.process_time(), Meter()
+    run_pipeline(context(), lambda *ignored: None, "capture")
+    wall, own = time.monotonic() - wall, time.process_time() - begin
+    children = meter.stop()
+    sums = read_ledger(run)["capture"]
+    rest = children[workers:] if workers > 1 else children
+    slowest = children[0] if workers > 1 else 0.0
+    return {
+        "workers": workers,
+        "units": sums.committed,
+        "tokens": sums.tokens_kept,
+        "wall_s": round(wall, 1),
+        "process_cpu_s": round(own, 2),
+        "worker_cpu_s": children[:workers] if workers > 1 else [],
+        "server_cpu_s": rest,
+        "path_s": round(own + slowest, 2),
+        "digest": digest_path(run / "capture" / "units"),
+        "load": os.getloadavg()[0],
+    }
+
+
+def in_process_of_its_own(folder: Path, workers: int, options: argparse.Namespace) -> Any:
+    folder.mkdir()
+    path = folder / "recipe.json"
+    path.write_text(json.dumps(recipe(options.prompts_per_unit, options.share)))
+    command = [sys.executable, "-m", "bench.fleet_speed", "--one", str(path), str(workers)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(json.dumps(found), flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.fleet_speed")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--prompts-per-unit", type=int, default=64)
+    parser.add_argument("--share", type=int, default=4, help="1/share of the quickstart's prompts")
+    parser.add_argument("--one", nargs=2, metavar=("RECIPE", "WORKERS"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(capture(Path(options.one[0]), int(options.one[1]))))
+        return
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    pairs = []
+    with tempfile.TemporaryDirectory() as name:
+        os.environ["PERSEA_HOME"] = f"{name}/home"
+        for k in range(options.pairs):
+            order = (1, 2) if k % 2 else (2, 1)
+            found = {n: in_process_of_its_own(Path(name) / f"{k}-{n}", n, options) for n in order}
+            pairs.append((found[1], found[2]))
+    for one, two in pairs:
+        assert one["digest"] == two["digest"], "the captures differ"
+    ratios = {
+        key: [round(one[key] / two[key], 2) for one, two in pairs] for key in ("wall_s", "path_s")
+    }
+    result = {
+        "cores": os.cpu_count(),
+        "pairs": [list(pair) for pair in pairs],
+        "speedup": {key: statistics.median(values) for key, values in ratios.items()},
+        "speedups": ratios,
+    }
+    print(json.dumps(result["speedup"]))
+    path = ROOT / "bench" / "results" / "fleet_speed.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
