@@ -177,9 +177,12 @@ def train(
     shard: Sharding = ParallelStrategy.DDP,
     resume: Resume = "auto",
     tasks: TaskFiles = NO_TASKS,
+    executor: ExecutorKind = "",
+    workers: Workers = None,
 ) -> None:
     """Train the student on the captured answers. Several processes: --procs N, or torchrun."""
-    context = make_run_context(recipe, set_, out, LaunchOptions(procs, shard, resume), tasks)
+    changes = [*set_, *executor_overrides(executor, workers)]
+    context = make_run_context(recipe, changes, out, LaunchOptions(procs, shard, resume), tasks)
     _run_with_progress(context, "train", as_json)
     if as_json:
         typer.echo(json.dumps(context.stages.read_record("train"), indent=1))

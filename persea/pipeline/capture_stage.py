@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,7 +85,22 @@ class _CaptureRun:
             if unit.name in committed:
                 tokens = ledger.tokens_kept(unit.name)
                 self._on_unit(UnitProgress(len(unit.prompts), tokens, False, unit.name))
-        dispatch.run([u for u in units if u.name not in committed], len(units))
+        missing = [u for u in units if u.name not in committed]
+        if missing and not self.context.canaries:
+            self._warn_of_weak_store()
+        dispatch.run(missing, len(units))
+
+    def _warn_of_weak_store(self) -> None:
+        """Tell if two runs can write the record of one unit: the store cannot refuse the second."""
+        if not isinstance(self.store, ObjectStore):
+            return
+        with suppress(StorageError):  # `_share` reports it
+            if not self.store.creates_once:
+                message = (
+                    f"{WARNING_PREFIX}{self.store.url} cannot refuse to create an object that "
+                    "exists -> let one run at a time write to it"
+                )
+                self.progress("capture", self.budget.fraction_done, message)
 
     def _on_load(self, name: str) -> None:
         self.progress("capture", self.budget.fraction_done, f"loading {name}")

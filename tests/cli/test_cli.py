@@ -580,6 +580,11 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], int, str]] = {
         2,
         r"--set executor\.kind=spark: .* \(got 'spark'\) -> one of local, ray",
     ),
+    "another executor of a training": (
+        lambda f: ["train", recipe(f), "--executor", "spark"],
+        2,
+        r"--set executor\.kind=spark: .* \(got 'spark'\) -> one of local, ray",
+    ),
     "no worker": (
         lambda f: ["capture", recipe(f), "--workers", "0"],
         2,

@@ -9,12 +9,15 @@ import shutil
 import signal
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from persea import storage
 from persea.cache.canaries import KEY_FILE, read_pairs
+from persea.cache.object_store import ObjectStore
+from persea.cache.shared_store import SharedStore
 from persea.cache.unit import read_record
 from persea.config.recipe import load_recipe
 from persea.errors import RecipeError
@@ -22,6 +25,7 @@ from persea.executors.executor import Attempt, Receipt
 from persea.executors.ledger import read_ledger
 from persea.pipeline import capture_dispatch
 from persea.pipeline.capture_dispatch import refuse_shared_budgets
+from persea.pipeline.capture_stage import _CaptureRun
 from persea.pipeline.capture_worker import RECEIPT_FILE
 from persea.pipeline.run_context import RunContext
 from persea.pipeline.stages import run_pipeline
@@ -112,6 +116,21 @@ def test_a_store_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     for stage in ("audition", "capture"):
         run_pipeline(context, lambda s, f, words: told.append(words), stage)
     assert [w for w in told if "later runs cannot reuse this capture" in w]
+
+
+def test_a_store_without_a_guarantee_is_named(tmp_path: Path) -> None:
+    told: list[str] = []
+    for store in (ObjectStore(f"file://{tmp_path}/store"), SharedStore(tmp_path / "store")):
+        run = _CaptureRun(
+            RunContext(load_recipe(recipe(tmp_path, **ONE)), tmp_path / "run"),
+            tmp_path,
+            lambda stage, share, words: told.append(words),
+            cast(Any, SimpleNamespace(fraction_done=0.0)),
+            store,
+        )
+        run._warn_of_weak_store()
+    assert len(told) == 1
+    assert "cannot refuse to create an object that exists -> let one run at a time" in told[0]
 
 
 def test_worker_processes_write_the_same_cache_and_account_for_every_attempt(
