@@ -1,6 +1,6 @@
 """A whole distillation in one file: two teachers, one student, a plain PyTorch loop.
 
-    python examples/one_file.py [steps]
+    python examples/one_file.py [steps [questions for each teacher]]
 
 Two saplings with tokenizers and chat formats of their own (Qwen, Gemma) teach a Llama sapling.
 No recipe and no run folder; `persea.distill` does the same with caching, resuming and a report.
@@ -24,6 +24,7 @@ from persea.teachers.teacher import Teacher
 
 SAPLINGS = Path(__file__).resolve().parent.parent / "saplings"
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 300
+QUESTIONS = int(sys.argv[2]) if len(sys.argv) > 2 else 400
 
 
 class Answers(list[CachedAnswer]):
@@ -50,7 +51,7 @@ for name, task in (("qwen-sapling", LANGUAGES_TASK), ("gemma-sapling", CODE_TASK
     teacher = load(name)
     event_maps[name] = persea.event_map(teacher=teacher.renderer, student=student.renderer)
     print(f"{name}: {event_maps[name].num_events} events in common")
-    prompts = [item.prompt for item in task.items(Split.TRAIN, 400, seed=0)]
+    prompts = [item.prompt for item in task.items(Split.TRAIN, QUESTIONS, seed=0)]
     answers = teacher.answer(prompts, max_new_tokens=64)
     answers = [one for one in answers if one.finish is FinishReason.STOP]
     scores = teacher.compute_logprobs([one.conversation for one in answers])
@@ -83,7 +84,7 @@ for step in range(STEPS):
 # 3. The student answers held-out questions.
 model.eval()
 for task in (LANGUAGES_TASK, CODE_TASK):
-    items = task.items(Split.TEST, 50, seed=0)
+    items = task.items(Split.TEST, min(50, QUESTIONS), seed=0)
     answers = student.answer([item.prompt for item in items], max_new_tokens=64)
     pairs = zip(items, answers, strict=True)
     right = sum(task.grade(i, a.conversation.messages[-1]) == "right" for i, a in pairs)
