@@ -14,6 +14,7 @@ from fastapi.responses import StreamingResponse
 from persea.chat.messages import FinishReason
 from persea.serve.streaming import CompletionText, StreamingAnswerParser
 
+REPLACEMENT_CHARACTER = "\ufffd"
 OPENAI_FINISH_REASONS = {
     FinishReason.STOP: "stop",
     FinishReason.LENGTH: "length",
@@ -24,8 +25,15 @@ OPENAI_FINISH_REASONS = {
 def finish_chat(
     parser: StreamingAnswerParser,
 ) -> tuple[dict[str, str], list[dict[str, Any]], str]:
-    """Return the remaining text, the tool calls and the finish reason in OpenAI's form."""
+    """Return the remaining text, the tool calls and the finish reason in OpenAI's form.
+
+    A malformed answer ends with U+FFFD, as other servers write bytes that are no text: proxies
+    replace finish reasons that they do not know by "stop" (litellm 1.108).
+    """
     text, tool_calls, finish = parser.finish()
+    if finish is FinishReason.MALFORMED:
+        text = text | {"content": text.get("content", "") + REPLACEMENT_CHARACTER}
+        parser.emitted["content"] += REPLACEMENT_CHARACTER
     calls = [
         {
             "id": f"call_{uuid.uuid4().hex[:24]}",

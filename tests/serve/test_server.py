@@ -357,17 +357,16 @@ def test_a_thought_without_an_answer_is_malformed_and_nobody_makes_one_up(
 
     monkeypatch.setattr(ServedModel, "stream_tokens", says)
     speaker = load_served_model(str(SAPLINGS / "gpt-oss-sapling"))
-    answer = inside(
-        speaker,
-        "/v1/chat/completions",
-        messages=[{"role": "user", "content": "q"}],
-        reasoning_effort="high",
-    ).json()
+    body = {"messages": [{"role": "user", "content": "q"}], "reasoning_effort": "high"}
+    answer = inside(speaker, "/v1/chat/completions", **body).json()
     assert (answer["choices"][0]["finish_reason"], answer["choices"][0]["message"]["content"]) == (
         "malformed",
-        "",
+        "\ufffd",
     )
     assert answer["usage"]["completion_tokens"] == len(ids)
+    # A proxy may make "stop" of the finish reason: the text shows it, too.
+    streamed = inside(speaker, "/v1/chat/completions", **body, stream=True).text
+    assert '{"content": "\ufffd"}, "finish_reason": "malformed"' in streamed
 
 
 def test_weights_that_give_no_numbers_are_not_the_clients_fault() -> None:

@@ -310,6 +310,8 @@ class ChatServerEngine(ServerEngine):
             raise MalformedResponseError(
                 "the server does not report how many tokens it used, and its endpoint has a budget"
             )
+        if FINISH_BY_SERVER_REASON[finish_reason] is FinishReason.MALFORMED:  # `persea serve`
+            texts["content"] = texts["content"].removesuffix("\ufffd")
         if "\ufffd" in texts["content"] + texts["reasoning_content"]:
             raise RejectedRequestError(
                 "half characters: the model wrote bytes that are no text, or the server decodes "

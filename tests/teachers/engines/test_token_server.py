@@ -866,6 +866,8 @@ def test_a_chat_answer_is_put_together_and_half_characters_are_refused() -> None
         FinishReason.MALFORMED,
     )
     assert read({"content": "long"}, ended="length")[1] is FinishReason.LENGTH
+    malformed = read({"content": "x"}, {"content": "\ufffd"}, ended="malformed")
+    assert malformed == ((Text("x"),), FinishReason.MALFORMED)
     with pytest.raises(RejectedRequestError, match="half characters"):
         read({"content": "x\ufffd"})
     for broken in (
