@@ -449,11 +449,10 @@ def table_row(name: str, entry: dict[str, Any]) -> str:
     if run.get("exit"):
         kept = f"the run failed: exit {run['exit']}"
     elif run.get("kills"):
-        kept = f"{kept}, {run['kills']} kills, {run['asked_again_after_commit']} asked twice"
+        kills = f"{run['kills']} kill{'s' * (run['kills'] > 1)}"
+        kept = f"{kept}, {kills}, {run['asked_again_after_commit']} asked twice"
     cells = [
-        name,
-        ran,
-        entry.get("greedy_equal", "-"),
+        *(name, ran, entry.get("greedy_equal", "-")),
         str(entry.get("max_drift_nats", "-")),
         f"{faults['equal']}, {sum(faults['caused'].values())} faults" if faults else "-",
         kept,
