@@ -21,8 +21,9 @@
 # make bench-objectives   every method with trained models on real text, size xs (hours; resumes; installs TRL)
 # make bench-extension  tokens a byte of real tokenizers with more tokens, by language (minutes; needs PERSEA_DATA; downloads SmolLM2 and Gemma 3 270M, 330 MB)
 # make bench-audit   how often `persea audit` is right: taught and untaught students of the saplings (10 minutes of CPU time)
-# make templates    renders every chat template of PERSEA_DATA, TRL, transformers, llama.cpp (from llama-cpp-python's source, 75 MB) and LLM-jp
-#                   (from GitHub) as transformers does, and says which are not the recorded ones (10 minutes)
+# make templates    renders every chat template of PERSEA_DATA, TRL, transformers, llama.cpp (from llama-cpp-python's source, 75 MB), axolotl,
+#                   97 GGUF files (from an npm package) and of models on GitHub as transformers does, and says which are not the recorded
+#                   ones (20 minutes)
 # make graders      IFEval and BFCL beside lm-eval's and bfcl-eval's graders, gpt-oss beside OpenAI's renderer (bench/graders.py, harmony.py, which
 #                   run graders_reference.py and harmony_reference.py in virtual environments of their own; needs PERSEA_DATA; 5 minutes)
 # make bench-gpu    what only a GPU can show: kernels, head against the roofline, bfloat16, 8-bit AdamW, QLoRA; refuses without one
@@ -40,7 +41,6 @@
 
 PYTHON ?= python3
 TORCH_INDEX ?=
-LLM_JP := https://raw.githubusercontent.com/llm-jp/llm-jp-tokenizer
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
@@ -158,13 +158,9 @@ bench-extension: .venv/persea
 
 templates: .venv/persea
 	$(BIN)/pip install -q 'trl==1.16.*'
-	$(BIN)/pip download -q --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36 -d .templates
-	mkdir -p .templates/lc
-	tar -xzf .templates/llama_cpp_python-0.3.36.tar.gz -C .templates/lc --strip-components=5 --wildcards '*/models/templates/*.jinja'
-	-curl -fsS $(LLM_JP)/925b87aa2b55cebcb66a36a80431e28c533f70b5/hf/ver4.0/alpha_1.0/chat_template.jinja -o .templates/lc/llm-jp-4.jinja
-	-curl -fsS $(LLM_JP)/ce443de19498cf0639bbdfbb8f95952e4ca4e7a8/hf/ver4.0/alpha_1.1/chat_template.jinja -o .templates/lc/llm-jp-4.1.jinja
-	$(BIN)/python bench/known_templates.py .templates/lc
-	$(BIN)/python bench/templates.py .templates/lc
+	$(BIN)/python bench/fetch_templates.py .templates
+	$(BIN)/python bench/known_templates.py .templates/*/
+	$(BIN)/python bench/templates.py .templates/*/
 
 graders: .venv/persea
 	$(BIN)/pip install -q -e '.[gguf]'

@@ -59,6 +59,8 @@ OUT = ROOT / "bench" / "results" / "templates.json"
 # The token that ends an answer, or the model's declared end of text: the first that is in the text.
 END_TOKENS = (
     "<|im_end|>",
+    "[|endofturn|]",
+    "<|endofturn|>",
     "<|eot_id|>",
     "<end_of_turn>",
     "<turn|>",
@@ -86,13 +88,15 @@ END_TOKENS = (
     "<sep>",
     "</s>",
 )
+# Models whose own end of text is not the first of these: part of the template's name -> the token.
+OWN_ENDS = {"Olmo-3": "<|endoftext|>", "glm4-9b": "<|user|>"}
 # Tokens that end an answer of calls, as the generation_config.json of their models declares them.
 MORE_ENDS = ("<|observation|>", "<|eom_id|>")
 CONTROL_PATTERN = re.compile(
     r"<[|｜][^<>{}'\"\s|｜]{1,40}[|｜]>|<[|][^<>{}'\"\s|]{1,20}>|<[^<>{}'\"\s|]{1,20}[|]>|<\|\"\|>"
     r"|</?(?:think(?::opensource)?|seed:[a-z]+|mm:think|start_of_turn|end_of_turn|end_of_utterance|assistant|"
     r"tool_call|tool_response|tool_calls|system|user|role|s|bos|eos|sop|end_of_sentence|beginning_of_sentence|image|fake_token_around_image)>"
-    r"|<SPECIAL_1[0-2]>|<sep>|\[/?[A-Z_]{3,20}\]|\[gMASK\]|\[[eb]~\[|\]~b\]|\]~!b\[|\]<\]minimax\[>\["
+    r"|<SPECIAL_1[0-2]>|<extra_id_\d>|<sep>|\[\|[a-z]+\|\]|\[/?[A-Z_]{3,20}\]|\[gMASK\]|\[[eb]~\[|\]~b\]|\]~!b\[|\]<\]minimax\[>\["
 )
 # As in Llama 3, Qwen and gpt-oss.
 PRETOKEN_PATTERN = (
@@ -100,8 +104,11 @@ PRETOKEN_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 MAX_REPLACED = 24  # characters of markers that persea writes with other white space
-# Written in pieces, such as '<|' + role + '|>'.
-ROLE_TOKENS = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|tool|>", "<|observation|>")
+# Written in pieces, such as '<|' + role + '|>': how the template shows that -> the tokens.
+ROLE_TOKENS = {
+    r"['\"]<\|['\"]|<\|\{\{": "<|user|> <|assistant|> <|system|> <|end|> <|tool|> <|observation|>",
+    r"['\"]\[\|['\"]": "[|user|] [|assistant|] [|system|] [|tool|]",
+}
 TOOL = Tool(
     "get_weather",
     "Weather.",
@@ -126,9 +133,11 @@ def make_tokenizer_folder(folder: Path, template: str) -> Path:
     """Write a tokenizer with the control tokens of a template, and the template."""
     text = template.replace("{}", ":opensource") if "HYTK" in template else template
     names = list(dict.fromkeys(CONTROL_PATTERN.findall(text)))
-    if re.search(r"'<\|'|\"<\|\"", template):
-        names += [t for t in ROLE_TOKENS if t not in names]
-    end = next((t for t in END_TOKENS if t in text or t in names), "</s>")
+    for pieces, tokens in ROLE_TOKENS.items():
+        if re.search(pieces, template):
+            names += [t for t in tokens.split() if t not in names]
+    own = next((end for name, end in OWN_ENDS.items() if name in folder.name), "")
+    end = own or next((t for t in END_TOKENS if t in text or t in names), "</s>")
     bos = next((t for t in ("<|begin_of_text|>", "<bos>", "<s>") if t in template), "<s>")
     names += [t for t in (end, bos) if t not in names]
     tokenizer = Tokenizer(models.BPE())
@@ -332,7 +341,7 @@ def templates(folders: list[Path]) -> dict[str, str]:
         spec = find_spec(package)
         if spec is not None and spec.origin:
             roots.append((package, Path(spec.origin).parent))
-    roots += [(folder.name, folder) for folder in folders]
+    roots += [(folder.name.split(" ")[0], folder) for folder in folders]
     for label, root in roots:
         for path in sorted(root.rglob("*.jinja")):
             text = path.read_text(encoding="utf-8")

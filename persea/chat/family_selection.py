@@ -1,4 +1,4 @@
-"""Choose the family of a model: the first candidate that is proven, else an inferred one."""
+"""Choose the family of a model: a candidate that is proven, else an inferred one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from persea.chat.families.generic import GENERIC_FAMILY_NAME, infer_family
 from persea.chat.families.generic_tools import infer_tools
 from persea.chat.families.hybrid import has_thinking_switch, make_hybrid_family
 from persea.chat.family import Family
-from persea.chat.probing import EncodeText, prove_family_once
+from persea.chat.probing import EncodeText, probing_conversations, prove_family_once
 from persea.chat.renderer import ChatRenderer
 from persea.chat.template_probes import REMEDY
 from persea.chat.text_runs import refuse_tokens_without_row, split_runs
@@ -52,13 +52,10 @@ def choose_family(
             return make_hybrid_family(family, renderer.vocabulary)
         return family
 
-    difference = ""
-    for family in _candidates(renderer, name):
-        candidate = replace(renderer, family=adapt(family))
-        proof = prove_family_once(candidate, encode)
-        if proof.is_proven:
-            return candidate
-        difference = difference or proof.difference or "most probing conversations are refused"
+    candidates = [replace(renderer, family=adapt(family)) for family in _candidates(renderer, name)]
+    proven, difference = _choose_proven(candidates, encode)
+    if proven is not None:
+        return proven
     if name not in ("", GENERIC_FAMILY_NAME):
         raise DataError(
             f"this model is not of the family {name}: {difference}",
@@ -96,6 +93,29 @@ def choose_family(
         if best_refused <= proof.num_refused:
             break
     return best
+
+
+def _choose_proven(
+    candidates: list[ChatRenderer], encode: EncodeText
+) -> tuple[ChatRenderer | None, str]:
+    """Return (the first proven candidate, why none is proven).
+
+    A later candidate is taken if it renders probing conversations that the first leaves out.
+    """
+    best: ChatRenderer | None = None
+    difference, num_probes, fewest = "", 0, 0
+    for candidate in candidates:
+        proof = prove_family_once(candidate, encode)
+        if not proof.is_proven:
+            difference = difference or proof.difference or "most probing conversations are refused"
+            continue
+        total = sum(1 for _ in probing_conversations(candidate.family))
+        num_left_out = total - proof.num_probes + proof.num_refused
+        if best is None or (total >= num_probes and num_left_out < fewest):
+            best, num_probes, fewest = candidate, total, num_left_out
+        if not fewest:
+            break
+    return best, difference
 
 
 def _refuse_tokens_without_row(renderer: ChatRenderer) -> None:

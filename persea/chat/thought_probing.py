@@ -30,7 +30,7 @@ THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
 # Markers of thoughts that prompts open although the template writes no thought of a message:
 # (regular expression of the opening marker, the closing marker).
 THOUGHT_MARKERS = (
-    (r"<((?:\w+:)?think(?:ing)?(?::\w+)?)>", r"</\1>"),
+    (r"<((?:\w+:)?(?:think(?:ing)?|thought)(?::\w+)?)>", r"</\1>"),
     (r"\[(THINK)\]", r"[/\1]"),
     (r"<\|START_(THINKING)\|>", r"<|END_\1|>"),
     (r"◁(think)▷", r"◁/\1▷"),
@@ -174,7 +174,7 @@ def find_switches(
             text = _prompt(probe, given)
             if text is None or text in seen:
                 continue
-            if effort is ThinkingEffort.NONE and _open_marker(text):
+            if not _is_honoured(probe, effort, given, level, text):
                 continue
             seen.add(text)
             found[effort] = tuple(given.items())
@@ -188,6 +188,32 @@ def find_switches(
             yield ThinkingEffort.NONE, tuple(off.items()) or OFF_ONLY
         return
     yield from ((e, found[e]) for e in ThinkingEffort if e in found)
+
+
+def _is_honoured(
+    probe: TemplateProbe, effort: ThinkingEffort, given: dict[str, Any], level: str, prompt: str
+) -> bool:
+    """Return whether a prompt has the effort that it was asked for.
+
+    A template renders a value that it does not know as its default, which may be its highest. A
+    default is taken for the effort only if the prompt names no other one.
+
+    Args:
+        probe: The template.
+        effort: The effort.
+        given: The switches of the prompt.
+        level: The variable of the effort's value; "" if the template has none.
+        prompt: The rendered prompt.
+    """
+    if effort is ThinkingEffort.NONE and _open_marker(prompt):
+        return False
+    is_default = not given and effort is ThinkingEffort.NONE
+    if not level or not (level in given or is_default) or given.get(level) in probe.literals:
+        return True
+    named = {word.lower() for word in re.findall(r"\w+", prompt)}
+    return given.get(level) in named or named.isdisjoint(
+        other for e, values in EFFORT_VALUES.items() if e is not effort for other in values
+    )
 
 
 def _prompt(probe: TemplateProbe, switches: dict[str, Any]) -> str | None:

@@ -7,6 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from bench.fetch_templates import (
+    GithubFile,
+    NotFetchedError,
+    github_template,
+    npm_package,
+    read_table,
+)
 from bench.known_templates import current_templates, describe_changes
 from persea.chat.families.hybrid import HYBRID_PRELUDE
 from persea.chat.known_templates import (
@@ -60,3 +67,29 @@ def test_changes_are_named(tmp_path: Path):
         "pack 0: lost is gone",
         "pack 1: other is changed since pack 0, 2026-01-01",
     ]
+
+
+def test_templates_of_other_sources_are_read(tmp_path: Path):
+    table = """
+    { model: "library/one:1b", gguf: "{{ 'a\\\\n' }}\\n\\"q\\"", ollama: {} },
+    { model: "library/one:1b", gguf: '{{ \\'b\\' }} "q"' },
+    { model: "library/one:1b", gguf: "{{ 'a\\\\n' }}\\n\\"q\\"" },
+    """
+    assert dict(read_table(table)) == {
+        "one-1b": "{{ 'a\\n' }}\n\"q\"",
+        "one-1b-2": "{{ 'b' }} \"q\"",
+    }
+    history = tmp_path / "o" / "r" / "c" / "data"
+    history.mkdir(parents=True)
+    (history / "m.json").write_text('{"_templates": [{"template": "old"}, {"template": "é"}]}')
+    (history / "m.jinja").write_text("plain")
+    files = [GithubFile("m", "o/r", "c", f"data/m{end}") for end in (".json", ".jinja")]
+    assert [github_template(f, tmp_path.as_uri()) for f in files] == ["é", "plain"]
+    with pytest.raises(NotFetchedError, match="gone: "):
+        github_template(GithubFile("gone", "o/r", "c", "gone.jinja"), tmp_path.as_uri())
+
+
+def test_a_missing_npm_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(NotFetchedError, match="npm is not installed"):
+        npm_package("@o/p", "1", tmp_path)

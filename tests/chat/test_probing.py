@@ -10,11 +10,11 @@ import pytest
 
 from persea import storage
 from persea.chat import probing
-from persea.chat.families.gemma import GEMMA
+from persea.chat.families.gemma import GEMMA, GEMMA_TEXT_PARTS
 from persea.chat.families.llama import LLAMA
 from persea.chat.families.qwen import QWEN, QWEN25
 from persea.chat.family import edit_texts
-from persea.chat.messages import Thinking, ThinkingEffort
+from persea.chat.messages import Conversation, Message, Role, Text, Thinking, ThinkingEffort
 from persea.chat.probing import probing_conversations, prove_family, prove_family_once
 from persea.errors import DataError
 from persea.models.loading import ModelSource, load_renderer
@@ -83,6 +83,32 @@ def test_a_plain_template_on_gemmas_vocabulary_is_not_gemma(tmp_path: Path):
     )
     renderer = load_renderer(str(folder))
     assert (renderer.family.name, renderer.family.stop_tokens) == ("generic", ("<eos>",))
+
+
+def test_a_generation_that_renders_more_is_taken(tmp_path: Path):
+    """The first templates of Gemma 3 take a system text as content parts only."""
+    template = (
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+        "{% set first = messages[0]['content'][0]['text'] + '\n\n' %}{% set rest = messages[1:] %}"
+        "{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}"
+        "{% for m in rest %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else 'user' }}\n"
+        "{{ first if loop.first }}{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    )
+    controls = ("<start_of_turn>", "<end_of_turn>")
+    renderer = load_renderer(
+        ModelSource(
+            str(folder_of(tmp_path / "g", template, bos="<bos>", eos="<eos>", controls=controls))
+        ),
+        "teacher",
+    )
+    assert renderer.family is GEMMA_TEXT_PARTS
+    question = Conversation.from_question("2 + 3?")
+    brief = replace(
+        question, messages=(Message(Role.SYSTEM, (Text("Brief."),)), *question.messages)
+    )
+    pieces = renderer.vocabulary.decode_pieces(renderer.render_prompt(brief).ids_T.tolist())
+    assert b"user\nBrief.\n\n2 + 3?" in pieces
 
 
 def test_a_borrowed_template_text_makes_no_family(tmp_path: Path):

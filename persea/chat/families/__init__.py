@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from persea.chat.families.gemma import GEMMA, GEMMA4, GEMMA4_CURRENT
+from persea.chat.families.gemma import GEMMA, GEMMA4, GEMMA4_CURRENT, GEMMA_TEXT_PARTS
 from persea.chat.families.gpt_oss import GPT_OSS
 from persea.chat.families.llama import LLAMA
-from persea.chat.families.llm_jp import LLM_JP
+from persea.chat.families.llm_jp import LLM_JP, LLM_JP_LAST_THOUGHT
 from persea.chat.families.qwen import QWEN, QWEN3_CODER, QWEN25, QWQ
 from persea.chat.families.qwen35 import QWEN35, QWEN35_ALL_THOUGHTS, QWEN38
 from persea.chat.family import Family
@@ -22,10 +22,12 @@ FAMILIES = (
     QWEN38,
     QWQ,
     GEMMA,
+    GEMMA_TEXT_PARTS,
     GEMMA4,
     GEMMA4_CURRENT,
     GPT_OSS,
     LLM_JP,
+    LLM_JP_LAST_THOUGHT,
 )
 
 # A vocabulary is loaded before its family is detected, so the markers of all families count.

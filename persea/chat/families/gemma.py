@@ -9,7 +9,8 @@ first user turn.
     Hi!<end_of_turn>
 
 It has no thinking and no tools: its template drops them, so a conversation with tools is refused.
-Texts are trimmed, except the system text.
+Texts are trimmed, except the system text, which the first templates of Gemma 3 take as a list of
+content parts only (`GEMMA_TEXT_PARTS`).
 
 Gemma 4 has other control tokens, a system turn, a thinking switch, and its own notation for tools.
 
@@ -82,6 +83,17 @@ def normalise(conversation: Conversation) -> Conversation:
 def template_inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return the messages; the template has no switches."""
     return messages_to_dicts(conversation), {}
+
+
+def template_inputs_of_parts(
+    conversation: Conversation,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the messages, with the system text as a list of content parts."""
+    messages, switches = template_inputs(conversation)
+    for message in messages:
+        if message["role"] == Role.SYSTEM.value:
+            message["content"] = [{"type": "text", "text": message["content"]}]
+    return messages, switches
 
 
 def parse(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
@@ -298,6 +310,10 @@ GEMMA = Family(
     ),
     random_config=_random_config,
 )
+GEMMA_TEXT_PARTS = replace(
+    GEMMA, template_inputs=template_inputs_of_parts, template_version="text parts"
+)
+
 GEMMA4 = Family(
     name="gemma-4",
     signature_token="<|turn>",

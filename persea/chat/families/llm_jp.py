@@ -1,11 +1,12 @@
-"""LLM-jp 4.1: gpt-oss's harmony format, with several calls in one turn.
+"""LLM-jp 4: gpt-oss's harmony format, with several calls in one turn.
 
     <|start|>assistant<|channel|>analysis<|message|>Two tools.<|end|>
     <|start|>assistant to=functions.f<|channel|>commentary <|constrain|> json<|message|>{}<|end|>
     <|start|>assistant to=functions.g<|channel|>commentary <|constrain|> json<|message|>{}<|call|>
 
-The thought before a call is dropped only once another question follows the final answer, so a
-finished conversation begins with the prompt that the model saw when it called. LLM-jp 4 has
+LLM-jp 4.1 (`LLM_JP`) drops the thought before a call only once another question follows the final
+answer; the template after it (`LLM_JP_LAST_THOUGHT`) has no thoughts but the last message's. With
+both a finished conversation begins with the prompt that the model saw. The first LLM-jp 4 has
 gpt-oss's own rules.
 """
 
@@ -45,6 +46,16 @@ def normalise(conversation: Conversation) -> Conversation:
     return edit_texts(conversation, change)
 
 
+def keep_last_thought(conversation: Conversation) -> Conversation:
+    """Keep the thoughts of the last message alone."""
+    last = len(conversation.messages) - 1
+
+    def change(k: int, m: Message, p: ContentPart) -> str:
+        return "" if isinstance(p, Thinking) and k != last else p.text
+
+    return edit_texts(conversation, change)
+
+
 def template_inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return messages, tools and the effort; refuse text in a turn with calls."""
     for k, m in enumerate(conversation.messages):
@@ -72,8 +83,10 @@ def parse(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, .
 LLM_JP = replace(
     GPT_OSS,
     name="llm-jp",
+    template_signature="<|constrain|> json",
     normalise=normalise,
     template_inputs=template_inputs,
     parse=parse,
     random_config=None,
 )
+LLM_JP_LAST_THOUGHT = replace(LLM_JP, normalise=keep_last_thought, template_version="alpha_2.0")

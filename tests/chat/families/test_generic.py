@@ -573,6 +573,17 @@ HABITS = {
     + HEAD
     + "<|{{ m.role }}|>{{ '<think>' + m.reasoning + '</think>' if m.reasoning }}"
     "{{ m.content }}<|stop|>" + END,
+    # GLM 5.3: an effort that the template does not know is its highest.
+    "known efforts": "<|system|>Effort: {{ (reasoning_effort if reasoning_effort in ['low', 'high']"
+    " else 'max') | capitalize }}<|stop|>"
+    + HEAD
+    + "<|{{ m.role }}|>{{ '<think>' + m.reasoning + '</think>' if m.reasoning }}"
+    "{{ m.content }}<|stop|>" + END,
+    # EXAONE Deep: the prompt opens a thought, and no conversation has one.
+    "opened otherwise": HEAD
+    + "<|{{ m.role }}|>{{ m.content }}<|stop|>{% endfor %}"
+    + ASSISTANT
+    + "{{ '<thought>\n' if add_generation_prompt }}",
     # Muse: thought and answer are messages of one turn.
     "messages": HEAD
     + "<|{{ m.role }}|>{% if m.role == 'assistant' %}{% if m.thinking %} to=self<|say|>"
@@ -585,6 +596,8 @@ EFFORTS = {
     "empty": ["high"],
     "switch": ["none", "high"],
     "efforts": ["low", "medium", "high"],
+    "known efforts": ["low", "high"],
+    "opened otherwise": ["high"],
     "messages": ["high"],
 }
 MARKS = (*ROLES, "<|say|>", "<|eom|>", "[THINK]", "[/THINK]", "<think>", "</think>")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoTokenizer
 
 from bench.templates import compare
 from persea.chat.families.gpt_oss import GPT_OSS
-from persea.chat.families.llm_jp import LLM_JP
+from persea.chat.families.llm_jp import LLM_JP, LLM_JP_LAST_THOUGHT
 from persea.chat.messages import (
     Conversation,
     Message,
@@ -131,6 +132,20 @@ def test_a_finished_conversation_begins_with_its_prompt(model: tuple[ChatRendere
     ]
     later = LLM_JP.normalise(asked(CALLED, TOLD, ANSWERED, AGAIN, CALLED))
     assert [m.thinking for m in later.messages] == ["", "", "", "", "", "Two tools."]
+
+
+def test_a_template_without_earlier_thoughts_is_its_next_generation(tmp_path: Path):
+    """The template after LLM-jp 4.1's keeps the thoughts of the last message alone."""
+    template = TEMPLATE.replace(
+        "{{- '' if later.final else thought }}",
+        "{{- thought if loop.last and not add_generation_prompt }}",
+    )
+    folder_of(tmp_path, template, bos=None, eos="<|return|>", controls=tuple(CONTROLS))
+    renderer = load_renderer(ModelSource(str(tmp_path)), "teacher", date.today())
+    assert renderer.family is LLM_JP_LAST_THOUGHT
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    for messages in ((CALLED,), (CALLED, TOLD, ANSWERED), (CALLED, TOLD, ANSWERED, AGAIN, CALLED)):
+        assert compare(renderer, tokenizer, asked(*messages)) == ("equal", "")
 
 
 def test_gpt_oss_is_another_family(model: tuple[ChatRenderer, Any]):
