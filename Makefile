@@ -4,7 +4,8 @@
 # make docs         the documentation as a site, in site/ (installs mkdocs; about a minute)
 # make chaos        kills, cuts, flips bits, fills the disk, and compares the results: the cache (4 minutes), a training (15 minutes), a whole
 #                   run (10 minutes)
-# make chaos-ray    a capture on a Ray cluster of two nodes: a node, a worker and persea itself are killed (installs Ray; 4 minutes of CPU time)
+# make chaos-ray    a capture on a Ray cluster of two nodes: a node, a worker and persea itself are killed; an on-policy training loses a node
+#                   (installs Ray; 5 minutes of CPU time)
 # make real         two real small models teach one student six languages: downloads them (330 MB), needs PERSEA_DATA; 45 minutes of CPU time, two threads
 # make bench-real   which method teaches best with real models: the next MINUTES=60 of runs (resumes; downloads as above; installs TRL)
 # make results      the quickstart with three seeds, and its comparisons (about 90 minutes; resumes)
@@ -30,7 +31,8 @@
 # make export       GGUF files of the saplings in a real llama.cpp: prompt ids, template and greedy tokens equal transformers'
 # make bench-plan   plans of a million prompts and of 236 billion tokens (bench/plan_size.py); the quickstart against its own plan (bench/plan.py;
 #                   about 20 minutes)
-# make bench-fleet  the driver of a fleet with 225,000 simulated units: plan, resume, dispatch (bench/fleet_size.py; a minute)
+# make bench-fleet  the driver of a fleet with 225,000 simulated units: plan, resume, dispatch (bench/fleet_size.py; a minute); tokens a second of
+#                   one worker and of two (bench/fleet_speed.py; about 10 minutes)
 # make engines      real servers as teachers: vLLM, llama.cpp, transformers serve, litellm, persea serve; vLLM in one process; openai, litellm,
 #                   lm-eval (bench/lm_eval_client.py) and vllm bench serve as clients of persea serve (an hour or two after downloads of 3 GB)
 # make soak         a bad minute for `persea serve` (about 2 minutes)
@@ -122,6 +124,7 @@ bench-scale: .venv/persea
 
 bench-fleet: .venv/persea
 	$(BIN)/python -m bench.fleet_size
+	$(BIN)/python -m bench.fleet_speed
 
 bench-growth: .venv/persea
 	$(BIN)/python -m bench.growth

@@ -1,7 +1,7 @@
 """python -m bench.fleet_speed: tokens per second of one worker and of two, capturing on two cores.
 
-A quarter of the quickstart's prompts is captured in a process of its own, once by that process
-alone and once by two worker processes, in interleaved pairs. For each:
+The quickstart's prompts, without those of reasoning, are captured in a process of its own, once by
+that process alone and once by two worker processes, in interleaved pairs. For each:
 
 - tokens a second by the clock, from the begin of the stage to its end;
 - CPU seconds of the process and of each worker, from the kernel. `path_s` is what two cores that
@@ -149,9 +149,9 @@ def in_process_of_its_own(folder: Path, workers: int, options: argparse.Namespac
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.fleet_speed")
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--prompts-per-unit", type=int, default=64)
-    parser.add_argument("--share", type=int, default=4, help="1/share of the quickstart's prompts")
+    parser.add_argument("--share", type=int, default=1, help="1/share of the quickstart's prompts")
     parser.add_argument("--one", nargs=2, metavar=("RECIPE", "WORKERS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
