@@ -3,13 +3,14 @@
 The quickstart's prompts, without those of reasoning, are captured in a process of its own, once by
 that process alone and once by two worker processes, in interleaved pairs. For each:
 
-- tokens a second by the clock, from the begin of the stage to its end;
-- CPU seconds of the process and of each worker, from the kernel. `path_s` is what two cores that
-  do nothing else would need: CPU seconds of the process, then of the worker that uses most. Other
-  programs change it less than the clock.
+- `capturing`: seconds by the clock from the start of the workers to the end of the stage;
+- `stage`: of the whole stage, which first reads and plans the prompts in one process;
+- the same in CPU seconds, from the kernel, as two cores that do nothing else would need them: those
+  of the worker that uses most, or half of the sum of all processes if that is more. Other programs
+  change them less than the clock.
 
-The server that workers are forked from starts before the audition, as in `persea run`; its CPU
-seconds are told apart.
+The server that workers are forked from starts before the audition, as in `persea run`, and imports
+beside it; its CPU seconds are told apart.
 
 Both captures must have the same bytes. Writes bench/results/fleet_speed.json, with the load.
 """
@@ -103,6 +104,7 @@ def capture(path: Path, workers: int) -> dict[str, Any]:
     from persea.config.recipe import load_recipe
     from persea.executors.ledger import read_ledger
     from persea.executors.local import start_fork_server
+    from persea.pipeline.capture_dispatch import CaptureDispatch
     from persea.pipeline.run_context import RunContext
     from persea.pipeline.stages import run_pipeline
     from persea.storage import digest_path
@@ -112,25 +114,37 @@ def capture(path: Path, workers: int) -> dict[str, Any]:
     def context() -> RunContext:
         return RunContext(load_recipe(path, [f"executor.workers={workers}"]), run)
 
+    opened: list[tuple[float, float]] = []
+    real = CaptureDispatch._open_executor
+
+    def open_executor(*arguments: Any) -> Any:
+        opened.append((time.monotonic(), time.process_time()))
+        return real(*arguments)
+
+    CaptureDispatch._open_executor = open_executor  # type: ignore[method-assign]
     if workers > 1:
         start_fork_server()
     run_pipeline(context(), lambda *ignored: None, "audition")
-    wall, begin, meter = time.monotonic(), time.process_time(), Meter()
+    begin, meter = (time.monotonic(), time.process_time()), Meter()
     run_pipeline(context(), lambda *ignored: None, "capture")
-    wall, own = time.monotonic() - wall, time.process_time() - begin
+    end = (time.monotonic(), time.process_time())
     children = meter.stop()
+    of_workers = children[:workers] if workers > 1 else []
+    before, own = opened[0][1] - begin[1], end[1] - opened[0][1]
+    path = max([own, *of_workers] if workers == 1 else [*of_workers, (own + sum(of_workers)) / 2])
     sums = read_ledger(run)["capture"]
-    rest = children[workers:] if workers > 1 else children
-    slowest = children[0] if workers > 1 else 0.0
     return {
         "workers": workers,
         "units": sums.committed,
         "tokens": sums.tokens_kept,
-        "wall_s": round(wall, 1),
-        "process_cpu_s": round(own, 2),
-        "worker_cpu_s": children[:workers] if workers > 1 else [],
-        "server_cpu_s": rest,
-        "path_s": round(own + slowest, 2),
+        "clock_s": {
+            "capturing": round(end[0] - opened[0][0], 1),
+            "stage": round(end[0] - begin[0], 1),
+        },
+        "cpu_s": {"capturing": round(path, 2), "stage": round(before + path, 2)},
+        "process_cpu_s": [round(before, 2), round(own, 2)],
+        "worker_cpu_s": of_workers,
+        "server_cpu_s": children[len(of_workers) :],
         "digest": digest_path(run / "capture" / "units"),
         "load": os.getloadavg()[0],
     }
@@ -169,7 +183,9 @@ def main() -> None:
     for one, two in pairs:
         assert one["digest"] == two["digest"], "the captures differ"
     ratios = {
-        key: [round(one[key] / two[key], 2) for one, two in pairs] for key in ("wall_s", "path_s")
+        f"{clock}, {part}": [round(one[clock][part] / two[clock][part], 2) for one, two in pairs]
+        for clock in ("clock_s", "cpu_s")
+        for part in ("capturing", "stage")
     }
     result = {
         "cores": os.cpu_count(),

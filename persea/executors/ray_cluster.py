@@ -375,6 +375,7 @@ def connect(settings: RaySettings) -> bool:
                 ray.init(address=settings.address, **quiet)
             else:
                 ray.init(
+                    address="local",  # whatever cluster RAY_ADDRESS or an earlier `ray start` names
                     num_cpus=settings.local_cpus or None,
                     include_dashboard=False,
                     object_store_memory=LOCAL_OBJECT_STORE_BYTES,

@@ -104,9 +104,15 @@ def test_an_actor_refuses_another_version_and_an_unseen_folder(tmp_path: Path) -
     assert "does not see the run folder" in found.reason
 
 
-def test_a_cluster_of_this_machine_runs_attempts_and_loses_an_actor(tmp_path: Path) -> None:
-    """The short case: receipts, a failure with its error, and an actor that dies on the way."""
+def test_a_cluster_of_this_machine_runs_attempts_and_loses_an_actor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The short case: receipts, a failure with its error, and an actor that dies on the way.
+
+    Without an address no other cluster is looked for.
+    """
     pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     import persea
 
     shared = SharedFolder.create(tmp_path / "attempts")
