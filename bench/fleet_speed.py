@@ -121,7 +121,7 @@ def capture(path: Path, workers: int) -> dict[str, Any]:
         opened.append((time.monotonic(), time.process_time()))
         return real(*arguments)
 
-    CaptureDispatch._open_executor = open_executor  # type: ignore[method-assign]
+    CaptureDispatch._open_executor = open_executor  # type: ignore[assignment,method-assign]
     if workers > 1:
         start_fork_server()
     run_pipeline(context(), lambda *ignored: None, "audition")
@@ -131,7 +131,7 @@ def capture(path: Path, workers: int) -> dict[str, Any]:
     children = meter.stop()
     of_workers = children[:workers] if workers > 1 else []
     before, own = opened[0][1] - begin[1], end[1] - opened[0][1]
-    path = max([own, *of_workers] if workers == 1 else [*of_workers, (own + sum(of_workers)) / 2])
+    needed = max([*of_workers, (own + sum(of_workers)) / workers])
     sums = read_ledger(run)["capture"]
     return {
         "workers": workers,
@@ -141,7 +141,7 @@ def capture(path: Path, workers: int) -> dict[str, Any]:
             "capturing": round(end[0] - opened[0][0], 1),
             "stage": round(end[0] - begin[0], 1),
         },
-        "cpu_s": {"capturing": round(path, 2), "stage": round(before + path, 2)},
+        "cpu_s": {"capturing": round(needed, 2), "stage": round(before + needed, 2)},
         "process_cpu_s": [round(before, 2), round(own, 2)],
         "worker_cpu_s": of_workers,
         "server_cpu_s": children[len(of_workers) :],
