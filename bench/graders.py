@@ -108,11 +108,12 @@ REASONS = {
 
 def prepare(folder: Path) -> Path:
     """Return the Python of the virtual environment; make it where it is missing."""
-    python = folder / "bin" / "python"
-    if not python.exists():
+    python, complete = folder / "bin" / "python", folder / "complete"
+    if not complete.exists():
         venv.create(folder, with_pip=True)
         for some in ((*PACKAGES, "--no-deps"), NEEDED):
             subprocess.run([python, "-m", "pip", "install", "-q", *some], check=True)
+        complete.touch()
     return python
 
 

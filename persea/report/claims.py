@@ -34,7 +34,7 @@ NOTHING_MEASURED = (
 
 def headline(comparisons: Sequence[SkillComparison]) -> str:
     """Return one sentence: the retained shares of the best teacher's score, best first, the lowest
-    named as such.
+    named as such; where no teacher is right, the student's scores and its base's.
     """
     num_teachers = len(comparisons[0].teachers)
     retained = sorted(
@@ -46,7 +46,12 @@ def headline(comparisons: Sequence[SkillComparison]) -> str:
     )
     nothing = f"no teacher answered anything right on {join_list(unscored)}" if unscored else ""
     if not retained:
-        return f"{start} cannot be compared, because {nothing}."
+        scores = [
+            f"{format_percent(c.student.value)} on {c.skill} (its base model "
+            f"{format_percent(c.base.value)})"
+            for c in sorted(comparisons, key=lambda c: -c.student.value)[:MAX_LISTED]
+        ]
+        return f"{start} answers {join_list(scores)} right; {nothing}."
     compared_score = "the best teacher's score" if num_teachers > 1 else "its teacher's score"
     shares = [f"{format_percent(share)} on {skill}" for share, skill in retained]
     (highest, first), (lowest, last) = retained[0], retained[-1]
@@ -79,8 +84,9 @@ def claims(evaluation: EvaluationRecord, comparisons: Sequence[SkillComparison])
     ]
     if worse := _bits_sentence(evaluation):
         sentences.append(worse)
-    if len(comparisons[0].teachers) > 1:
-        sentences.append(_coverage_sentence(comparisons))
+    scored = [c for c in comparisons if c.retained is not None]
+    if scored and len(comparisons[0].teachers) > 1:
+        sentences.append(_coverage_sentence(scored))
     num_errors = sum(s.grader_errors for s in evaluation.scores if not s.language)
     if num_errors:
         sentences.append(
@@ -117,7 +123,9 @@ def _bits_sentence(evaluation: EvaluationRecord) -> str:
 
 
 def _coverage_sentence(comparisons: Sequence[SkillComparison]) -> str:
-    """Return a sentence: whether one teacher is among the best on every skill."""
+    """Return a sentence: whether one teacher is among the best on every skill, of those on which
+    some teacher is right.
+    """
     worse_on = {
         t.model_name: [
             c.skill

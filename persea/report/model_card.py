@@ -76,6 +76,13 @@ def card_title(files: RunFiles) -> str:
     return str(files.lineage.student.get("name") or files.evaluation.student)
 
 
+def answers_are_given(recipe: str) -> bool:
+    """Return whether the teachers scored answers of the corpus instead of writing their own."""
+    data = yaml.safe_load(recipe)
+    capture = data.get("capture") if isinstance(data, dict) else None
+    return isinstance(capture, dict) and capture.get("answers") == "given"
+
+
 def _data_sets(recipe: str) -> list[str]:
     """Return the hub data sets that a recipe's corpus names."""
     data = yaml.safe_load(recipe)

@@ -24,7 +24,11 @@ from persea.evaluation.racing import StopReason
 from persea.evaluation.text_report import TextReport
 from persea.report import svg, text
 from persea.report.claims import NOTHING_MEASURED, claims, headline
-from persea.report.model_card import card_title, model_card_front_matter
+from persea.report.model_card import (
+    answers_are_given,
+    card_title,
+    model_card_front_matter,
+)
 from persea.report.result_charts import (
     mean_group_shares,
     overview_charts,
@@ -299,6 +303,7 @@ def _template_context(
         "efforts": scores_by_effort(evaluation),
         "measured_efforts": [x for x in ThinkingEffort if x in measured_efforts],
         "cast": files.cast,
+        "answers_given": answers_are_given(files.recipe),
         "cast_rows": cast_table(files.cast) if files.cast else [],
         "CAST_TABLE_COLUMNS": CAST_TABLE_COLUMNS,
         "StopReason": StopReason,

@@ -269,11 +269,17 @@ class StudentModel:
 
 
 def _cast_weights(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return the model's weights; those of floating point in another type."""
-    return {
-        name: value.to(dtype) if value.is_floating_point() else value
-        for name, value in model.state_dict().items()
-    }
+    """Return the model's weights; those of floating point in another type. Tied weights stay one
+    tensor, so that the folder holds them once.
+    """
+    kept: dict[int, torch.Tensor] = {}
+    weights = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if id(value) not in kept:  # tied weights are one parameter under two names
+            wanted = dtype if value.is_floating_point() else value.dtype
+            kept[id(value)] = value.detach().to(wanted)
+        weights[name] = kept[id(value)]
+    return weights
 
 
 def _write_key(path: Path, key: str, value: str) -> None:

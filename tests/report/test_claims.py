@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from persea.report.claims import claims
+from persea.report.claims import claims, headline
 from persea.report.run_files import read_run_files
 from persea.report.skill_comparison import compare_skills
 from tests.report.test_page import (
@@ -101,6 +102,19 @@ def test_of_many_teachers_only_the_broadest_is_named(run: Path) -> None:
         "No single teacher is among the best on all four skills: even gpt-oss is below the best on "
         "languages." in words_of(page_of(run))
     )
+
+
+def test_where_no_teacher_is_right_the_student_is_compared_with_its_base(run: Path) -> None:
+    files = read_run_files(run).evaluation
+    ignorant = [
+        replace(c, teachers=tuple(replace(s, value=0.0) for s in c.teachers))
+        for c in compare_skills(files, "x")[:1]
+    ]
+    assert headline(ignorant) == (
+        "One student, three teachers: the student answers 71 % on languages (its base model 33 %) "
+        "right; no teacher answered anything right on languages."
+    )
+    assert not any("among the best" in sentence for sentence in claims(files, ignorant))
 
 
 def test_many_skills_are_summarised_as_a_range(run: Path) -> None:

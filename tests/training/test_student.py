@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from memory import Peak
+from safetensors import safe_open
 
 from persea.chat.messages import Conversation, Text, ThinkingEffort
 from persea.errors import DataError, RefusedError, StorageError
@@ -166,6 +167,17 @@ def test_what_was_saved_is_what_was_trained(
     assert not any("lora" in n for n, _ in again.model.named_parameters())
     with torch.inference_mode():
         assert torch.equal(one.logits(*asked), logits)  # saving changed nothing
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_tied_weights_are_saved_once_in_another_type(
+    tmp_path: Path, lora: LoraSettings | None
+) -> None:
+    student(lora=lora).save(tmp_path / "student", torch.bfloat16)
+    with safe_open(tmp_path / "student" / "model.safetensors", "pt") as saved:
+        names = set(saved.keys())
+    with safe_open(SAPLINGS / "llama-sapling" / "model.safetensors", "pt") as base:
+        assert names == set(base.keys())
 
 
 def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:
