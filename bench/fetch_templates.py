@@ -82,6 +82,12 @@ GITHUB_FILES = (
         "cd1e1632e2f97a5e0bca38438319cbd4af48f428",
         "docker/glm53-flash/chat_template.jinja",
     ),
+    GithubFile(
+        "StepFun3.7-Flash",
+        "ggml-org/llama.cpp",
+        "ca13f4c01cae739755fedfae817d266846e27b30",
+        "models/templates/StepFun3.7-Flash.jinja",
+    ),
     *(
         GithubFile(model.split("__")[1], DRIFT, DRIFT_COMMIT, f"data/history/{model}.json")
         for model in (

@@ -1,4 +1,4 @@
-"""Write docs/reference/*.md from schema, command line, raise sites and table of licences.
+"""Write docs/reference/*.md from schema, command line, raise sites, tables and results.
 
 python docs/generate_reference.py
 
@@ -8,6 +8,7 @@ tests/test_docs.py holds the pages in step with the code.
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,75 @@ from persea.config.size_defaults import defaults_markdown
 from persea.licences.notice import licences_markdown
 from persea.licences.table import licence_table
 
+TEMPLATE_RESULTS = Path(__file__).resolve().parent.parent / "bench/results/templates.json"
+# Instruct models of 2026 by name -> the template in bench/results/templates.json.
+MODELS = {
+    "Apertus": "data/apertus",
+    "Aya Expanse": "trl/cohere",
+    "Command A": "ollama-utils/command-a-111b",
+    "Command R7B": "ollama-utils/command-r7b-7b",
+    "DeepSeek R1 Distill": "llama-cpp-python/deepseek-ai-DeepSeek-R1-Distill-Llama-8B",
+    "DeepSeek V3.1": "data/deepseek-v3.1",
+    "DeepSeek V3.2": "llama-cpp-python/deepseek-ai-DeepSeek-V3.2",
+    "DeepSeek V4 Flash": "llama-cpp-python/deepseek-ai-DeepSeek-V4-Flash-0731",
+    "EXAONE 4": "axolotl/exaone4",
+    "EXAONE Deep": "ollama-utils/exaone-deep-32b",
+    "Falcon H1": "axolotl/falcon_h1",
+    "Gemma 2": "data/gemma2",
+    "Gemma 3": "data/gemma3",
+    "Gemma 4": "data/gemma4",
+    "GigaChat 3.1": "llama-cpp-python/GigaChat3.1-10B-A1.8B",
+    "GLM 4.6": "data/glm-4.6",
+    "GLM 4.7 Flash": "llama-cpp-python/GLM-4.7-Flash",
+    "GLM 5": "chat-template-drift/GLM-5",
+    "GLM 5.2": "chat-template-drift/GLM-5.2",
+    "GLM 5.3 Flash": "sglang/glm-5.3-flash",
+    "gpt-oss": "data/gpt-oss",
+    "Granite 4.1": "llama-cpp-python/ibm-granite-granite-4.1",
+    "Hermes 3": "ollama-utils/hermes3-70b",
+    "Hunyuan 3": "llama-cpp-python/tencent-Hy3",
+    "K-EXAONE": "chat-template-drift/K-EXAONE-236B-A23B",
+    "Kimi K2": "llama-cpp-python/moonshotai-Kimi-K2",
+    "Kimi K2.7": "chat-template-drift/Kimi-K2.7-Code-NVFP4",
+    "Kimi K3": "llama-cpp-python/Kimi-K3",
+    "Laguna S 2.1": "llama-cpp-python/poolside-Laguna-S-2.1",
+    "LFM2.5": "trl/lfm2_2_5",
+    "Ling 3.0 Flash": "llama-cpp-python/inclusionai-ling-3.0-flash",
+    "Llama 3.2": "data/llama3.2",
+    "Llama 3.3": "data/llama3.1",
+    "Llama 4": "axolotl/llama4",
+    "LLM-jp 4.1": "llm-jp-tokenizer/llm-jp-4.1",
+    "MiMo V2.5": "chat-template-drift/MiMo-V2.5",
+    "MiniCPM 5": "llama-cpp-python/openbmb-MiniCPM5-1B",
+    "MiniMax M2": "llama-cpp-python/MiniMax-M2",
+    "MiniMax M3": "llama-cpp-python/MiniMax-M3",
+    "Ministral 3 Reasoning": "llama-cpp-python/mistralai-Ministral-3-14B-Reasoning-2512",
+    "Mistral Nemo": "llama-cpp-python/mistralai-Mistral-Nemo-Instruct-2407",
+    "Mistral Small 3.2": "llama-cpp-python/Mistral-Small-3.2-24B-Instruct-2506",
+    "Muse Glimmer": "trl/muse_glimmer",
+    "Nemotron 3 Nano": "trl/nemotron_3_nano",
+    "Nemotron 3 Super": "trl/nemotron_3_super",
+    "Nemotron 3 Ultra": "trl/nemotron_3_ultra",
+    "OLMo 3 Instruct": "chat-template-drift/Olmo-3-7B-Instruct",
+    "OLMo 3 Think": "chat-template-drift/Olmo-3-7B-Think",
+    "Phi-4": "chat-template-drift/phi-4",
+    "Phi-4-mini": "ollama-utils/phi4-mini-3.8b",
+    "Qwen 2.5": "data/qwen2.5",
+    "Qwen 3": "data/qwen3",
+    "Qwen 3 Coder": "data/qwen3-coder",
+    "Qwen3-2507": "trl/qwen3_instruct_2507",
+    "Qwen 3.5": "trl/qwen3_5_think",
+    "Qwen 3.6": "trl/qwen3_6",
+    "Qwen 3.8": "trl/qwen3_8",
+    "Seed-OSS": "llama-cpp-python/ByteDance-Seed-OSS",
+    "SmolLM2": "ollama-utils/smollm2-135m",
+    "SmolLM3": "data/smollm3",
+    "Solar Open": "llama-cpp-python/upstage-Solar-Open-100B",
+    "Spark 2.5": "llama-cpp-python/Spark2.5",
+    "Step 3.5 Flash": "llama-cpp-python/StepFun3.5-Flash",
+    "Step 3.7 Flash": "llama.cpp/StepFun3.7-Flash",
+    "TinyLlama": "ollama-utils/tinyllama-1.1b",
+}
 HERE = Path(__file__).resolve().parent / "reference"
 SOURCE = HERE.parent.parent / "persea"
 EXIT_CODES = {
@@ -288,12 +358,57 @@ def defaults_page() -> str:
     )
 
 
+MODELS_INTRODUCTION = """# Models by name
+
+What persea does with the chat templates of instruct models: `make templates` renders each of them
+in 60 conversations at every effort, and with tools, as persea does and as transformers does, and
+compares the token ids (`bench/results/templates.json`; `python docs/generate_reference.py` writes
+this page). `equal` conversations have the same ids, and their answers are parsed back; `refused`
+ones are refused at their place, with a remedy (exit code 3); {different} differ. Of all {templates}
+templates {followed} are followed: {equal:,} renderings are equal, {refused:,} are refused. The
+family `generic` is found out by rendering ([how](../new_family.md)). A template says nothing of a
+model's licence, weights and tokenizer: `persea check` reads those from the model's own files.
+
+| model | family | efforts | tools | equal | refused | first refusal | template |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def models_page() -> str:
+    """Return the page of models by name, from bench/results/templates.json."""
+    results = json.loads(TEMPLATE_RESULTS.read_text(encoding="utf-8"))
+    rows = []
+    for name, key in MODELS.items():
+        one = results["templates"][key]
+        reason = _cell(one["reason"].removeprefix("refused: "))
+        cells = (
+            name,
+            one["family"] or "none",
+            ", ".join(one["efforts"]),
+            "yes" if one["tools"] else "no",
+            str(one.get("equal", 0)),
+            str(one.get("refused", 0)),
+            reason,
+            f"`{key}`",
+        )
+        rows.append(f"| {' | '.join(cells)} |\n")
+    totals = results["totals"]
+    return MODELS_INTRODUCTION.format(
+        templates=totals["followed template"] + totals["refused template"],
+        followed=totals["followed template"],
+        different=totals.get("different", "none"),
+        equal=totals["equal"],
+        refused=totals["refused"],
+    ) + "".join(rows)
+
+
 PAGES = {
     "defaults.md": defaults_page,
     "recipe.md": recipe_page,
     "cli.md": cli_page,
     "errors.md": errors_page,
     "licences.md": licences_page,
+    "models.md": models_page,
 }
 
 if __name__ == "__main__":

@@ -291,7 +291,7 @@ def test_every_stage_has_its_page_and_every_recipe_says_what_it_is_in_one_line()
     assert firsts and all(line.startswith("# ") and line.endswith(".") for line in firsts)
 
 
-@pytest.mark.parametrize("name", ["recipe.md", "cli.md", "errors.md", "licences.md"])
+@pytest.mark.parametrize("name", ["recipe.md", "cli.md", "errors.md", "licences.md", "models.md"])
 def test_generated_pages_are_in_step_with_the_code(name: str) -> None:
     """Otherwise: python docs/generate_reference.py."""
     page = ROOT / "docs" / "reference" / name

@@ -65,6 +65,7 @@ PUBLISHED = {
     "exaone-deep-32b": ("high", "[|endofturn|]", False),
     "MiMo-V2.5": ("none high", "<|im_end|>", True),
     "Kimi-K2.7-Code-NVFP4": ("high", "<|im_end|>", True),
+    "StepFun3.7-Flash": ("low medium high", "<|im_end|>", True),
     "llama4": ("none", "<|eot|>", True),
     "command-a-111b": ("none", "<|END_OF_TURN_TOKEN|>", False),
     "gemma3-1b": ("none", "<end_of_turn>", False),
