@@ -33,8 +33,8 @@ class CorpusSection(RecipeSection):
 
     skill: str = Field(
         pattern=SLUG_PATTERN,
-        description="the skill these prompts or texts teach: languages, code, safety, reasoning or "
-        "tools",
+        description="the skill these prompts or texts teach, any word such as support; persea has "
+        "questions of its own for languages, code, safety, reasoning and tools",
     )
     generate: int | None = Field(
         default=None,

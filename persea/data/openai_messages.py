@@ -191,7 +191,14 @@ def _calls_of(row: Mapping[str, Any], where: str) -> list[tuple[str, ToolCall]]:
             arguments = {key: value for key, value in arguments.items() if value is not None}
         read = ToolCall.from_generated(function.get("name"), arguments)
         if read is None:
-            _refuse(f"a malformed call of {str(function.get('name'))[:40]!r}", where)
+            name = str(function.get("name"))[:40]
+            _refuse(
+                f"{name!r} is no name of a tool"
+                if ToolCall.from_generated(function.get("name"), {}) is None
+                else f"the arguments of its call of {name!r} are no JSON object: "
+                f"{str(arguments)[:60]!r}",
+                where,
+            )
         found.append((str(call.get("id") or ""), read))
     return found
 

@@ -285,9 +285,9 @@ def refuse_lost_parts(corpus: Corpus, parts: Sequence[Sequence[Prompt]]) -> None
             continue
         lost = {id(prompt) for prompt in part}
         why = Counter(r.reason.value for r in corpus.removed if id(r.prompt) in lost)
-        counts = ", ".join(f"{n:,} {reason}" for reason, n in why.items())
+        counts = ", ".join(f"{reason} ({n:,})" for reason, n in why.items())
         raise RefusedError(
-            f"nothing is left to teach: {counts}",
+            f"nothing is left to teach; left out: {counts}",
             where=f"corpus.{k}",
             remedy="give prompts or texts that do not repeat others or hold the held-out ones, or "
             "delete the part",

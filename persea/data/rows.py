@@ -204,7 +204,8 @@ def _rename_columns(
         raise DataError(
             f"no column `{missing[0]}`",
             where=where,
-            remedy=f"the row has {', '.join(sorted(map(str, row)))}; correct `columns:`",
+            remedy=f"the row has {', '.join(sorted(map(str, row)))}; correct `columns:`, or give "
+            "rows of another shape a file and a part of their own",
         )
     taken = set(columns.values())
     values = {k: v for k, v in row.items() if v is not None and k not in taken | dropped}

@@ -11,6 +11,7 @@ import csv
 import gzip
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,13 +217,26 @@ def _iter_csv(data: bytes, path: Path, delimiter: str) -> Iterator[TableRow]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        _refuse(f"not UTF-8 at byte {error.start:,}", path, line)
+        _refuse(
+            f"not UTF-8 at byte {error.start:,}",
+            path,
+            line,
+            remedy="save it as UTF-8 (a spreadsheet offers `CSV UTF-8`)",
+        )
+    header_line = re.split("[\r\n]", text, maxsplit=1)[0]
+    if delimiter == "," and "," not in header_line and ";" in header_line:
+        delimiter = ";"  # of spreadsheets where the comma is in numbers
     csv.field_size_limit(MAX_FIELD_BYTES)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         header = next(reader, [])
         if len(set(header)) < len(header) or not all(header):
-            _refuse("a column without a name, or two of one name", path, 1)
+            _refuse(
+                "a column without a name, or two of one name",
+                path,
+                1,
+                remedy="give each column of the first line a name of its own",
+            )
         while True:
             number = reader.line_num + 1  # a quoted field may go over several lines
             row = next(reader, None)
@@ -234,7 +248,12 @@ def _iter_csv(data: bytes, path: Path, delimiter: str) -> Iterator[TableRow]:
             value = {k: v for k, v in zip(header, row, strict=False) if v != ""}
             yield TableRow(f"{path}:{number}", f"{path.name}:{number}", value, reason)
     except csv.Error as error:
-        _refuse(f"broken CSV: {error}", path, reader.line_num)
+        _refuse(
+            f"broken CSV: {error}",
+            path,
+            reader.line_num,
+            remedy='correct the row: a quoted field ends with ", and " inside it is written ""',
+        )
 
 
 def _iter_parquet(path: Path) -> Iterator[TableRow]:
@@ -265,9 +284,9 @@ def _read_bytes(path: Path) -> bytes:
     return data.removeprefix(b"\xef\xbb\xbf")
 
 
-def _refuse(reason: str, path: Path, line: int = 0) -> NoReturn:
+def _refuse(reason: str, path: Path, line: int = 0, remedy: str = "") -> NoReturn:
     raise DataError(
         reason,
         where=f"{path}:{line}" if line else str(path),
-        remedy=f"give {', '.join(TABLE_SUFFIXES)}, or a folder of them",
+        remedy=remedy or f"give {', '.join(TABLE_SUFFIXES)}, or a folder of them",
     )

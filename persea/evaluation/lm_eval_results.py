@@ -20,6 +20,7 @@ from typing import Any
 
 from persea.errors import DataError
 from persea.storage import read_input_bytes
+from persea.tasks.intervals import Z95, wilson_interval
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,21 @@ class LmEvalResult:
     stderr: float | None
     n: int
     higher_is_better: bool
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval by the standard error; None if lm-eval gives none.
+
+        Of a mean of values in [0, 1] it is Wilson's, with the number of samples at which a share
+        would have this standard error; it is not empty where all answers are right or all wrong.
+        """
+        if self.stderr is None:
+            return None
+        if not (self.n and 0 <= self.value <= 1 and self.higher_is_better):
+            return self.value - Z95 * self.stderr, self.value + Z95 * self.stderr
+        variance = self.stderr**2
+        n = min(self.value * (1 - self.value) / variance, self.n) if variance else self.n
+        return wilson_interval(self.value * n, n)
 
 
 def read_lm_eval_results(model_name: str, path: Path) -> tuple[LmEvalResult, ...]:

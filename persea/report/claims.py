@@ -173,7 +173,8 @@ def _regression_sentence(evaluation: EvaluationRecord) -> str:
     if not evaluation.regressions:
         return (
             "The student is nowhere significantly below its base model "
-            f"({format_count(num_compared)} comparisons: each skill, language and thinking effort)."
+            f"({format_count(num_compared)} comparison{'s' * (num_compared != 1)}: each skill, "
+            "language and thinking effort)."
         )
     several = len(evaluation.student_efforts) > 1
     losses = [

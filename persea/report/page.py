@@ -252,9 +252,11 @@ def write_report(
             contradicts another.
     """
     files, modes = read_run_files(run_folder), read_thinking_modes(run_folder)
-    lm_eval_results = [
-        s for name, path in (lm_eval_files or {}).items() for s in read_lm_eval_results(name, path)
-    ]
+    order = {name: k for k, name in enumerate(files.evaluation.model_names)}
+    lm_eval_results = sorted(
+        (s for n, path in (lm_eval_files or {}).items() for s in read_lm_eval_results(n, path)),
+        key=lambda s: (s.task, order.get(s.model_name, len(order))),
+    )
     where = str(run_folder / "evaluate" / "evaluation.json")
     texts = read_text_report(run_folder)
     comparisons = compare_skills(files.evaluation, where)

@@ -293,7 +293,17 @@ def test_other_names_are_mapped(
                     {"role": "assistant", "tool_calls": [{"function": {"name": "a b"}}]},
                 ]
             },
-            "a malformed call of 'a b'",
+            "'a b' is no name of a tool",
+            "a message is",
+        ),
+        (
+            {
+                "messages": [
+                    TWO_TURNS[0],
+                    {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{a: 1}"}]},
+                ]
+            },
+            "the arguments of its call of 'f' are no JSON object: '{a: 1}'",
             "a message is",
         ),
         (

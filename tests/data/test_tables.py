@@ -142,6 +142,19 @@ def test_a_broken_row_has_its_reason_and_the_others_are_read(tmp_path: Path) -> 
     assert [row.error for row in iter_table(table)] == ["", "1 fields, 2 columns"]
 
 
+def test_semicolons_of_a_spreadsheet_separate_columns(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text('question;gold\n"How; then?";1,5\n')
+    assert [row.value for row in iter_table(path)] == [{"question": "How; then?", "gold": "1,5"}]
+
+
+def test_a_table_in_another_encoding_is_refused_with_the_encoding_to_use(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_bytes("question,gold\nété?,oui\n".encode("latin-1"))
+    with pytest.raises(DataError, match="not UTF-8 at byte 14 -> save it as UTF-8"):
+        list(iter_table(path))
+
+
 @pytest.mark.parametrize(
     ("name", "data", "why"),
     [

@@ -94,3 +94,19 @@ def test_anything_else_is_refused_in_one_line(tmp_path: Path, value: Any, what: 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         read_lm_eval_results("student", tmp_path / "none.json")
+
+
+def test_a_number_has_the_interval_of_its_standard_error() -> None:
+    low, high = interval_of(0.5, 0.05, 100)
+    assert (round(low, 2), round(high, 2)) == (0.4, 0.6)
+    low, high = interval_of(1.0, 0.0, 30)  # all right: no certainty
+    assert (round(low, 2), round(high, 2)) == (0.89, 1.0)
+    low, high = interval_of(3.0, 0.5, 30)  # a perplexity
+    assert (round(low, 2), round(high, 2)) == (2.02, 3.98)
+    assert LmEvalResult("student", "t", "acc", 0.5, None, 9, True).interval is None
+
+
+def interval_of(value: float, stderr: float, n: int) -> tuple[float, float]:
+    found = LmEvalResult("student", "t", "acc", value, stderr, n, value <= 1).interval
+    assert found
+    return found

@@ -84,7 +84,9 @@ def test_training_texts_that_hold_held_out_ones_are_left_out(tmp_path: Path) -> 
 def test_a_corpus_of_held_out_texts_alone_is_refused(tmp_path: Path) -> None:
     training = documents(tmp_path, ("id",))
     run = context(tmp_path, corpus=training, evaluation={"texts": training})
-    with pytest.raises(RefusedError, match=r"corpus\.0: nothing is left to teach: 10 test item"):
+    with pytest.raises(
+        RefusedError, match=r"corpus\.0: nothing is left to teach; left out: test item .10."
+    ):
         assert run.corpus
 
 

@@ -110,7 +110,7 @@ def test_where_no_teacher_is_right_the_student_is_compared_with_its_base(run: Pa
         replace(c, teachers=tuple(replace(s, value=0.0) for s in c.teachers))
         for c in compare_skills(files, "x")[:1]
     ]
-    assert headline(ignorant) == (
+    assert words_of(headline(ignorant)) == (
         "One student, three teachers: the student answers 71 % on languages (its base model 33 %) "
         "right; no teacher answered anything right on languages."
     )
