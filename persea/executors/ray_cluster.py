@@ -450,4 +450,11 @@ def _cluster_errors(address: str) -> Iterator[None]:
                 where=f"executor.address: {address}",
                 remedy="install the cluster's versions of Python and Ray here",
             ) from error
+        if "timed out during startup" in text:
+            raise MissingRequirementError(
+                "Ray did not start within the 30 s that it waits for itself",
+                where=f"executor.address: {address or 'this machine'}",
+                remedy="run again when this machine is less busy, or capture without Ray: "
+                "`executor: {kind: local, workers: 2}`",
+            ) from error
         raise _unreachable(address, text) from error
