@@ -77,6 +77,8 @@ PROVEN = {
     "llm-jp-4-alpha-2.0": "llm-jp",
     "gemma3-1b": "gemma",
 }
+# EXAONE 4 drops the thought before a call once the result is there, which persea refuses.
+REFUSED = {"exaone4": 2}
 
 
 def find_template(data: Path, name: str) -> Path:
@@ -110,5 +112,6 @@ def test_a_published_template_is_rendered_as_transformers_does(
     first, behind_system = islice(conversations(effort, thinks), 2)
     given = [first] if "no system text" in family.limitations else [first, behind_system]
     given += tool_conversations(effort, thinks) if has_tools else []
-    for conversation in given:
-        assert compare(renderer, tokenizer, conversation) == ("equal", "")
+    found = [compare(renderer, tokenizer, conversation)[0] for conversation in given]
+    refused = REFUSED.get(name, 0)
+    assert (found.count("equal"), found.count("refused")) == (len(given) - refused, refused)
