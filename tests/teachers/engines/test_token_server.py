@@ -580,6 +580,31 @@ def test_the_handshake_refuses_a_server_with_the_reason(
         assert caught.value.exit_code == 5
 
 
+def test_scores_that_change_and_greedy_answers_that_are_not_the_likeliest_are_refused() -> None:
+    """A prefix cache with stale values (vLLM); penalties of the model's generation_config.json."""
+    num_scored = [0]
+
+    def stale(said: dict[str, Any]) -> None:
+        num_scored[0] += 1
+        for entries in said["prompt_logprobs"][1:] if num_scored[0] > 1 else ():
+            for value in entries.values():
+                value["logprob"] -= 0.5
+
+    def penalised(path: str, body: Any, said: Any) -> Any:
+        if not is_work(path, body):
+            return said
+        first, *others = opened(QWEN)[0].vocabulary.encode("zebra zebra")
+        choice = {"token_ids": [first, *others], "finish_reason": "length"}
+        return events({"choices": [choice]})
+
+    for change, why in (
+        (scored(stale), "scored again, differs by 0.50 nats"),
+        (penalised, "the server changes how tokens are drawn"),
+    ):
+        with playing(lying(change)) as script, pytest.raises(TeacherError, match=why):
+            endpoint(script.url, QWEN, manners=replace(QUICK, max_attempts=2), sleep=no_sleep)
+
+
 def test_another_tokenizer_or_no_single_model_is_refused() -> None:
     def respell(path: str, body: Any, said: Any) -> Any:
         return {"choices": [{"prompt_token_ids": [1, 2, 3]}]} if path == "/v1/completions" else said
