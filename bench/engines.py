@@ -401,7 +401,7 @@ def measure_server(
     model = server.make_model(folder)
     locals_: dict[str, Any] = results.setdefault("local engine", {})
     key = model.stem
-    if server.kills and key not in locals_:
+    if any(server.kills) and key not in locals_:
         locals_[key] = local_run(folder, model)
     questions = Questions(model)
     run = ServerRun(server, env, folder, model)

@@ -215,7 +215,7 @@ SERVERS = (
         llamacpp_command,
         ("llamacpp",),
         make_model=named_gguf,
-        kills=(),
+        kills=(0,),
     ),
     RealServer(
         "transformers serve 5.24",
