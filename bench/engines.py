@@ -426,8 +426,8 @@ def measure_server(
                 entry["failure"] = str(error)[:300]
             entry["start_seconds"] = run.start_seconds[:]
             results["servers"][entry_name(server, protocol)] = entry
-            text = json.dumps(results, indent=2, sort_keys=True).replace(f"{envs}/work", "ENVS")
-            RESULTS.write_text(text + "\n")
+            text = json.dumps(results, indent=2, sort_keys=True) + "\n"
+            RESULTS.write_text(text.replace(f"{envs}/work", "ENVS").replace(f"{model.parent}/", ""))
             print(f"{server.name}, {protocol}: {json.dumps(entry)}", flush=True)
     finally:
         run.kill()
