@@ -11,7 +11,7 @@ import pytest
 
 from bench import engines
 from bench.engines import count_repeats
-from bench.real_servers import Asked, Proxy, free_port
+from bench.real_servers import VLLM_OPTIONS, Asked, Proxy, free_port
 from persea.teachers.engines import EngineFailure
 from persea.teachers.engines.http_client import HttpClient, Request, RetryPolicy
 from tests.servers import Script, events, playing
@@ -112,3 +112,12 @@ def test_a_failure_is_a_row_of_the_table(entry: dict[str, Any], cells: tuple[str
     found = [cell.strip() for cell in row.strip("|").split("|")]
     assert (found[0], found[1], found[5]) == ("a server, chat", *cells)
     assert len(found) == 7
+
+
+def test_vllm_runs_here_with_the_options_of_the_page() -> None:
+    """Who pastes the page's line serves what `make engines` measured."""
+    page = engines.PAGE.read_text(encoding="utf-8").splitlines()
+    (line,) = [x for x in page if x.startswith("vllm serve MODEL ")]
+    options = " ".join(line.split()[3:])
+    assert options
+    assert options in " ".join(VLLM_OPTIONS)
