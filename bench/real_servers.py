@@ -85,6 +85,7 @@ def repair_vllm(env: Path) -> None:
     (copy / "METADATA").write_text("\n".join(lines) + "\n")
 
 
+VLLM_VARIABLES = (("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_CPU_OMP_THREADS_BIND", "nobind"))
 # The options of docs/engines.md, and what a small CPU needs.
 VLLM_OPTIONS = """
     --enforce-eager --dtype float32 --max-model-len 1024 --enable-scale-out
@@ -93,10 +94,14 @@ VLLM_OPTIONS = """
 """.split()
 
 
-def vllm_command(bin_folder: Path, folder: Path, model: Path, port: int) -> list[str]:
-    """`vllm serve`."""
-    name = ["--served-model-name", "qwen", "--port", str(port)]
-    return [str(bin_folder / "vllm"), "serve", str(model), *name, *VLLM_OPTIONS]
+def vllm_command(*options: str) -> Callable[[Path, Path, Path, int], list[str]]:
+    """`vllm serve` with options."""
+
+    def command(bin_folder: Path, folder: Path, model: Path, port: int) -> list[str]:
+        name = ["--served-model-name", "qwen", "--port", str(port)]
+        return [str(bin_folder / "vllm"), "serve", str(model), *name, *options]
+
+    return command
 
 
 LLAMACPP_MAIN = """
@@ -132,13 +137,17 @@ def named_gguf(folder: Path) -> Path:
     return Path(os.environ["PERSEA_GGUF"])
 
 
-def sampling_sapling(folder: Path) -> Path:
-    """Return the sapling with `do_sample`: `transformers serve` samples only where it is set."""
-    model = folder / SAPLING.name
-    shutil.copytree(SAPLING, model, dirs_exist_ok=True)
-    settings = json.loads((model / "generation_config.json").read_text())
-    (model / "generation_config.json").write_text(json.dumps(settings | {"do_sample": True}))
-    return model
+def sapling_with(**settings: Any) -> Callable[[Path], Path]:
+    """Return a maker of the sapling with these values in its generation_config.json."""
+
+    def make(folder: Path) -> Path:
+        model = folder / SAPLING.name
+        shutil.copytree(SAPLING, model, dirs_exist_ok=True)
+        path = model / "generation_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+        return model
+
+    return make
 
 
 def transformers_command(bin_folder: Path, folder: Path, model: Path, port: int) -> list[str]:
@@ -195,12 +204,23 @@ SERVERS = (
     RealServer(
         "vLLM 0.32.0",
         VLLM,
-        vllm_command,
+        vllm_command(*VLLM_OPTIONS),
         ("tokens", "completions", "chat"),
         "qwen",
         repair_vllm,
-        (("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_CPU_OMP_THREADS_BIND", "nobind")),
+        VLLM_VARIABLES,
         kills=(1, 0, 0),
+    ),
+    RealServer(
+        "vLLM 0.32.0 without options, bfloat16, a model with penalties",
+        VLLM,
+        vllm_command("--enforce-eager", "--max-model-len", "1024"),
+        ("completions",),
+        "qwen",
+        repair_vllm,
+        VLLM_VARIABLES,
+        sapling_with(temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.3),
+        kills=(),
     ),
     RealServer(
         "llama.cpp b11549",
@@ -222,7 +242,7 @@ SERVERS = (
         (),
         transformers_command,
         ("chat",),
-        make_model=sampling_sapling,
+        make_model=sapling_with(do_sample=True),  # without it, this server never samples
     ),
     RealServer("litellm 1.108.7", LITELLM, litellm_command("openai"), ("chat",), "qwen"),
     RealServer(
