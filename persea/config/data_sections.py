@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from persea.chat.messages import ThinkingEffort
 from persea.config.section import (
     BY_SIZE,
+    LANGUAGE_PATTERN,
     MAX_COUNT,
     SLUG_PATTERN,
     RecipeSection,
@@ -80,7 +81,9 @@ class CorpusSection(RecipeSection):
         "file is your own, a data set of the hub is under what its card states",
     )
     language: str = Field(
-        default="", description="language of the file, such as vi; empty = unknown"
+        default="",
+        pattern=LANGUAGE_PATTERN,
+        description="language of the file, a code such as vi; empty = unknown",
     )
     effort_shares: dict[ThinkingEffort, Annotated[float, Field(gt=0, le=1)]] = Field(
         default={},

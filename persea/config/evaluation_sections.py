@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from persea.chat.messages import ThinkingEffort
 from persea.config.section import (
     BY_SIZE,
+    LANGUAGE_PATTERN,
     MAX_COUNT,
     SLUG_PATTERN,
     RecipeSection,
@@ -41,7 +42,8 @@ class BenchmarkSection(RecipeSection):
     split: str = Field(default="test", min_length=1, description="split of a hub data set")
     language: str = Field(
         default="",
-        description="language of its answers, such as vi; empty = the benchmark's own",
+        pattern=LANGUAGE_PATTERN,
+        description="language of its answers, a code such as vi; empty = the benchmark's own",
     )
     skill: str = Field(
         default="",
@@ -124,7 +126,11 @@ class HeldOutTextsSection(RecipeSection):
         min_length=1,
         description="key of the text in the lines of a .jsonl file",
     )
-    language: str = Field(default="", description="language of the documents, such as id")
+    language: str = Field(
+        default="",
+        pattern=LANGUAGE_PATTERN,
+        description="language of the documents, a code such as id",
+    )
     skill: str = Field(
         default="texts",
         pattern=SLUG_PATTERN,

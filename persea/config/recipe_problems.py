@@ -109,6 +109,8 @@ def _explain_value_error(
     expected = next(
         (w for start, w in EXPECTED_VALUE_TEXTS if kind.startswith(start)), error["msg"]
     )
+    if kind == "string_pattern_mismatch" and path[-1] == "language":
+        expected = "a language code"
     remedy = _plain_value(kind, path, error["input"]) or _key_description(path, root)
     return f"should be {expected} {given}", remedy
 

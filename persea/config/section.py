@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 from persea.config.yaml_source import KeyPath
 
 SLUG_PATTERN, NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]*$", r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+LANGUAGE_PATTERN = r"^([A-Za-z]{2,3}([-_][A-Za-z0-9]{1,8})*)?$"  # id, eng, zho-CN; empty = unknown
 MAX_COUNT = 1 << 30  # upper bound of every count in a recipe
 # marks a key whose default depends on the student's size (persea.config.size_defaults); its static
 # default is that of students of less than ten million weights

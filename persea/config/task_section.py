@@ -7,7 +7,12 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from persea.config.data_sections import HubDatasetSection
-from persea.config.section import SLUG_PATTERN, RecipeSection, check_contradictions
+from persea.config.section import (
+    LANGUAGE_PATTERN,
+    SLUG_PATTERN,
+    RecipeSection,
+    check_contradictions,
+)
 
 MetricName = Literal[
     "exact",
@@ -50,7 +55,11 @@ class TaskSection(RecipeSection):
         description="name as persea reads it -> column, such as {prompt: query, reference: gold}; "
         "`choices` and `tests` too",
     )
-    language: str = Field(default="", description="language of the answers, such as vi")
+    language: str = Field(
+        default="",
+        pattern=LANGUAGE_PATTERN,
+        description="language of the answers, a code such as vi",
+    )
     instruction: str = Field(
         default="", description="text after every question, such as: Answer with one word."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -408,20 +409,20 @@ def load_student(
             model = prepare_model_for_kbit_training(
                 model, use_gradient_checkpointing=options.gradient_checkpointing
             )
+        settings = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a float works too
+            target_modules=ALL_LINEAR if ALL_LINEAR in lora.targets else list(lora.targets),
+            lora_dropout=lora.dropout,
+            use_rslora=lora.use_rslora,
+            use_dora=lora.use_dora,
+            modules_to_save=list(lora.modules_to_save) or None,
+            task_type="CAUSAL_LM",
+        )
         try:
-            model = get_peft_model(
-                model,
-                LoraConfig(
-                    r=lora.rank,
-                    lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a float works too
-                    target_modules=ALL_LINEAR if ALL_LINEAR in lora.targets else list(lora.targets),
-                    lora_dropout=lora.dropout,
-                    use_rslora=lora.use_rslora,
-                    use_dora=lora.use_dora,
-                    modules_to_save=list(lora.modules_to_save) or None,
-                    task_type="CAUSAL_LM",
-                ),
-            )
+            with warnings.catch_warnings():  # of transformers about PEFT: nothing to do for a user
+                warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+                model = get_peft_model(model, settings)
         except ValueError as error:
             raise DataError(
                 str(error).splitlines()[0],

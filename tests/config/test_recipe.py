@@ -338,7 +338,8 @@ def variants() -> list[tuple[str, ...]]:
         "teachers.0.name": ("A", '"007"', '"1e3"', '"NO"', '"3.0"', '"2e-3"'),
         "teachers.1.licence": ("'a: b # c'", '"tab\\t"', "한국어", "'null'"),
         "teachers.1.effort": ("none", "low"),
-        "corpus.1.language": ("no", "zh", '"off"', "'='", "'<<'"),
+        "corpus.1.language": ("no", "zh", '"off"'),
+        "corpus.1.license": ("'='", "'<<'"),
         "capture.sampling_threshold": ("1e-5", "0.5", "5.0e-2"),
         "training.learning_rate": ("1e-6", "1", ".5"),
         "training.max_grad_norm": ("1e5", "7"),
@@ -833,6 +834,12 @@ BAD: list[tuple[str, str, str, str]] = [
         TWO + REST + "name: ../x\n",
         "4:1",
         "name: should be a plain name (got '../x') -> name of the run's folder",
+    ),
+    (
+        "language by its name",
+        TWO + "corpus: [{skill: code, generate: 8, language: german}]\n",
+        "3:37",
+        "corpus.0.language: should be a language code (got 'german')",
     ),
     (
         "teacher's name",
