@@ -296,6 +296,8 @@ def run_pipeline(
                 if stage.name in names:
                     if stage.name in LICENSED_STAGES:  # a server has named its model by now
                         refuse_unlicensed(context.recipe, context.folder)
+                    if stage.name == "capture" and not only_stage:  # the cast is known by now
+                        preflight.refuse_other_student(context)
                     _run_stage(context, stage, recorded_progress)
             copy_to_student(context.folder)
         context.world.broadcast("over")

@@ -234,6 +234,18 @@ def test_a_finished_student_is_never_overwritten_by_another_recipe(
     assert {n: d for n, d in tree(run).items() if n not in JOURNAL} == before  # recipe.yaml too
 
 
+def test_what_a_new_audition_forbids_is_refused_before_the_capture(tmp_path: Path) -> None:
+    run = flowed_copy(tmp_path, *STAGES) / "run"
+    before = times(run / "capture")
+    sets = ("audition.pinned={}", "audition.items=2", "capture.sampling_threshold=0.05")
+    options = [x for one in sets for x in ("--set", one)]
+    ended = persea("run", "tiny.yaml", "--out", "run", *options, folder=tmp_path)
+    assert ended.code == 4, ended.err
+    assert "finished student of another recipe" in ended.err
+    assert told(ended.err).get("capture") is None
+    assert times(run / "capture") == before
+
+
 @pytest.mark.parametrize(
     "changes",
     [
