@@ -95,14 +95,8 @@ def make_document_tokens(vocabulary: Vocabulary, end_token: str) -> DocumentToke
         vocabulary: The model's tokenizer. Its post-processor decides what stands before a text.
         end_token: Control token that ends a document; "" = none is known.
     """
-    probe = "Hi"
-    plain, processed = (
-        vocabulary.backend.encode(probe, add_special_tokens=special).ids
-        for special in (False, True)
-    )
-    start = next((k for k in range(len(processed)) if processed[k : k + len(plain)] == plain), 0)
     end_id = vocabulary.control_token_ids.get(end_token)
-    prefix = tuple(processed[:start]) or (() if end_id is None else (end_id,))
+    prefix = vocabulary.start_ids or (() if end_id is None else (end_id,))
     notes = [NO_END_NOTE] if end_id is None else []
     notes += [] if prefix else [NO_START_NOTE]
     return DocumentTokens(prefix, end_id, "; ".join(notes))

@@ -299,6 +299,21 @@ class _Reader:
         self.position = end
         return text
 
+    def _strings(self, count: int) -> list[str]:
+        """Return many strings; a list of tokens or merges holds hundreds of thousands."""
+        blob, size, position = self.blob, len(self.blob), self.position
+        read_length, strings = struct.Struct("<Q").unpack_from, list[str]()
+        for _ in range(count):
+            (length,) = read_length(blob, position)
+            end = position + 8 + length
+            if end > size:
+                self.position = position
+                raise self._damaged(f"at byte {position:,}")
+            strings.append(blob[position + 8 : end].decode("utf-8"))
+            position = end
+        self.position = position
+        return strings
+
     def _value(self, kind: int) -> Any:
         if kind == STRING:
             return self._string()
@@ -308,7 +323,7 @@ class _Reader:
         if count > len(self.blob):
             raise self._damaged(f"at byte {self.position:,}")
         if element == STRING:
-            return [self._string() for _ in range(count)]
+            return self._strings(count)
         if element == ARRAY:
             return [self._value(ARRAY) for _ in range(count)]
         return list(self._unpack(f"<{count}{SCALAR_FORMATS[element][1]}"))

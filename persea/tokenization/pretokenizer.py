@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import Regex, pre_tokenizers
 
 from persea.tokenization.prefix_space import SPACE_MARK
 from persea.tokenization.vocabulary import Vocabulary
@@ -60,7 +60,7 @@ class Pretokenizer:
     """The splits of one tokenizer.
 
     Attributes:
-        backend: The `tokenizers` tokenizer.
+        splitter: The pre-tokenizer itself; None without one.
         never_splits: True for SentencePiece, which has no splits.
         sees_space_marks: Whether a normaliser has replaced every space by "▁" before.
         unsupported: Name of a pre-tokenizer that this module does not know: then every place may be
@@ -72,7 +72,7 @@ class Pretokenizer:
             apostrophe.
     """
 
-    backend: Tokenizer
+    splitter: pre_tokenizers.PreTokenizer | None
     never_splits: bool
     sees_space_marks: bool
     unsupported: str
@@ -93,13 +93,11 @@ class Pretokenizer:
 
     def split_positions(self, text: str) -> list[int]:
         """Return the character positions at which words begin, including 0 if there is text."""
-        if self.never_splits or not text:
+        if self.never_splits or self.splitter is None or not text:
             return [0] if text else []
         if self.sees_space_marks:
             text = text.replace(" ", SPACE_MARK)
-        return sorted(
-            {begin for _, (begin, _) in self.backend.pre_tokenizer.pre_tokenize_str(text)} | {0}
-        )
+        return sorted({begin for _, (begin, _) in self.splitter.pre_tokenize_str(text)} | {0})
 
     def class_signature(self, text: str) -> str:
         """Return the text with each character replaced by the representative of its class.
@@ -238,7 +236,7 @@ def load_pretokenizer(vocabulary: Vocabulary) -> Pretokenizer:
     )
     char_ranges = tuple(sorted(set(re.findall("(?=(.)-(.))", literals))))
     return Pretokenizer(
-        backend,
+        backend.pre_tokenizer,
         never_splits,
         marks_spaces,
         unsupported,

@@ -96,6 +96,8 @@ class Vocabulary:
         control_flags: Control token -> its flags; only those that have any.
         original: The tokenizer as it is, to compare renderings with; None where its control tokens
             have no flags and it writes no space.
+        start_ids: What its post-processor writes before a text.
+        is_unigram: Whether the highest sum of scores decides how a text is cut, not merges.
     """
 
     name: str
@@ -107,6 +109,8 @@ class Vocabulary:
     prefix_space: PrefixSpace | None = None
     control_flags: Mapping[str, ControlFlags] = field(default_factory=dict, repr=False)
     original: Tokenizer | None = field(default=None, repr=False)
+    start_ids: tuple[int, ...] = ()
+    is_unigram: bool = False
 
     def __len__(self) -> int:
         return len(self.bytes_W)
@@ -120,11 +124,6 @@ class Vocabulary:
     def control_names(self) -> dict[int, str]:
         """Id -> control token."""
         return {i: name for name, i in self.control_token_ids.items()}
-
-    @cached_property
-    def is_unigram(self) -> bool:
-        """Whether the highest sum of scores decides how a text is cut, not merges."""
-        return isinstance(self.backend.model, models.Unigram)
 
     def prefix_space_before(self, text: str, is_first: bool = True) -> str:
         """Return the space that the tokenizer writes before a run of text, or "".
@@ -341,6 +340,8 @@ def load_vocabulary(
         copy_tokenizer(definition)
         if prefix_space or flags or normalizes_any(backend, control)
         else None,
+        _find_start_ids(plain),
+        isinstance(plain.model, models.Unigram),
     )
     if vocabulary.missing_bytes:
         unwritable = vocabulary._unwritable_characters("".join(probes))
@@ -352,6 +353,15 @@ def load_vocabulary(
             f"{error.message}{lossy_parts(backend)}", where=name, remedy=LOSSY_REMEDY
         ) from error
     return vocabulary
+
+
+def _find_start_ids(backend: Tokenizer) -> tuple[int, ...]:
+    """Return the ids that a post-processor writes before a text."""
+    plain, processed = (
+        backend.encode("Hi", add_special_tokens=special).ids for special in (False, True)
+    )
+    start = next((k for k in range(len(processed)) if processed[k : k + len(plain)] == plain), 0)
+    return tuple(processed[:start])
 
 
 def _is_byte_level(backend: Tokenizer, name: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from persea.tokenization.control_tokens import ControlFlags
 from persea.tokenization.prefix_space import PrefixSpace
@@ -21,6 +21,7 @@ from persea.tokenization.vocabulary import Vocabulary
 
 Arrays: TypeAlias = dict[str, npt.NDArray[np.generic]]
 NO_BYTES = -1  # length of a control token
+SPLITTING_PARTS = ("normalizer", "pre_tokenizer")
 
 
 class DeferredTokenizer:
@@ -29,21 +30,39 @@ class DeferredTokenizer:
     Args:
         definition: Its content as JSON.
         encode_special_tokens: Whether it encodes a special token in a text as text.
+        splitting: The same without tokens, as JSON: normaliser and pre-tokenizer alone; b"" = not
+            known.
     """
 
-    def __init__(self, definition: bytes, encode_special_tokens: bool) -> None:
+    def __init__(
+        self, definition: bytes, encode_special_tokens: bool, splitting: bytes = b""
+    ) -> None:
         self._definition, self._encode_special_tokens = definition, encode_special_tokens
+        self._splitting = splitting
+        self._parts: Tokenizer | None = None
         self._parsed: Tokenizer | None = None
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the tokenizer."""
         if name.startswith("__"):  # copy and pickle ask for hooks before __init__ has run
             raise AttributeError(name)
+        if name in SPLITTING_PARTS and self._splitting:
+            self._parts = self._parts or Tokenizer.from_str(self._splitting.decode())
+            return getattr(self._parts, name)
         if self._parsed is None:
             parsed = Tokenizer.from_str(self._definition.decode())
             parsed.encode_special_tokens = self._encode_special_tokens
             self._parsed, self._definition = parsed, b""
         return getattr(self._parsed, name)
+
+
+def _splitting_of(backend: Tokenizer) -> bytes:
+    """Return a tokenizer's normaliser and pre-tokenizer as the JSON of one without tokens."""
+    bare = Tokenizer(models.BPE())
+    for name in SPLITTING_PARTS:
+        if (part := getattr(backend, name)) is not None:
+            setattr(bare, name, part)
+    return bare.to_str().encode()
 
 
 def vocabulary_to_arrays(vocabulary: Vocabulary) -> Arrays:
@@ -54,6 +73,8 @@ def vocabulary_to_arrays(vocabulary: Vocabulary) -> Arrays:
         "digest": vocabulary.digest,
         "byte_level": vocabulary.byte_level,
         "prefix_space": vocabulary.prefix_space and asdict(vocabulary.prefix_space),
+        "start_ids": vocabulary.start_ids,
+        "is_unigram": vocabulary.is_unigram,
         "control_flags": {k: asdict(v) for k, v in vocabulary.control_flags.items()},
     }
     arrays: Arrays = {
@@ -61,6 +82,7 @@ def vocabulary_to_arrays(vocabulary: Vocabulary) -> Arrays:
         "bytes": _to_array(b"".join(raw or b"" for raw in vocabulary.bytes_W)),
         "state": _to_array(json.dumps(state).encode()),
         "backend": _to_array(vocabulary.backend.to_str().encode()),
+        "splitting": _to_array(_splitting_of(vocabulary.backend)),
     }
     if vocabulary.original is not None:
         arrays["original"] = _to_array(vocabulary.original.to_str().encode())
@@ -86,7 +108,10 @@ def vocabulary_from_arrays(arrays: Mapping[str, npt.NDArray[Any]], name: str) ->
     original = arrays.get("original")
     return Vocabulary(
         name,
-        cast(Tokenizer, DeferredTokenizer(arrays["backend"].tobytes(), True)),
+        cast(
+            Tokenizer,
+            DeferredTokenizer(arrays["backend"].tobytes(), True, arrays["splitting"].tobytes()),
+        ),
         tuple(bytes_W),
         dict(state["control"]),
         state["digest"],
@@ -94,6 +119,8 @@ def vocabulary_from_arrays(arrays: Mapping[str, npt.NDArray[Any]], name: str) ->
         state["prefix_space"] and PrefixSpace(**state["prefix_space"]),
         {k: ControlFlags(**v) for k, v in state["control_flags"].items()},
         None if original is None else cast(Tokenizer, DeferredTokenizer(original.tobytes(), False)),
+        tuple(state["start_ids"]),
+        state["is_unigram"],
     )
 
 

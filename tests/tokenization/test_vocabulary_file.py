@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
+from persea.tokenization.pretokenizer import load_pretokenizer
 from persea.tokenization.vocabulary import ROUND_TRIP_PROBES, Vocabulary, load_vocabulary
 from persea.tokenization.vocabulary_file import (
     DeferredTokenizer,
@@ -47,6 +48,7 @@ def test_nothing_is_lost(case: str):
         "control_flags",
         "missing_bytes",
         "is_unigram",
+        "start_ids",
     ):
         assert getattr(after, name) == getattr(before, name), name
     assert (after.original is None) == (before.original is None)
@@ -90,3 +92,14 @@ def test_the_tokenizer_is_parsed_when_it_is_used():
     unused = DeferredTokenizer(definition, True)
     for clone in (copy.copy(deferred), pickle.loads(pickle.dumps(unused))):
         assert clone.encode("ab").ids == deferred.encode("ab").ids
+
+
+@pytest.mark.parametrize("case", MADE)
+def test_splits_need_no_tokens(case: str, monkeypatch: pytest.MonkeyPatch):
+    """The whole definition of a real tokenizer takes a second to parse."""
+    before = MADE[case]()
+    after = vocabulary_from_arrays(vocabulary_to_arrays(before), "v")
+    monkeypatch.setattr(after.backend, "_definition", b"")  # parsing it would fail
+    one, other = load_pretokenizer(before), load_pretokenizer(after)
+    assert [one.split_positions(t) for t in SAID] == [other.split_positions(t) for t in SAID]
+    assert one.never_splits == other.never_splits
