@@ -57,9 +57,25 @@ def compare(before: Mapping[str, float], run: Path, disk: int) -> dict[str, Any]
         "total": total | {"ratio": round(total["planned"] / total["measured"], 3)},
     }
     if "train" in rows:
-        kept = sum(folder_bytes(run / name) for name in ("capture", "examples", "train"))
+        kept = peak_bytes(run)
         found["disk"] = {"planned": disk, "measured": kept, "ratio": round(disk / kept, 3)}
     return found
+
+
+def peak_bytes(run: Path) -> int:
+    """Return the most bytes that a finished training had on the disk.
+
+    A checkpoint is written before the oldest is deleted, and the student after the last of them.
+    """
+    kept = sum(folder_bytes(run / name) for name in ("capture", "examples", "train"))
+    sizes: dict[int, int] = {}
+    for path in (run / "train" / "checkpoints").glob("step-*"):
+        step = int(path.name[5:13])
+        sizes[step] = sizes.get(step, 0) + path.stat().st_size
+    steps = sorted(sizes)
+    was_deleted = len(steps) > 1 and steps[0] > steps[1] - steps[0]
+    student = folder_bytes(run / "train" / "student")
+    return max(kept, kept - student + sizes[steps[-1]]) if was_deleted else kept
 
 
 def measure(
