@@ -301,13 +301,16 @@ def _stage_works(
     most_captured = preflight_data.captured_bytes(context)
     share = done.get("capture", 0.0)
     begun = f", {share:.0%} of them done" if 0 < share < 1 else ""
+    training_section = context.training
+    passes = training_section.steps * training_section.batch_size / max(num_prompts, 1)
     return {
         "check": f"{len(context.models.teacher_names)} tokenizer pairs",
         "audition": _audition_work(context, num_audition),
         "capture": f"{' and '.join(captured) or 'nothing'}{begun}, at most "
         f"{most_captured / 1e9:.2f} GB, {capture.describe()}",
-        "train": f"{context.training.steps:,} steps of {context.training.batch_size} "
-        f"conversations, learning rate {context.models.learning_rate:g}, {training.describe()}",
+        "train": f"{training_section.steps:,} steps of {training_section.batch_size} "
+        f"conversations, {passes:,.1f} passes over the prompts, learning rate "
+        f"{context.models.learning_rate:g}, {training.describe()}",
         "evaluate": _evaluation_work(context, num_test),
         "lineage": "one record",
         "report": "one page",

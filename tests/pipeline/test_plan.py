@@ -108,7 +108,9 @@ def test_answers_are_counted_and_the_disk_is_enough(tmp_path: Path) -> None:
     work = {c.stage: c.work for c in told.stages}
     assert work["audition"] == "at most 48 answers by 3 teachers and the student's base"
     assert work["capture"].startswith("72 answers, at most 0.00 GB, at most ")
-    assert work["train"].startswith("8 steps of 4 conversations, learning rate 0.003, at most ")
+    assert work["train"].startswith(
+        "8 steps of 4 conversations, 0.4 passes over the prompts, learning rate 0.003, at most "
+    )
     assert work["evaluate"] == "120 answers by 5 models"
     assert [r[0] for r in told.table_rows()] == [*STAGES, "total"]
     assert told.table_rows()[-1][2].startswith("240 answers, about 0.0")
