@@ -47,11 +47,11 @@ def headline(comparisons: Sequence[SkillComparison]) -> str:
     nothing = f"no teacher answered anything right on {join_list(unscored)}" if unscored else ""
     if not retained:
         scores = [
-            f"{format_percent(c.student.value)} on {c.skill} (its base model "
+            f"{format_percent(c.student.value)} of the questions on {c.skill} (its base model in "
             f"{format_percent(c.base.value)})"
             for c in sorted(comparisons, key=lambda c: -c.student.value)[:MAX_LISTED]
         ]
-        return f"{start} answers {join_list(scores)} right; {nothing}."
+        return f"{start} is right in {join_list(scores)}; {nothing}."
     compared_score = "the best teacher's score" if num_teachers > 1 else "its teacher's score"
     shares = [f"{format_percent(share)} on {skill}" for share, skill in retained]
     (highest, first), (lowest, last) = retained[0], retained[-1]

@@ -111,8 +111,8 @@ def test_where_no_teacher_is_right_the_student_is_compared_with_its_base(run: Pa
         for c in compare_skills(files, "x")[:1]
     ]
     assert words_of(headline(ignorant)) == (
-        "One student, three teachers: the student answers 71 % on languages (its base model 33 %) "
-        "right; no teacher answered anything right on languages."
+        "One student, three teachers: the student is right in 71 % of the questions on languages "
+        "(its base model in 33 %); no teacher answered anything right on languages."
     )
     assert not any("among the best" in sentence for sentence in claims(files, ignorant))
 
