@@ -233,6 +233,10 @@ def validate(recipe: RecipePath, set_: Sets = NO_OVERRIDES, as_json: AsJson = Fa
         typer.echo(json.dumps({"name": loaded.name, "hash": loaded.hash, "licences": licences}))
         return
     typer.echo(f"{recipe}: a valid recipe, {loaded.name} {loaded.hash[:12]}")
+    typer.echo(
+        "  only the recipe was read: persea plan also reads data files and model configurations, "
+        "persea check the tokenizers and weights"
+    )
     typer.echo("\n".join(verdict_lines(verdict)))
     if verdict.outcome == "ask":
         typer.echo("  persea plan also reads GGUF files and the cards of hub models")

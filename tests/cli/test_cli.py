@@ -328,6 +328,7 @@ def test_validate_says_name_and_hash(tmp_path: Path) -> None:
     said = persea("validate", recipe(tmp_path), folder=tmp_path)
     assert said.code == 0
     assert re.search(r"tiny\.yaml: a valid recipe, tiny [0-9a-f]{12}\n", said.out)
+    assert "only the recipe was read: persea plan also reads data files" in said.out
     assert said.out.endswith("licences: ok, for commercial use; the student: tiny, any licence\n")
     value = json.loads(persea("validate", "tiny.yaml", "--json", folder=tmp_path).out)
     assert value["name"] == "tiny"
