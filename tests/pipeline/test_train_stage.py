@@ -32,6 +32,7 @@ from persea.pipeline.train_stage import format_step, group_stats, held_out_loss
 from persea.training.dataset import DistillDataset, build_dataset
 from persea.training.distributed.world import LaunchOptions, ParallelStrategy, World
 from persea.training.loss_balancing import Group, GroupStats
+from persea.training.on_policy.sampling import OwnSampler
 from tests.cli.test_cli import enter, flowed, flowed_copy, persea, recipe, warm
 
 LINE: dict[str, Any] = {
@@ -311,14 +312,14 @@ def test_a_question_whose_lesson_is_held_out_is_not_asked(
         max_length=t.max_length,
     )
     learned, held = feed.train_test_split(t.validation_share)
-    teach._load_rollouts(here, student, held)
+    teach._load_rollouts(here, student, held, OwnSampler())
     unseen, seen = set(held.prompt_ids()), set(learned.prompt_ids())
     assert len(unseen) == len(held) > 0 and unseen & set(asked) == set() == unseen & seen
     assert set(asked) >= seen and set(asked) | unseen == {
         prompt.id for prompt in here.corpus.prompts
     }
     asked.clear()
-    teach._load_rollouts(here, student, None)
+    teach._load_rollouts(here, student, None, OwnSampler())
     assert set(asked) >= unseen
 
 
