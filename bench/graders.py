@@ -483,6 +483,8 @@ def main() -> None:
             print(name, json.dumps(part, ensure_ascii=False), flush=True)
     if options.only in (None, "ifeval"):
         result["ifeval"] = compare_ifeval(python, options)
+        if options.model:
+            result.pop("model", None)  # of --only model: these are among IFEval's now
         print(json.dumps(result["ifeval"], ensure_ascii=False))
     OUT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     unknown = [n for n, kind in result["ifeval"]["differences"].items() if not kind["why"]]
