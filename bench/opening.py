@@ -46,6 +46,7 @@ corpus: [{{skill: languages, generate: 20}}]
 training: {{steps: 10, batch_size: 4}}
 audition: {{items: 20}}
 evaluation: {{items: 5}}
+capture: {{answers: given}}
 check: {{measure_likelihood: false}}
 """
 

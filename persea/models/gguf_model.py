@@ -49,6 +49,7 @@ MAX_FLOAT32_WEIGHTS = 2_000_000_000  # 8 GB; larger models are kept in bfloat16
 # Architectures whose number of tokens transformers reads from the metadata `vocab_size`.
 NAMED_VOCAB_SIZE = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
 MAX_COPIED_BYTES = 1_000_000_000
+MAX_KEPT_HEADERS = 16
 SPARE_BYTES = 200_000_000  # the tokenizer of 262,144 tokens, and some room
 
 
@@ -63,14 +64,17 @@ def gguf_digest(path: Path) -> str:
     return _digest_of(path.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
-@lru_cache(maxsize=16)
-def _header_of(path: Path, digest: str, where: str) -> GgufHeader:
-    return read_header(path, where)
+_HEADERS: dict[tuple[Path, str], GgufHeader] = {}
 
 
 def gguf_header(path: Path, where: str) -> GgufHeader:
     """Return the header of a GGUF file; it is read once a process, see `read_header`."""
-    return _header_of(path, gguf_digest(path), where)
+    key = (path, gguf_digest(path))
+    if key not in _HEADERS:
+        if len(_HEADERS) >= MAX_KEPT_HEADERS:
+            _HEADERS.pop(next(iter(_HEADERS)))
+        _HEADERS[key] = read_header(path, where)
+    return _HEADERS[key]
 
 
 def stored_dtype(header: GgufHeader) -> str:
