@@ -98,6 +98,12 @@ class GgufHeader:
         return str(self.metadata.get("general.architecture", ""))
 
     @property
+    def context_length(self) -> int:
+        """Number of positions; 0 if the metadata does not tell."""
+        stated = self.metadata.get(f"{self.architecture}.context_length")
+        return stated if isinstance(stated, int) else 0
+
+    @property
     def licence(self) -> str:
         """The licence in the file's metadata; "unknown" if it names none."""
         return str(self.metadata.get("general.license") or "unknown")

@@ -358,6 +358,9 @@ def max_positions(source: ModelSource, where: str) -> int:
         from persea.models.random_init import MAX_POSITIONS
 
         return MAX_POSITIONS
+    gguf = find_gguf(source.model, where)
+    if gguf is not None and (stated := gguf_header(gguf, where).context_length):
+        return stated  # without the weights, which its folder holds
     positions = config_value(source, "config.json", "max_position_embeddings", where)
     return positions if isinstance(positions, int) else 0
 

@@ -20,7 +20,7 @@ from gguf import GGMLQuantizationType as Q
 from tokenizers import Tokenizer, pre_tokenizers
 
 from persea.errors import DataError, MissingRequirementError, StorageError
-from persea.models import gguf_model
+from persea.models import gguf_model, loading
 from persea.models.gguf_header import GgufHeader, find_gguf, read_header
 from persea.models.gguf_tokenizer import SPLIT_RULES, build_tokenizer
 from persea.models.gguf_weights import LLAMA3_ROPE, llama3_rope_factors
@@ -34,6 +34,7 @@ from persea.models.identity import (
 )
 from persea.models.loading import (
     ModelSource,
+    config_value,
     eos_token_ids,
     load_model,
     load_renderer,
@@ -232,6 +233,14 @@ def test_a_large_file_is_not_copied(write: Write, monkeypatch: pytest.MonkeyPatc
     linked = gguf_model.model_folder(path, "w")
     assert (linked / "model.safetensors").read_bytes() == weights
     assert (linked / "config.json").read_text() == config
+
+
+def test_positions_need_no_weights(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = ModelSource(str(write()))
+    converted = config_value(source, "config.json", "max_position_embeddings", "w")
+    monkeypatch.setattr(gguf_model, "model_folder", lambda *_: pytest.fail("converted"))
+    monkeypatch.setattr(loading, "model_folder", lambda *_: pytest.fail("converted"))
+    assert loading.max_positions(source, "w") == converted > 0
 
 
 def test_nothing_beside_the_file_is_read(write: Write) -> None:
