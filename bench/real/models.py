@@ -86,6 +86,8 @@ def states(model: Any, packed: Packed) -> torch.Tensor:
     text_S, n = packed.text_S, len(packed.text_S)
     sees_SS = (text_S[:, None] == text_S[None]) & torch.ones(n, n, dtype=torch.bool).tril()
     mask = torch.zeros(1, 1, n, n, dtype=model.dtype).masked_fill(~sees_SS, -torch.inf)
+    if torch.is_autocast_enabled("cpu"):
+        mask = mask.bfloat16()
     hidden: torch.Tensor = model.model(
         input_ids=packed.ids_S[None], position_ids=packed.place_S[None], attention_mask=mask
     ).last_hidden_state[0]
@@ -95,12 +97,20 @@ def states(model: Any, packed: Packed) -> torch.Tensor:
 class Trainee:
     """A student in bfloat16 with float32 master weights and AdamW, or in float32 throughout.
 
-    The rows of the embedding from `first_new` on learn at `faster` times the learning rate.
+    With `autocast` the weights are float32 and their products bfloat16, as in persea's
+    `precision: bfloat16`. The rows of the embedding from `first_new` on learn at `faster` times the
+    learning rate.
     """
 
     def __init__(
-        self, model: Any, half: bool, first_new: int | None = None, faster: float = 1.0
+        self,
+        model: Any,
+        half: bool,
+        first_new: int | None = None,
+        faster: float = 1.0,
+        autocast: bool = False,
     ) -> None:
+        self.autocast = autocast
         self.model, self.half, self.first_new, self.faster = model, half, first_new, faster
         self.own = [p for p in model.parameters() if p.requires_grad]
         self.masters = (
@@ -125,10 +135,12 @@ class Trainee:
             fused=True,
         )
 
-    def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
-        """Return float32 logits."""
-        weight: torch.Tensor = self.model.get_input_embeddings().weight
-        return (hidden_SD @ weight.T).float()
+    def logits(self, packed: Packed) -> torch.Tensor:
+        """Return float32 logits [S, V]."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            hidden_SD = states(self.model, packed)
+            weight: torch.Tensor = self.model.get_input_embeddings().weight
+            return (hidden_SD @ weight.T).float()
 
     def step(self, loss: torch.Tensor, rate: float) -> float:
         """Take one step; return the norm of the gradient."""

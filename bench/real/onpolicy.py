@@ -210,7 +210,7 @@ def continued(begun: Begun, model: Any, on: str, steps: int, rate: float) -> dic
             )
         else:
             packed = pack([ids[k] for k in order[step]], begun.who.start, end)
-            logits_SV = trainee.logits(states(trainee.model, packed))
+            logits_SV = trainee.logits(packed)
             loss = text_loss(logits_SV, packed, order[step])
         if loss is not None:
             trainee.step(loss, rate_at(step, steps, rate))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.real.models import Packed, Trainee, bits, pack, rate_at, states
+from bench.real.models import Packed, Trainee, bits, pack, rate_at
 from bench.real.texts import ENGLISH, held_out
 
 BATCH_BYTES = 1600  # training bytes of a step: the same texts for every student and method
@@ -34,7 +34,8 @@ class Run:
         student: plain, or a longer vocabulary: 'taught 4000 ridge', 'taught 4000 means'.
         more: Kilobytes of text of each language that the teacher wrote, read beside the text.
         end: text = the end is learned from the text alone, teacher = also from the teacher.
-        arithmetic: half = bfloat16 with float32 master weights, single = float32.
+        arithmetic: half = bfloat16 with float32 master weights, single = float32, autocast =
+            float32 with products in bfloat16, as persea trains with `precision: bfloat16`.
         part: dev while settings are searched, test for tables.
         new_rows: Learning rate of the rows of new tokens, as a multiple of `rate`.
         temperature: Of the teacher's distributions; they are sampled anew.
@@ -133,14 +134,16 @@ def train(
     first_new: the first of the rows that learn `new_rows` times as fast; None = no row is new.
     """
     steps = batches(sizes, run.passes, run.seed)
-    trainee = Trainee(model, run.arithmetic == "half", first_new, run.new_rows)
+    trainee = Trainee(
+        model, run.arithmetic == "half", first_new, run.new_rows, run.arithmetic == "autocast"
+    )
     end, curve, cpu, tokens, read = who.renderer.stop_ids[0], [], 0.0, 0, 0
     losses, every = list[float](), max(1, len(steps) // points)
     torch.manual_seed(run.seed)
     for step, chosen in enumerate(steps):
         begun = time.process_time()
         packed = pack([ids[k] for k in chosen], who.start, end)
-        logits_SV = trainee.logits(states(trainee.model, packed))
+        logits_SV = trainee.logits(packed)
         loss = loss_of(logits_SV, packed, chosen)
         trainee.step(loss, rate_at(step, len(steps), run.rate))
         cpu += time.process_time() - begun

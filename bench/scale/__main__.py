@@ -39,6 +39,7 @@ class Worker:
         environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [sys.executable, str(WORKER), arm.module, arm.name, str(models)],
+            cwd=tree,  # what a build starts with `python -m` is its own
             env=environment | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -47,7 +47,9 @@ def prompts(number: int) -> list[Prompt]:
 
 
 def prepare(arm: str, models: Path, folder: Path) -> Callable[[int], Any]:
-    source = ModelSource(str(models / "smollm2"))
+    arm, _, precision = arm.partition(", in ")
+    more = {"precision": precision} if precision else {}  # no key of earlier builds
+    source = ModelSource(str(models / "smollm2"), **more)
     renderer = load_renderer(source, "smol")
     model = load_model(source, renderer, "smol")
     teacher = Teacher("smol", renderer, TransformersEngine(model, len(renderer.vocabulary), BATCH))

@@ -37,7 +37,9 @@ def documents(number: int) -> list[Prompt]:
 
 
 def prepare(arm: str, models: Path, folder: Path) -> Callable[[int], Any]:
-    source = ModelSource(str(models / "gemma3-270m"))
+    arm, _, precision = arm.partition(", in ")
+    more = {"precision": precision} if precision else {}  # no key of earlier builds
+    source = ModelSource(str(models / "gemma3-270m"), **more)
     renderer = load_renderer(source, "gemma")
     model = load_model(source, renderer, "gemma")
     teacher = Teacher("gemma", renderer, TransformersEngine(model, len(renderer.vocabulary), 8))

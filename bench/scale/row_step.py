@@ -1,6 +1,7 @@
 """One training step of SmolLM2-135M: events of Gemma 3 270M, or cross-entropy by other libraries.
 
-The same four documents of about 220 tokens for all arms, float32, AdamW, clipping. The documents
+The same four documents of about 220 tokens for all arms, AdamW, clipping; float32, or products in
+bfloat16 with float32 weights and moments. The documents
 are captured and projected by a process of its own (`python row_step.py MODELS FILE`), so that the
 memory of the teacher does not count as a step's.
 """
@@ -25,7 +26,7 @@ from persea.models.loading import ModelSource, load_model, load_renderer
 from persea.teachers.engines.transformers import TransformersEngine
 from persea.teachers.teacher import Answer, Teacher
 from persea.training.dataset import build_dataset
-from persea.training.student import load_student
+from persea.training.student import ComputeOptions, load_student
 
 LANGUAGES, LINES, BATCH, TAU = ("ind", "vie", "eng", "ind"), 4, 4, 0.02
 MAX_CHARACTERS = {"ind": 500, "vie": 420, "eng": 1000}
@@ -74,11 +75,14 @@ def make_batch(models: Path, file: Path) -> None:
 
 
 def prepare(arm: str, models: Path, folder: Path) -> Callable[[int], Any]:
+    arm, _, precision = arm.partition(", in ")
+    half = precision == "bfloat16"
     file = folder / "batch.pt"
     subprocess.run([sys.executable, __file__, str(models), str(file)], check=True)
     batch = torch.load(file, weights_only=False)
     source = ModelSource(str(models / "smollm2"))
-    student = load_student(source, load_renderer(source, "student"), None)
+    options = {"options": ComputeOptions(bf16=True)} if half else {}
+    student = load_student(source, load_renderer(source, "student"), None, **options)
     model, weights = student.model, student.trainable_parameters
     labels_BS = torch.full_like(batch.ids_BS, -100)
     labels_BS[batch.row_N, batch.position_N + 1] = batch.labels_N
@@ -91,15 +95,16 @@ def prepare(arm: str, models: Path, folder: Path) -> Callable[[int], Any]:
 
     def events() -> torch.Tensor:
         states = student.hidden_and_head(batch.ids_BS, batch.mask_BS, batch.row_N, batch.position_N)
-        return event_kl_loss_from_hidden(*states, batch.labels_N, batch.teachers, 0.7).loss
+        return event_kl_loss_from_hidden(*states, batch.labels_N, batch.targets, 0.7).loss
 
     def plain() -> torch.Tensor:
-        loss: torch.Tensor = model(**inputs, use_cache=False).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss: torch.Tensor = model(**inputs, use_cache=False).loss
         return loss
 
     backward: Callable[[], Any]
     if arm == "TRL SFT":
-        trainer = sft_trainer(model, folder)
+        trainer = sft_trainer(model, folder, half)
         backward = lambda: trainer.training_step(trainer.model, dict(inputs))  # noqa: E731
     else:
         loss = events if arm == "persea" else plain
@@ -117,7 +122,7 @@ def prepare(arm: str, models: Path, folder: Path) -> Callable[[int], Any]:
     return work
 
 
-def sft_trainer(model: Any, folder: Path) -> Any:
+def sft_trainer(model: Any, folder: Path, half: bool) -> Any:
     """Return TRL's SFTTrainer of a model; its own collator and data set are not used."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -126,7 +131,7 @@ def sft_trainer(model: Any, folder: Path) -> Any:
         output_dir=str(folder / "sft"),
         report_to=[],
         use_cpu=True,
-        bf16=False,
+        bf16=half,
         gradient_checkpointing=False,
         per_device_train_batch_size=BATCH,
         max_length=None,

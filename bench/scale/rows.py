@@ -39,6 +39,8 @@ ROWS = (
             Arm("persea", "score", has_earlier_build=True),
             Arm("hidden states, head at learned positions", "score"),
             Arm("model(...).logits", "score"),
+            Arm("persea, in bfloat16", "score"),
+            Arm("hidden states, head at learned positions, in bfloat16", "score"),
         ),
     ),
     Row(
@@ -47,15 +49,35 @@ ROWS = (
         (
             Arm("persea", "answer", has_earlier_build=True),
             Arm("model.generate", "answer"),
+            Arm("persea, in bfloat16", "answer"),
+            Arm("model.generate, in bfloat16", "answer"),
+        ),
+    ),
+    Row(
+        "targets",
+        "examples of 24 captured texts of three sentences: alignment, events, masks",
+        (
+            Arm("persea", "targets", has_earlier_build=True),
+            Arm("persea, contexts known", "targets", has_earlier_build=True),
         ),
     ),
     Row(
         "step",
-        "training step: SmolLM2-135M-Instruct, 4 documents of about 220 tokens, float32",
+        "training step: SmolLM2-135M-Instruct, 4 documents of about 220 tokens",
         (
             Arm("persea", "step", has_earlier_build=True),
             Arm("transformers, cross-entropy", "step"),
             Arm("TRL SFT", "step"),
+        ),
+    ),
+    Row(
+        "step in bfloat16",
+        "the same step with products in bfloat16, weights and moments in float32",
+        (
+            Arm("persea, in bfloat16", "step"),
+            Arm("transformers, cross-entropy, in bfloat16", "step"),
+            Arm("TRL SFT, in bfloat16", "step"),
+            Arm("persea", "step"),
         ),
     ),
 )

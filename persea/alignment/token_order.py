@@ -10,7 +10,7 @@ teachers.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -36,6 +36,13 @@ UNRESTRICTED_CONTEXT = -1
 MID_CHARACTER = "inside"  # signature of a boundary inside a character, where no word ends
 # Contexts whose impossible tokens are cached: about 25 kB each with real vocabularies.
 MAX_CACHED_CONTEXTS = 4096
+MAX_CACHED_BITS = 4096  # 33 kB each with 262,144 tokens
+# Fewer tokens are asked one by one: a microsecond or two each, where all at once take 300 for a new
+# state and 20 for a known one.
+MIN_VECTOR_TOKENS = 32
+# A state of which fewer tokens were asked has no bits: making them takes as long as asking about
+# some hundred tokens one by one.
+MIN_ASKED_TOKENS = 150
 MAX_CACHED_TOKEN_ORDERS = 8
 
 
@@ -56,7 +63,9 @@ class TokenOrder:
     _covering_cache: dict[bytes, tuple[npt.NDArray[np.int64], tuple[int, ...]]] = field(
         default_factory=dict
     )
-    _search_order_cache: dict[bytes, tuple[int, ...]] = field(default_factory=dict)
+    _search_order_cache: dict[bytes, tuple[tuple[int, ...], npt.NDArray[np.int64]]] = field(
+        default_factory=dict
+    )
     _impossible_cache: dict[int, npt.NDArray[np.int64]] = field(default_factory=dict)
     _context_ids: dict[tuple[int, str], int] = field(default_factory=dict)
     _context_keys: list[tuple[int, str]] = field(default_factory=list)
@@ -64,7 +73,10 @@ class TokenOrder:
     # between them; -1 = not computed yet
     _may_cut_cache: dict[str, npt.NDArray[np.int8]] = field(default_factory=dict)
     _ending_signatures: dict[int, tuple[str, ...]] = field(default_factory=dict)
-    _can_cut_cache: dict[tuple[tuple[str, ...], int], bool] = field(default_factory=dict)
+    _can_cut_cache: dict[tuple[str, ...], npt.NDArray[np.int8]] = field(default_factory=dict)
+    _times_asked: dict[int, int] = field(default_factory=dict)
+    # state -> a bit a token: whether no merge lets it follow
+    _impossible_bits: dict[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
     _can_cut_ahead_cache: dict[tuple[int, bytes], bool] = field(default_factory=dict)
 
     @cached_property
@@ -272,6 +284,57 @@ class TokenOrder:
             self._impossible_cache[context] = self._find_impossible_next_tokens(context)
         return self._impossible_cache[context]
 
+    def cannot_follow(self, context: int, tokens: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
+        """Return which tokens are in `impossible_next_tokens(context)`.
+
+        It asks about these tokens alone. A split pattern has thousands of answers for a context,
+        of which a distribution needs a few.
+
+        Args:
+            context: The context.
+            tokens: Token ids, of any shape.
+        """
+        state, word = self._context_keys[context]
+        impossible = self._has_no_derivation(state, tokens)
+        if self.added_token_bytes:
+            if (
+                self.vocabulary.bytes_W[self.derivations.last_token(state)]
+                in self.added_token_bytes
+            ):
+                return np.zeros(tokens.shape, np.bool_)
+            impossible &= ~self._may_begin_added_token[tokens]
+        if word == MID_CHARACTER or self.pretokenizer.never_splits or not impossible.any():
+            return impossible
+        head_W, heads = self._token_heads
+        cut_H = self._may_cut_cache.setdefault(word, np.full(len(heads), -1, np.int8))
+        head_D = head_W[tokens[impossible]]
+        for h in set(head_D[cut_H[head_D] < 0].tolist()):
+            cut_H[h] = self.pretokenizer.can_split(word, heads[h])
+        impossible[impossible] = cut_H[head_D] == 0
+        return impossible
+
+    def _has_no_derivation(
+        self, state: int, tokens: npt.NDArray[np.integer]
+    ) -> npt.NDArray[np.bool_]:
+        """Return which tokens never follow in a state within one word.
+
+        Few tokens are asked one by one. A state that is asked often keeps a bit for each token of
+        the vocabulary.
+        """
+        packed = self._impossible_bits.get(state)
+        if packed is None:
+            asked = self._times_asked[state] = self._times_asked.get(state, 0) + tokens.size
+            if asked < MIN_ASKED_TOKENS:
+                is_impossible = self.derivations.is_impossible_pair
+                found = [is_impossible(state, u) for u in tokens.ravel().tolist()]
+                return np.array(found, np.bool_).reshape(tokens.shape)
+            if len(self._impossible_bits) >= MAX_CACHED_BITS:
+                self._impossible_bits.clear()
+            impossible_V = np.zeros(len(self.vocabulary), np.bool_)
+            impossible_V[self.derivations.impossible_next_tokens(state)] = True
+            packed = self._impossible_bits[state] = np.packbits(impossible_V)
+        return ((packed[tokens >> 3] << (tokens & 7)) & 0x80) != 0
+
     def _find_impossible_next_tokens(self, context: int) -> npt.NDArray[np.int64]:
         state, word = self._context_keys[context]
         token = self.derivations.last_token(state)
@@ -328,9 +391,17 @@ class TokenOrder:
         Tokens of exactly these bytes come first, then shorter ones, then longer ones. Each step of
         a search calls this with the same few bytes, so it is cached.
         """
+        return self._search_order(raw)[0]
+
+    def tokens_in_search_order_as_array(self, raw: bytes) -> npt.NDArray[np.int64]:
+        """Return `tokens_in_search_order` as int64."""
+        return self._search_order(raw)[1]
+
+    def _search_order(self, raw: bytes) -> tuple[tuple[int, ...], npt.NDArray[np.int64]]:
         if raw not in self._search_order_cache:
             (covering, starts), exact = self.covering_tokens(raw), self.tokens_by_bytes.get(raw, ())
-            self._search_order_cache[raw] = (*exact, *starts, *covering[len(exact) :].tolist())
+            tokens = (*exact, *starts, *covering[len(exact) :].tolist())
+            self._search_order_cache[raw] = tokens, np.array(tokens, np.int64)
         return self._search_order_cache[raw]
 
     def can_follow(self, state: int, next_token: int, ahead: bytes = b"") -> bool:
@@ -352,9 +423,7 @@ class TokenOrder:
             return True
         if self.pretokenizer.never_splits or next_raw[0] & 0xC0 == 0x80:
             return False
-        if token not in self._ending_signatures:
-            self._ending_signatures[token] = self._signatures_ending_with(raw)
-        endings = self._ending_signatures[token]
+        endings = self._endings_of(token)
         if self.is_open_space(next_token, ahead):
             if (token, ahead) not in self._can_cut_ahead_cache:
                 signatures = self.pretokenizer.leading_signatures(ahead)
@@ -363,13 +432,82 @@ class TokenOrder:
                 )
             return self._can_cut_ahead_cache[token, ahead]
         head_W, heads = self._token_heads
+        head = int(head_W[next_token])
         # called millions of times with some thousand different keys
-        key = endings, int(head_W[next_token])
-        if key not in self._can_cut_cache:
-            self._can_cut_cache[key] = any(
-                self.pretokenizer.can_split(ending, heads[key[1]]) for ending in endings
-            )
-        return self._can_cut_cache[key]
+        cut_H = self._can_cut_by_head(endings)
+        if cut_H[head] < 0:
+            cut_H[head] = any(self.pretokenizer.can_split(e, heads[head]) for e in endings)
+        return bool(cut_H[head])
+
+    def following_tokens(self, state: int, rest: bytes) -> Iterator[tuple[int, int]]:
+        """Yield the tokens of `tokens_in_search_order` that may follow in a state.
+
+        Args:
+            state: The state.
+            rest: Bytes that the text after the state begins with.
+
+        Yields:
+            The token, and how many tokens stand before it in that order.
+        """
+        tokens, tokens_T = self._search_order(rest)
+        single = len(tokens)
+        # the states of BPE are tokens, and recur
+        if single >= MIN_VECTOR_TOKENS and isinstance(self.derivations, BpeDerivations):
+            # only tokens shorter than the rest can be open spaces
+            single -= len(self.covering_tokens(rest)[0]) - len(self.tokens_by_bytes.get(rest, ()))
+        for place, token in enumerate(tokens[:single]):
+            if self.can_follow(state, token, rest):
+                yield token, place
+        if single < len(tokens):
+            for place in np.flatnonzero(self._can_follow_each(state, tokens_T[single:])).tolist():
+                yield tokens[single + place], single + place
+
+    def _can_follow_each(
+        self, state: int, next_tokens: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.bool_]:
+        """Return `can_follow` of tokens that are no open space, under BPE, for all at once."""
+        possible = ~self._has_no_derivation(state, next_tokens)
+        doubtful = np.flatnonzero(~possible)
+        if not len(doubtful):
+            return possible
+        token, tokens = self.derivations.last_token(state), next_tokens[doubtful]
+        raw = self.vocabulary.bytes_W[token] or b""
+        if self.added_token_bytes:
+            if raw in self.added_token_bytes:
+                return np.ones(len(next_tokens), np.bool_)
+            possible[doubtful] = self._may_begin_added_token[tokens]
+        if self.pretokenizer.never_splits:
+            return possible
+        endings, (head_W, heads) = self._endings_of(token), self._token_heads
+        cut_H, head_D = self._can_cut_by_head(endings), head_W[tokens]
+        for h in np.unique(head_D[cut_H[head_D] < 0]).tolist():
+            cut_H[h] = any(self.pretokenizer.can_split(e, heads[h]) for e in endings)
+        possible[doubtful] |= (cut_H[head_D] == 1) & ~self._begins_inside_character[tokens]
+        return possible
+
+    @cached_property
+    def _begins_inside_character(self) -> npt.NDArray[np.bool_]:
+        """Whether each token's first byte continues a character of UTF-8."""
+        return np.array(
+            [bool(raw) and raw[0] & 0xC0 == 0x80 for raw in self.vocabulary.bytes_W], np.bool_
+        )
+
+    def _can_cut_by_head(self, endings: tuple[str, ...]) -> npt.NDArray[np.int8]:
+        """Return, by number of leading signatures, whether a word can end before; -1 = not asked.
+
+        Args:
+            endings: The signatures of words that end here.
+        """
+        if endings not in self._can_cut_cache:
+            self._can_cut_cache[endings] = np.full(len(self._token_heads[1]), -1, np.int8)
+        return self._can_cut_cache[endings]
+
+    def _endings_of(self, token: int) -> tuple[str, ...]:
+        """Return the signatures of words that end with a token; () inside a character."""
+        if token not in self._ending_signatures:
+            raw = self.vocabulary.bytes_W[token] or b""
+            self._ending_signatures[token] = self._signatures_ending_with(raw)
+        return self._ending_signatures[token]
 
     def is_open_space(self, token: int, ahead: bytes) -> bool:
         """Return whether a token is white space alone and the text is known to go on after it.

@@ -398,6 +398,11 @@ class TeacherSection(ModelRef):
         description="load its weights in fewer bits, on a GPU (8bit, 4bit: bitsandbytes; mxfp4: "
         "gpt-oss as it is published)",
     )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="type of its weights and matrix products: auto = float32 on a CPU, as the "
+        "weights are stored on a GPU",
+    )
     offload: bool = Field(
         default=False,
         description="keep the layers that do not fit on the GPU in main memory; slow, and without "
@@ -429,14 +434,22 @@ class TeacherSection(ModelRef):
     def _check_placement(self) -> Self:
         is_random = self.model == "random"
         remote = self.endpoint is not None or self.engine != "local"
-        placed = self.quantize != "none" or self.offload
+        placed = [
+            key
+            for key, is_set in (
+                ("quantize", self.quantize != "none"),
+                ("precision", self.precision != "auto"),
+                ("offload", self.offload),
+            )
+            if is_set
+        ]
         return check_contradictions(
             self,
             (
-                remote and placed,
-                ("quantize" if self.quantize != "none" else "offload",),
+                remote and bool(placed),
+                tuple(placed[:1]),
                 "given, but persea does not load these weights",
-                "set it where the server is started",
+                "set it where the server is started, or in `engine_options:`",
             ),
             (
                 bool(self.engine_options) and self.engine == "local",
@@ -451,6 +464,18 @@ class TeacherSection(ModelRef):
                 ("quantize",),
                 "given, but these are random weights",
                 "delete `quantize:`",
+            ),
+            (
+                self.quantize != "none" and self.precision != "auto",
+                ("precision",),
+                f"given, but `quantize: {self.quantize}` decides the type",
+                "delete one of the two",
+            ),
+            (
+                is_random and self.precision != "auto",
+                ("precision",),
+                "given, but these are random weights",
+                "delete `precision:`",
             ),
             (
                 is_random and self.offload,

@@ -62,7 +62,7 @@ class SizeClass:
 
 
 SIZE_CLASSES: tuple[SizeClass, ...] = (
-    SizeClass(1_000_000_000, 32, 8, 3, 0.05, "float32", False, "full"),
+    SizeClass(1_000_000_000, 32, 8, 3, 0.05, "auto", False, "full"),
     SizeClass(LORA_FROM, 64, 8, 3, 0.05, "bfloat16", True, "full"),
     SizeClass(None, 64, 4, 3, 0.05, "bfloat16", True, "lora"),
 )

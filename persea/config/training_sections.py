@@ -216,9 +216,10 @@ class TrainingSection(RecipeSection):
         description="weighted sum of losses instead of `objective` and `event_weight`, such as "
         "[{name: event_kl, weight: 0.7}, {name: cross_entropy, weight: 0.3}]",
     )
-    precision: Literal["float32", "bfloat16"] = Field(
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="float32",
-        description="of matrix products; weights and optimiser moments are float32 in both",
+        description="of matrix products; weights and optimiser moments are float32 in both; auto "
+        "= bfloat16 where the processor or GPU has instructions for it, else float32",
         json_schema_extra=BY_SIZE,
     )
     gradient_checkpointing: bool = Field(

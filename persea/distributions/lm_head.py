@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from persea.distributions.blocks import BlockedLogits, block_logits
+from persea.distributions.blocks import BlockedLogits, LogitBuffer, block_logits
 from persea.distributions.matmul import project_strip
 
 
@@ -46,11 +46,17 @@ class LMHead:
             else logits_NV
         )
 
-    def blocked_logits(self, hidden_ND: torch.Tensor) -> BlockedLogits:
+    def blocked_logits(
+        self, hidden_ND: torch.Tensor, buffer: LogitBuffer | None = None
+    ) -> BlockedLogits:
         """Return all logits of some positions and the sums of their blocks; not differentiable.
 
         The weight is multiplied strip by strip, so that each strip of logits is scaled and summed
         while the cache holds it. Half-precision weights on a GPU give float32 logits.
+
+        Args:
+            hidden_ND: Hidden states.
+            buffer: Memory for the logits, which the next call with it overwrites; None = new.
         """
         weight_VD = self.weight_VD.detach()
 
@@ -63,4 +69,4 @@ class LMHead:
             if self.logit_softcap:
                 out_NS.div_(self.logit_softcap).tanh_().mul_(self.logit_softcap)
 
-        return block_logits(len(hidden_ND), self.vocab_size, write_strip, hidden_ND.device)
+        return block_logits(len(hidden_ND), self.vocab_size, write_strip, hidden_ND.device, buffer)

@@ -9,7 +9,7 @@ where one of them differs.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib import metadata
@@ -93,14 +93,14 @@ def converted_bytes(header: GgufHeader) -> int:
     return header.num_weights * (4 if stored_dtype(header) == "float32" else 2)
 
 
-def gguf_fingerprint(path: Path, quantize: str) -> str:
-    """Return a sha256 that changes when the file, its conversion or its quantisation changes.
+def gguf_fingerprint(path: Path, options: Sequence[str]) -> str:
+    """Return a sha256 that changes when the file, its conversion or its loading changes.
 
     Args:
         path: The file.
-        quantize: The recipe's `quantize`, for the dequantised weights; "none" = as converted.
+        options: The recipe's `quantize` and `precision` for the dequantised weights, where set.
     """
-    return digest_json(["gguf", FORMAT, gguf_digest(path), quantize])
+    return digest_json(["gguf", FORMAT, gguf_digest(path), *(options or ["none"])])
 
 
 def describe_gguf(path: Path, where: str) -> dict[str, Any]:

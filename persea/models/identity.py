@@ -37,13 +37,18 @@ RUNNING_STATE_TYPES = frozenset(
 )
 
 
+def loading_options(source: ModelSource) -> list[str]:
+    """Return quantisation and precision of a model, where they are not the usual ones."""
+    return [value for value in (source.quantize, source.precision) if value not in ("none", "auto")]
+
+
 def fingerprint(source: ModelSource, where: str) -> str:
     """Return a sha256 that changes when the model changes; the weights are checked on the way.
 
     A local folder is identified by the names and contents of its configs, its templates and the
     weights that are read (`find_weight_files`); a
     GGUF file by its content; a hub model by its id and commit; a random model by its tokenizer and
-    sizes. The quantisation counts in each case.
+    sizes. Quantisation and precision count in each case.
 
     Args:
         source: The model.
@@ -54,9 +59,8 @@ def fingerprint(source: ModelSource, where: str) -> str:
     """
     gguf = None if source.is_random else find_gguf(source.model, where)
     if gguf is not None:
-        return gguf_fingerprint(gguf, source.quantize)
+        return gguf_fingerprint(gguf, loading_options(source))
     folder = None if source.is_random else local_folder(source.model, where)
-    quantization = [] if source.quantize == "none" else [source.quantize]
     if folder is None:
         identity = [
             source.model,
@@ -65,10 +69,10 @@ def fingerprint(source: ModelSource, where: str) -> str:
             else hub.resolve_commit(source.model, source.revision),
             source.tokenizer,
             source.sizes,
-            *quantization,
+            *loading_options(source),
         ]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    digest = hashlib.sha256("".join(quantization).encode())
+    digest = hashlib.sha256("".join(loading_options(source)).encode())
     for path in _fingerprinted_files(folder, where):
         digest.update(path.name.encode())
         if path.suffix == SUFFIX:

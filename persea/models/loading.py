@@ -69,6 +69,8 @@ class ModelSource:
         chat_template: A file with a chat template, instead of the model's own; "" = its own.
         attn_implementation: Attention of transformers, such as "flash_attention_2"; "" = its
             choice.
+        precision: Type of weights and matrix products, "float32" or "bfloat16"; "auto" = float32
+            on a CPU, else as stored.
     """
 
     model: str
@@ -81,6 +83,7 @@ class ModelSource:
     offload: bool = False
     chat_template: str = ""
     attn_implementation: str = ""
+    precision: str = "auto"
 
     @property
     def is_random(self) -> bool:
@@ -377,9 +380,9 @@ def num_logits_in_config(source: ModelSource, where: str) -> int:
 
 
 def load_model(source: ModelSource, renderer: ChatRenderer, where: str) -> PreTrainedModel:
-    """Load a causal language model in evaluation mode: float32 on a CPU, else the stored dtype.
+    """Load a causal language model in evaluation mode, with weights of `source.precision`.
 
-    120 billion weights in float32 fit on no GPU.
+    "auto" is the stored type on a GPU: 120 billion weights in float32 fit on none.
 
     Raises:
         DataError: The model cannot be read, or has fewer logits than its tokenizer has tokens.
@@ -388,7 +391,9 @@ def load_model(source: ModelSource, renderer: ChatRenderer, where: str) -> PreTr
     import torch
 
     placement = placement_kwargs(source.quantize, source.offload, where)
-    device = compute_device()
+    device, precision = compute_device(), source.precision
+    if precision == "auto" and device.type == "cpu":
+        precision = "float32"
     attention = (
         {"attn_implementation": source.attn_implementation} if source.attn_implementation else {}
     )
@@ -399,7 +404,7 @@ def load_model(source: ModelSource, renderer: ChatRenderer, where: str) -> PreTr
         model, _ = read_weights(
             source,
             where,
-            dtype=torch.float32 if device.type == "cpu" else "auto",
+            dtype="auto" if precision == "auto" else getattr(torch, precision),
             **placement,
             **attention,
         )

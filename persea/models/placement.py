@@ -47,6 +47,27 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def uses_bfloat16(precision: str, device: torch.device) -> bool:
+    """Return whether a training multiplies in bfloat16.
+
+    Args:
+        precision: "bfloat16", "float32", or "auto" = bfloat16 where the device has instructions
+            for it. (oneDNN multiplies in bfloat16 on any processor with AVX-512, and is slower
+            than in float32 without such instructions.)
+        device: Where the training runs.
+    """
+    import torch
+
+    if precision != "auto":
+        return precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False  # not measured
+    found = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 does not tell
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
+
+
 def placement_kwargs(quantize: str, offload: bool, where: str) -> dict[str, Any]:
     """Return the arguments of `from_pretrained` for quantisation and offloading; {} for neither.
 

@@ -77,7 +77,7 @@ def model_source(ref: ModelRef) -> ModelSource:
         attn_implementation=ref.attn_implementation,
     )
     if isinstance(ref, TeacherSection):
-        return replace(source, quantize=ref.quantize, offload=ref.offload)
+        return replace(source, **ref.model_dump(include={"quantize", "precision", "offload"}))
     return source
 
 
@@ -407,6 +407,7 @@ class ModelRefs:
 
     def load_student(self) -> StudentModel:
         """Load the student with the recipe's adapters, ready to be trained."""
+        from persea.models.placement import compute_device, uses_bfloat16
         from persea.training.student import ComputeOptions, LoraSettings, load_student
 
         ref, training = self.recipe.student, self.recipe.training
@@ -414,18 +415,13 @@ class ModelRefs:
         if ref.lora:
             source = replace(source, quantize=ref.lora.quantize)
             lora = LoraSettings(**ref.lora.model_dump(exclude={"quantize"}))
-        return load_student(
-            source,
-            self.student_renderer,
-            lora,
-            self.recipe.seed,
-            ComputeOptions(
-                training.precision == "bfloat16",
-                training.gradient_checkpointing,
-                training.packing,
-                training.torch_compile,
-            ),
+        options = ComputeOptions(
+            uses_bfloat16(training.precision, compute_device()),
+            training.gradient_checkpointing,
+            training.packing,
+            training.torch_compile,
         )
+        return load_student(source, self.student_renderer, lora, self.recipe.seed, options)
 
     # --- for evaluation and lineage ---
 

@@ -140,6 +140,8 @@ def _training_inputs(context: RunContext) -> dict[str, Any]:
     section = context.training.model_dump(
         mode="json", exclude={**left_out, "on_policy": TRIPWIRE_KEYS}
     )
+    if section["precision"] == "auto":  # rounding, as on another processor
+        section["precision"] = "float32"
     if section["on_policy"] and section["on_policy"]["rollouts_per_unit"] is None:
         del section["on_policy"]["rollouts_per_unit"]  # records from before the key stay
     return {RECORDED_NAMES.get(key, key): value for key, value in section.items()}

@@ -436,6 +436,10 @@ def test_masks_of_some_candidates_and_of_all_agree(
                 )
                 assert all(own.bytes_W[i] is not None for i in impossible.tolist())
                 dropped += len(impossible)
+                for some in (everything[::3], everything[::2]):  # the second has kept answers
+                    assert np.array_equal(
+                        mask.impossible_tokens(context, some), np.intersect1d(some, impossible)
+                    )
     assert dropped > 100
 
 

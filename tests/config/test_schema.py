@@ -142,6 +142,15 @@ def test_weights_that_persea_does_not_load_are_not_quantised() -> None:
         },
         {"model": "a/b", "engine": "vllm", "quantize": "8bit"},
         {"model": "a/b", "engine": "vllm", "offload": True},
+        {"model": "a/b", "engine": "vllm", "precision": "bfloat16"},
+        {"model": "a/b", "quantize": "4bit", "precision": "bfloat16"},
+        {
+            "model": "random",
+            "name": "t",
+            "tokenizer": "./t",
+            "sizes": RandomModelSection(),
+            "precision": "float32",
+        },
     ):
         with pytest.raises(ValidationError) as caught:
             TeacherSection(**more)

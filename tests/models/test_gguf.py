@@ -615,5 +615,6 @@ def test_a_fingerprint_is_that_of_the_content(write: Write) -> None:
     source = ModelSource(str(path))
     first = fingerprint(source, "w")
     assert fingerprint(ModelSource(str(path), quantize="8bit"), "w") != first
+    assert fingerprint(ModelSource(str(path), precision="bfloat16"), "w") != first
     write(more={"general.name": "another"})
     assert fingerprint(source, "w") != first

@@ -14,7 +14,7 @@ from persea.errors import MissingRequirementError
 from persea.models import placement as placements
 from persea.models.identity import fingerprint
 from persea.models.loading import ModelSource, load_model
-from persea.models.placement import has_fast_bfloat16, placement_kwargs
+from persea.models.placement import has_fast_bfloat16, placement_kwargs, uses_bfloat16
 from tests.teachers.engines.test_transformers import SAPLINGS, opened
 
 SAPLING = ModelSource(str(SAPLINGS / "gpt-oss-sapling"))
@@ -93,6 +93,34 @@ def test_a_teacher_in_fewer_bits_is_another_teacher() -> None:
         len({fingerprint(replace(SAPLING, quantize=q), "t") for q in ("none", "8bit", "4bit")}) == 3
     )
     assert fingerprint(SAPLING, "t") == fingerprint(replace(SAPLING, offload=True), "t")
+
+
+def test_a_teacher_in_bfloat16_is_another_teacher_and_nearly_the_same_model() -> None:
+    half = replace(SAPLING, precision="bfloat16")
+    assert fingerprint(half, "t") != fingerprint(SAPLING, "t")
+    renderer = opened("gpt-oss-sapling")[0]
+    models = [load_model(source, renderer, "t") for source in (SAPLING, half)]
+    assert [m.dtype for m in models] == [torch.float32, torch.bfloat16]
+    ids_BS = torch.tensor([renderer.vocabulary.encode("The sky is blue.")])
+    with torch.no_grad():
+        exact, rounded = (m(input_ids=ids_BS).logits.float().log_softmax(-1) for m in models)
+    assert 0 < float((exact.exp() * (exact - rounded)).sum(-1).mean()) < 0.05  # nats
+
+
+def test_auto_is_bfloat16_only_with_instructions_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert uses_bfloat16("bfloat16", cpu) and not uses_bfloat16("float32", gpu)
+    for name, expected in (("avx512_bf16", True), ("arm_bf16", True), ("avx512_f", False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {name: True})
+        assert uses_bfloat16("auto", cpu) is expected
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert not uses_bfloat16("auto", cpu)
+    for supported in (True, False):
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation, s=supported: s
+        )
+        assert uses_bfloat16("auto", gpu) is supported
+    assert not uses_bfloat16("auto", torch.device("mps"))
 
 
 def test_a_processor_without_instructions_for_bfloat16_is_known() -> None:

@@ -65,6 +65,8 @@ def test_every_stage_has_inputs_of_its_own_name() -> None:
     [
         (river({"report_to": "wandb", "log_every": 7, "checkpoint_every": 9}), True),
         (river({"store_examples": False}), True),
+        (river({"precision": "auto"}), True),  # as another processor rounds otherwise
+        (river({"precision": "bfloat16"}), False),
         (river({"steps": 7}), False),
         (river({"eval_steps": 5}), False),
         (river(verify=True), False),
