@@ -71,6 +71,15 @@ ROWS = (
         ),
     ),
     Row(
+        "gold",
+        "that step with Gemma 3 270M as the teacher: a step's share of the first epoch",
+        (
+            Arm("persea, first epoch", "gold"),
+            Arm("persea, later epochs", "gold"),
+            Arm("TRL's GOLD loss, teacher in the loop", "gold"),
+        ),
+    ),
+    Row(
         "step in bfloat16",
         "the same step with products in bfloat16, weights and moments in float32",
         (
