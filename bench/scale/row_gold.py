@@ -1,9 +1,9 @@
 """The first epoch of a cross-tokenizer step: persea's capture and step, or TRL's GOLD loss.
 
 Gemma 3 270M teaches SmolLM2-135M the four documents of row_step. persea captures them, makes the
-examples and takes a step; another epoch is the step alone. The other arm runs both models in each
+examples and takes a step; another epoch is the step alone (row_step). The other arm runs both models in each
 step, as TRL's GOLD trainer does, and TRL's own loss on both models' logits; the trainer itself
-refuses this pair of tokenizers. float32, AdamW, clipping.
+refuses this pair of tokenizers. AdamW, clipping; float32, or all products in bfloat16.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from persea.models.loading import ModelSource, load_model, load_renderer
 from persea.teachers.engines.transformers import TransformersEngine
 from persea.teachers.teacher import Teacher
 from persea.training.dataset import build_dataset
-from persea.training.student import load_student
+from persea.training.student import ComputeOptions, load_student
 
 
 class Strings:
@@ -42,12 +42,17 @@ class Strings:
 
 
 def prepare(arm: str, models: Path, folder: Path) -> Callable[[int], Any]:
-    sources = [ModelSource(str(models / name)) for name in ("gemma3-270m", "smollm2")]
+    arm, _, precision = arm.partition(", in ")
+    half = precision == "bfloat16"
+    sources = [
+        ModelSource(str(models / "gemma3-270m"), precision=precision or "auto"),
+        ModelSource(str(models / "smollm2")),
+    ]
     of_teacher, of_student = (load_renderer(one, one.model) for one in sources)
     teacher_model = load_model(sources[0], of_teacher, "gemma")
-    student = load_student(sources[1], of_student, None)
+    student = load_student(sources[1], of_student, None, options=ComputeOptions(bf16=half))
     weights = student.trainable_parameters
-    optimizer = torch.optim.AdamW(weights, lr=RATE)
+    optimizer = torch.optim.AdamW(weights, lr=RATE, fused=True)
     talks = [Conversation.from_document(text) for text in documents()]
     engine = TransformersEngine(teacher_model, len(of_teacher.vocabulary), BATCH)
     teacher = Teacher("gemma", of_teacher, engine)
@@ -68,10 +73,8 @@ def prepare(arm: str, models: Path, folder: Path) -> Callable[[int], Any]:
         )
         return feed.batch(0)
 
-    kept = captured(-1)
-
     def persea(number: int) -> torch.Tensor:
-        batch = captured(number) if arm == "persea, first epoch" else kept
+        batch = captured(number)
         states = student.hidden_and_head(batch.ids_BS, batch.mask_BS, batch.row_N, batch.position_N)
         return event_kl_loss_from_hidden(*states, batch.labels_N, batch.targets, 0.7).loss
 
@@ -83,7 +86,8 @@ def prepare(arm: str, models: Path, folder: Path) -> Callable[[int], Any]:
         learned_T = torch.from_numpy(tokens.loss_mask_T)
         size_T = torch.from_numpy(renderer.vocabulary.lengths_W[tokens.ids_T]).long()
         end_T = size_T.cumsum(0)
-        logits_TV = model(input_ids=ids_T[None], use_cache=False).logits[0]
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            logits_TV = model(input_ids=ids_T[None], use_cache=False).logits[0].float()
         return baselines.Sequence(logits_TV, ids_T, learned_T, end_T - size_T, end_T)
 
     def trl(number: int) -> torch.Tensor:

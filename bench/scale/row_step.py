@@ -20,6 +20,8 @@ import torch
 from persea.alignment.event_map import load_event_map
 from persea.cache.unit import CachedAnswer
 from persea.chat.messages import Conversation, FinishReason
+from persea.config.schema import TrainingSection
+from persea.config.size_defaults import unset_size_keys
 from persea.distributions import sample_distributions
 from persea.losses import event_kl_loss_from_hidden
 from persea.models.loading import ModelSource, load_model, load_renderer
@@ -31,6 +33,8 @@ from persea.training.student import ComputeOptions, load_student
 LANGUAGES, LINES, BATCH, TAU = ("ind", "vie", "eng", "ind"), 4, 4, 0.02
 MAX_CHARACTERS = {"ind": 500, "vie": 420, "eng": 1000}
 RATE = 1e-5
+# the default of a student of this size in this build, of transformers and TRL; not of earlier ones
+FUSED = "optim" in unset_size_keys(TrainingSection())
 
 
 def documents() -> list[str]:
@@ -110,7 +114,7 @@ def prepare(arm: str, models: Path, folder: Path) -> Callable[[int], Any]:
         loss = events if arm == "persea" else plain
         backward = lambda: loss().backward()  # noqa: E731
     model.train()
-    optimizer = torch.optim.AdamW(weights, lr=RATE)
+    optimizer = torch.optim.AdamW(weights, lr=RATE, fused=FUSED)
 
     def work(number: int) -> dict[str, float]:
         backward()

@@ -74,8 +74,9 @@ ROWS = (
         "gold",
         "that step with Gemma 3 270M as the teacher: a step's share of the first epoch",
         (
+            Arm("persea, first epoch, in bfloat16", "gold"),
             Arm("persea, first epoch", "gold"),
-            Arm("persea, later epochs", "gold"),
+            Arm("TRL's GOLD loss, teacher in the loop, in bfloat16", "gold"),
             Arm("TRL's GOLD loss, teacher in the loop", "gold"),
         ),
     ),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from persea.chat.messages import ThinkingEffort
+from persea.config.optimization import OptimizerName
 from persea.config.section import BY_SIZE, RecipeSection
 
 if TYPE_CHECKING:
@@ -190,6 +191,7 @@ def _training_defaults(
         "batch_size": batch,
         "gradient_accumulation_steps": parts,
         "precision": found.precision,
+        "optim": OptimizerName.ADAMW_FUSED,
         "gradient_checkpointing": found.gradient_checkpointing,
         "max_length": min(length, max_positions) if max_positions else length,
     }
@@ -299,6 +301,7 @@ def defaults_markdown() -> str:
             f"{train.steps:,} steps",
             f"{train.warmup_steps} steps",
             train.precision,
+            train.optim.value,
             "no",
             "full",
         )
@@ -312,12 +315,13 @@ def defaults_markdown() -> str:
                 f"{c.num_train_epochs:g} epochs",
                 f"{c.warmup_ratio:.0%}",
                 c.precision,
+                OptimizerName.ADAMW_FUSED.value,
                 "yes" if c.gradient_checkpointing else "no",
                 c.adapt,
             )
         )
     head: tuple[str, ...] = ("weights", "batch_size", "at once", "steps", "warm-up", "precision")
-    head += ("gradient_checkpointing", "adapt")
+    head += ("optim", "gradient_checkpointing", "adapt")
     tokens = [
         *((skill, str(n)) for skill, n in TOKENS_BY_SKILL.items()),
         ("any other", str(TOKENS_OF_OTHER_SKILLS)),

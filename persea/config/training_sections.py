@@ -237,6 +237,7 @@ class TrainingSection(RecipeSection):
         default=OptimizerName.ADAMW,
         description="optimiser: adamw_torch, adamw_torch_fused, adamw_8bit (needs bitsandbytes and "
         "a GPU), or muon (matrices of the layers; AdamW steps the other weights)",
+        json_schema_extra=BY_SIZE,
     )
     weight_decay: float = Field(default=0.01, ge=0, le=1, description="the optimiser's decay")
     weight_decay_on: WeightDecayOn = Field(

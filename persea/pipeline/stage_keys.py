@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from persea.config.optimization import OptimizerName
 from persea.pipeline.licence_gate import licence_verdict
 from persea.pipeline.lineage_stage import earlier_stage_keys
 from persea.pipeline.lm_eval_stage import given_results_digests
@@ -140,8 +141,11 @@ def _training_inputs(context: RunContext) -> dict[str, Any]:
     section = context.training.model_dump(
         mode="json", exclude={**left_out, "on_policy": TRIPWIRE_KEYS}
     )
-    if section["precision"] == "auto":  # rounding, as on another processor
+    # these two differ from what they are recorded as by rounding, as on another processor
+    if section["precision"] == "auto":
         section["precision"] = "float32"
+    if "training.optim" in context.size_defaults:
+        section["optim"] = OptimizerName.ADAMW.value
     if section["on_policy"] and section["on_policy"]["rollouts_per_unit"] is None:
         del section["on_policy"]["rollouts_per_unit"]  # records from before the key stay
     return {RECORDED_NAMES.get(key, key): value for key, value in section.items()}

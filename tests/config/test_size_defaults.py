@@ -46,6 +46,7 @@ def test_three_billion_weights_make_a_sensible_run(tmp_path: Path) -> None:
     training = found.training
     assert (training.batch_size, training.gradient_accumulation_steps) == (64, 16)
     assert (training.precision, training.gradient_checkpointing) == ("bfloat16", True)
+    assert training.optim == "adamw_torch_fused"
     assert (training.num_train_epochs, training.warmup_ratio) == (3, 0.05)
     assert found.capture.max_new_tokens == found.evaluation.max_new_tokens == 1024
     assert training.max_length == 2048
@@ -67,6 +68,7 @@ def test_given_keys_always_win(tmp_path: Path, size: int) -> None:
             "batch_size": 16,
             "gradient_accumulation_steps": 1,
             "precision": "float32",
+            "optim": "adamw_torch",
             "gradient_checkpointing": False,
             "max_length": 512,
         },

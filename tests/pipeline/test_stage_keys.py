@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from persea.config.optimization import OptimizerName
 from persea.config.schema import (
     CaptureSection,
     CheckSection,
@@ -28,6 +29,7 @@ def river(
     wrong: str = "w",
     trained: dict[str, str] | None = None,
     check: dict[str, Any] | None = None,
+    size_defaults: tuple[str, ...] = (),
 ) -> Any:
     recipe = SimpleNamespace(
         training=TrainingSection(**(training or {})),
@@ -52,6 +54,7 @@ def river(
         capture_units=[SimpleNamespace(name="u")],
         corpus=SimpleNamespace(malformed=()),
         items_digest=lambda split: f"digest of {split}",
+        size_defaults=dict.fromkeys(size_defaults),
     )
 
 
@@ -67,6 +70,8 @@ def test_every_stage_has_inputs_of_its_own_name() -> None:
         (river({"store_examples": False}), True),
         (river({"precision": "auto"}), True),  # as another processor rounds otherwise
         (river({"precision": "bfloat16"}), False),
+        (river({"optim": OptimizerName.ADAMW_FUSED}, size_defaults=("training.optim",)), True),
+        (river({"optim": OptimizerName.ADAMW_FUSED}), False),
         (river({"steps": 7}), False),
         (river({"eval_steps": 5}), False),
         (river(verify=True), False),
