@@ -1,9 +1,10 @@
 """The first epoch of a cross-tokenizer step: persea's capture and step, or TRL's GOLD loss.
 
 Gemma 3 270M teaches SmolLM2-135M the four documents of row_step. persea captures them, makes the
-examples and takes a step; another epoch is the step alone (row_step). The other arm runs both models in each
-step, as TRL's GOLD trainer does, and TRL's own loss on both models' logits; the trainer itself
-refuses this pair of tokenizers. AdamW, clipping; float32, or all products in bfloat16.
+examples and takes a step; another epoch is the step alone (row_step). The other arm runs both
+models in each step, as TRL's GOLD trainer does, and TRL's own loss on both models' logits; the
+trainer itself refuses this pair of tokenizers. AdamW, clipping; float32, or all products in
+bfloat16.
 """
 
 from __future__ import annotations
