@@ -134,8 +134,9 @@ class BoundaryMask:
         """
         if len(doubtful):  # .1 ms for 200 candidates; to search them takes 100
             witness_DK = self._witness_WK[doubtful]
-            is_blocked_DK = self.other.cannot_follow(context, witness_DK)  # -1 is the last token
-            doubtful = doubtful[(is_blocked_DK | (witness_DK < 0)).all(-1)]
+            known_DK, is_blocked_DK = witness_DK >= 0, np.ones(witness_DK.shape, np.bool_)
+            is_blocked_DK[known_DK] = self.other.cannot_follow(context, witness_DK[known_DK])
+            doubtful = doubtful[is_blocked_DK.all(-1)]
         found = {c for c in doubtful.tolist() if not self._can_meet(context, c)}
         if suffixes := self.other.added_token_continuations(context):
             found |= {
@@ -152,7 +153,7 @@ class BoundaryMask:
         """
         raw = self.own.vocabulary.bytes_W[candidate] or b""
         num_tried = [0]
-        tokens_T = self.other.tokens_in_search_order_as_array(raw)
+        tokens_T = self.other.prefixes.in_search_order(raw)[1]
         for u in tokens_T[~self.other.cannot_follow(context, tokens_T)].tolist():
             is_open_space = self.other.is_open_space(u, raw)
             if is_open_space and not self.other.can_open_space_follow(context, u, raw):
@@ -228,7 +229,7 @@ class BoundaryMask:
             num_tried[0] += at - place
             place = at
             yield after
-        num_tried[0] += len(side.tokens_in_search_order(rest)) - 1 - place
+        num_tried[0] += len(side.prefixes.in_search_order(rest)[0]) - 1 - place
         if num_tried[0] > self.max_search_tokens:
             yield root  # so that the search sees that it is given up
 
@@ -238,7 +239,8 @@ class BoundaryMask:
         if not rest or state in self._meeting_states:
             return True
         side = self.other if is_others_turn else self.own
-        meets = any(side.can_follow(last, u, rest) for u in side.tokens_by_bytes.get(rest, ()))
+        exact = side.prefixes.tokens_by_bytes.get(rest, ())
+        meets = any(side.can_follow(last, u, rest) for u in exact)
         if meets:
             self._meeting_states.add(state)
         return meets

@@ -126,7 +126,7 @@ class PartialTokenProjector:
             impossible_tokens: Sorted student tokens that cannot follow here.
         """
         if rest not in self._first_tokens_cache:
-            covering, starts = self.student_order.covering_tokens(rest)
+            covering, starts = self.student_order.prefixes.covering(rest)
             first = first_token_of_bytes(rest, self.student_order.vocabulary)
             self._first_tokens_cache[rest] = first, np.union1d(covering, np.array(starts, np.int64))
         first, firsts = self._first_tokens_cache[rest]
@@ -161,7 +161,7 @@ class PartialTokenProjector:
         """Return whether a teacher token longer than the prefix agrees with prefix + raw."""
         if raw is None:
             return False
-        covering, starts = self.teacher_order.covering_tokens(prefix + raw)
+        covering, starts = self.teacher_order.prefixes.covering(prefix + raw)
         return len(covering) > 0 or any(
             len(self.teacher_order.vocabulary.bytes_W[w] or b"") > len(prefix) for w in starts
         )

@@ -9,7 +9,6 @@ teachers.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +17,9 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from persea.alignment.impossible_pairs import ImpossiblePairs
 from persea.alignment.kept_heads import TokenHeads, keep_heads
+from persea.alignment.prefix_index import PrefixIndex
 from persea.tokenization.bpe import BpeDerivations, derive_bpe
 from persea.tokenization.pretokenizer import (
     PROBE_PREFIXES,
@@ -36,13 +37,9 @@ UNRESTRICTED_CONTEXT = -1
 MID_CHARACTER = "inside"  # signature of a boundary inside a character, where no word ends
 # Contexts whose impossible tokens are cached: about 25 kB each with real vocabularies.
 MAX_CACHED_CONTEXTS = 4096
-MAX_CACHED_BITS = 4096  # 33 kB each with 262,144 tokens
 # Fewer tokens are asked one by one: a microsecond or two each, where all at once take 300 for a new
 # state and 20 for a known one.
 MIN_VECTOR_TOKENS = 32
-# A state of which fewer tokens were asked has no bits: making them takes as long as asking about
-# some hundred tokens one by one.
-MIN_ASKED_TOKENS = 150
 MAX_CACHED_TOKEN_ORDERS = 8
 
 
@@ -60,12 +57,6 @@ class TokenOrder:
     vocabulary: Vocabulary
     derivations: BpeDerivations | UnigramLattice
     pretokenizer: Pretokenizer
-    _covering_cache: dict[bytes, tuple[npt.NDArray[np.int64], tuple[int, ...]]] = field(
-        default_factory=dict
-    )
-    _search_order_cache: dict[bytes, tuple[tuple[int, ...], npt.NDArray[np.int64]]] = field(
-        default_factory=dict
-    )
     _impossible_cache: dict[int, npt.NDArray[np.int64]] = field(default_factory=dict)
     _context_ids: dict[tuple[int, str], int] = field(default_factory=dict)
     _context_keys: list[tuple[int, str]] = field(default_factory=list)
@@ -74,28 +65,16 @@ class TokenOrder:
     _may_cut_cache: dict[str, npt.NDArray[np.int8]] = field(default_factory=dict)
     _ending_signatures: dict[int, tuple[str, ...]] = field(default_factory=dict)
     _can_cut_cache: dict[tuple[str, ...], npt.NDArray[np.int8]] = field(default_factory=dict)
-    _times_asked: dict[int, int] = field(default_factory=dict)
-    # state -> a bit a token: whether no merge lets it follow
-    _impossible_bits: dict[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
     _can_cut_ahead_cache: dict[tuple[int, bytes], bool] = field(default_factory=dict)
 
     @cached_property
-    def sorted_tokens(self) -> tuple[list[bytes], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """(bytes in sorted order, token id by rank, rank by token id; -1 for control tokens)."""
-        pairs = sorted((raw, i) for i, raw in enumerate(self.vocabulary.bytes_W) if raw)
-        token_by_rank = np.array([i for _, i in pairs], np.int64)
-        rank_W = np.full(len(self.vocabulary), -1, np.int64)
-        rank_W[token_by_rank] = np.arange(len(token_by_rank))
-        return [raw for raw, _ in pairs], token_by_rank, rank_W
+    def prefixes(self) -> PrefixIndex:
+        """The tokens by their bytes."""
+        return PrefixIndex(self.vocabulary)
 
     @cached_property
-    def tokens_by_bytes(self) -> dict[bytes, tuple[int, ...]]:
-        """Bytes -> all tokens with these bytes."""
-        found: dict[bytes, tuple[int, ...]] = {}
-        for i, raw in enumerate(self.vocabulary.bytes_W):
-            if raw:
-                found[raw] = (*found.get(raw, ()), i)
-        return found
+    def _pairs(self) -> ImpossiblePairs:
+        return ImpossiblePairs(self.derivations, len(self.vocabulary))
 
     @cached_property
     def _token_heads(self) -> TokenHeads:
@@ -295,7 +274,7 @@ class TokenOrder:
             tokens: Token ids, of any shape.
         """
         state, word = self._context_keys[context]
-        impossible = self._has_no_derivation(state, tokens)
+        impossible = self._pairs.are_impossible(state, tokens)
         if self.added_token_bytes:
             if (
                 self.vocabulary.bytes_W[self.derivations.last_token(state)]
@@ -312,28 +291,6 @@ class TokenOrder:
             cut_H[h] = self.pretokenizer.can_split(word, heads[h])
         impossible[impossible] = cut_H[head_D] == 0
         return impossible
-
-    def _has_no_derivation(
-        self, state: int, tokens: npt.NDArray[np.integer]
-    ) -> npt.NDArray[np.bool_]:
-        """Return which tokens never follow in a state within one word.
-
-        Few tokens are asked one by one. A state that is asked often keeps a bit for each token of
-        the vocabulary.
-        """
-        packed = self._impossible_bits.get(state)
-        if packed is None:
-            asked = self._times_asked[state] = self._times_asked.get(state, 0) + tokens.size
-            if asked < MIN_ASKED_TOKENS:
-                is_impossible = self.derivations.is_impossible_pair
-                found = [is_impossible(state, u) for u in tokens.ravel().tolist()]
-                return np.array(found, np.bool_).reshape(tokens.shape)
-            if len(self._impossible_bits) >= MAX_CACHED_BITS:
-                self._impossible_bits.clear()
-            impossible_V = np.zeros(len(self.vocabulary), np.bool_)
-            impossible_V[self.derivations.impossible_next_tokens(state)] = True
-            packed = self._impossible_bits[state] = np.packbits(impossible_V)
-        return ((packed[tokens >> 3] << (tokens & 7)) & 0x80) != 0
 
     def _find_impossible_next_tokens(self, context: int) -> npt.NDArray[np.int64]:
         state, word = self._context_keys[context]
@@ -363,46 +320,6 @@ class TokenOrder:
         """Return the texts that would complete an added token begun by the context's last token."""
         token = self.derivations.last_token(self._context_keys[context][0])
         return self.added_token_suffixes.get(self.vocabulary.bytes_W[token] or b"", ())
-
-    def covering_tokens(self, raw: bytes) -> tuple[npt.NDArray[np.int64], tuple[int, ...]]:
-        """Return the tokens that a text with this beginning can begin with.
-
-        Args:
-            raw: The first bytes of the text.
-
-        Returns:
-            (tokens that start with all of `raw`, tokens that are a shorter prefix of it).
-        """
-        if raw not in self._covering_cache:
-            ordered, token_by_rank, _ = self.sorted_tokens
-            low, after = bisect_left(ordered, raw), raw.rstrip(b"\xff")
-            high = (
-                bisect_left(ordered, after[:-1] + bytes([after[-1] + 1])) if after else len(ordered)
-            )
-            self._covering_cache[raw] = (
-                token_by_rank[low:high],
-                tuple(u for n in range(1, len(raw)) for u in self.tokens_by_bytes.get(raw[:n], ())),
-            )
-        return self._covering_cache[raw]
-
-    def tokens_in_search_order(self, raw: bytes) -> tuple[int, ...]:
-        """Return the tokens of `covering_tokens` in the order of the boundary search.
-
-        Tokens of exactly these bytes come first, then shorter ones, then longer ones. Each step of
-        a search calls this with the same few bytes, so it is cached.
-        """
-        return self._search_order(raw)[0]
-
-    def tokens_in_search_order_as_array(self, raw: bytes) -> npt.NDArray[np.int64]:
-        """Return `tokens_in_search_order` as int64."""
-        return self._search_order(raw)[1]
-
-    def _search_order(self, raw: bytes) -> tuple[tuple[int, ...], npt.NDArray[np.int64]]:
-        if raw not in self._search_order_cache:
-            (covering, starts), exact = self.covering_tokens(raw), self.tokens_by_bytes.get(raw, ())
-            tokens = (*exact, *starts, *covering[len(exact) :].tolist())
-            self._search_order_cache[raw] = tokens, np.array(tokens, np.int64)
-        return self._search_order_cache[raw]
 
     def can_follow(self, state: int, next_token: int, ahead: bytes = b"") -> bool:
         """Return whether a token may follow in a state, whatever is before its tokens.
@@ -440,7 +357,7 @@ class TokenOrder:
         return bool(cut_H[head])
 
     def following_tokens(self, state: int, rest: bytes) -> Iterator[tuple[int, int]]:
-        """Yield the tokens of `tokens_in_search_order` that may follow in a state.
+        """Yield the tokens of `PrefixIndex.in_search_order` that may follow in a state.
 
         Args:
             state: The state.
@@ -449,12 +366,12 @@ class TokenOrder:
         Yields:
             The token, and how many tokens stand before it in that order.
         """
-        tokens, tokens_T = self._search_order(rest)
+        tokens, tokens_T = self.prefixes.in_search_order(rest)
         single = len(tokens)
         # the states of BPE are tokens, and recur
         if single >= MIN_VECTOR_TOKENS and isinstance(self.derivations, BpeDerivations):
             # only tokens shorter than the rest can be open spaces
-            single -= len(self.covering_tokens(rest)[0]) - len(self.tokens_by_bytes.get(rest, ()))
+            single -= self.prefixes.num_longer(rest)
         for place, token in enumerate(tokens[:single]):
             if self.can_follow(state, token, rest):
                 yield token, place
@@ -466,7 +383,7 @@ class TokenOrder:
         self, state: int, next_tokens: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.bool_]:
         """Return `can_follow` of tokens that are no open space, under BPE, for all at once."""
-        possible = ~self._has_no_derivation(state, next_tokens)
+        possible = ~self._pairs.are_impossible(state, next_tokens)
         doubtful = np.flatnonzero(~possible)
         if not len(doubtful):
             return possible
@@ -489,7 +406,7 @@ class TokenOrder:
     def _begins_inside_character(self) -> npt.NDArray[np.bool_]:
         """Whether each token's first byte continues a character of UTF-8."""
         return np.array(
-            [bool(raw) and raw[0] & 0xC0 == 0x80 for raw in self.vocabulary.bytes_W], np.bool_
+            [(raw or b" ")[0] & 0xC0 == 0x80 for raw in self.vocabulary.bytes_W], np.bool_
         )
 
     def _can_cut_by_head(self, endings: tuple[str, ...]) -> npt.NDArray[np.int8]:

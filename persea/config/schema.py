@@ -14,11 +14,11 @@ from persea.config.evaluation_sections import (
     HeldOutTextsSection,
 )
 from persea.config.executor_section import ExecutorSection
+from persea.config.generation_section import GenerationSection
 from persea.config.model_sections import (
     TEXT_ONLY_MODEL,
     EndpointSection,
     FamilyName,
-    GenerationSection,
     LoraSection,
     ModelRef,
     RandomModelSection,

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from persea.alignment import token_order
+from persea.alignment import impossible_pairs, token_order
 from persea.alignment.token_order import TokenOrder
 from persea.tokenization.bpe import derive_bpe
 from persea.tokenization.pretokenizer import load_pretokenizer
@@ -30,11 +30,11 @@ def test_tokens_that_follow_are_those_of_each_alone(
     monkeypatch.setattr(token_order, "MIN_VECTOR_TOKENS", 2)
     # with and without bits of a state
     for asked in (0, 1 << 30):
-        monkeypatch.setattr(token_order, "MIN_ASKED_TOKENS", asked)
-        fresh, vectorised = replace(order, _impossible_bits={}), 0
+        monkeypatch.setattr(impossible_pairs, "MIN_ASKED_TOKENS", asked)
+        fresh, vectorised = replace(order), 0
         for state in sorted(set(order.vocabulary.encode(TEXT))):
             for rest in BEGINNINGS:
-                tokens = order.tokens_in_search_order(rest)
+                tokens = order.prefixes.in_search_order(rest)[0]
                 alone = [
                     (token, place)
                     for place, token in enumerate(tokens)
@@ -43,7 +43,7 @@ def test_tokens_that_follow_are_those_of_each_alone(
                 assert list(fresh.following_tokens(state, rest)) == alone
                 vectorised += 0 < len(alone) < len(tokens)
         assert vectorised >= 10
-        assert bool(fresh._impossible_bits) is (asked == 0)
+        assert bool(fresh._pairs.bits) is (asked == 0)
 
 
 def test_some_tokens_of_a_context_are_answered_as_all_are(
@@ -54,7 +54,7 @@ def test_some_tokens_of_a_context_are_answered_as_all_are(
     everything = np.arange(len(order.vocabulary))
     asked = np.random.default_rng(0).choice(everything, (7, 5))
     for limit in (0, 1 << 30):
-        monkeypatch.setattr(token_order, "MIN_ASKED_TOKENS", limit)
+        monkeypatch.setattr(impossible_pairs, "MIN_ASKED_TOKENS", limit)
         refused = 0
         for context in contexts:
             impossible = order.impossible_next_tokens(context)
