@@ -79,10 +79,11 @@ def main() -> None:
     )
     parser.add_argument(
         "--arithmetic",
-        choices=("half", "single"),
+        choices=("half", "single", "autocast"),
         default="half",
         help="single = float32: for a processor without bfloat16, on which half takes ten times as "
-        "long; its runs have lines of their own, the best settings are those of half",
+        "long; autocast = products in bfloat16, as persea trains where it can; their runs have "
+        "lines of their own, the best settings are those of half",
     )
     parser.add_argument("--plan", action="store_true", help="print the next run only")
     parser.add_argument("--report", action="store_true", help="write the tables only")

@@ -252,7 +252,12 @@ def summary(lines: Sequence[Line]) -> dict[str, Any]:
         for line in lines
         if line["method"] in ("none", "teacher") and line["student"] == "plain"
     }
-    return {"made_by": lines[-1]["made_by"], "ends": ends, "rows": rows(lines)}
+    machines = sorted({line["made_by"]["machine"] for line in lines})
+    return {
+        "made_by": lines[-1]["made_by"] | {"machine": "; ".join(machines)},
+        "ends": ends,
+        "rows": rows(lines),
+    }
 
 
 def markdown(found: Mapping[str, Any], part: str) -> str:

@@ -1,6 +1,7 @@
 """CPU seconds and peak memory at real size: this build, an earlier build, and bare PyTorch.
 
     python -m bench.scale --models DIR [--against TREE] [--rounds 5] [row ...]
+    python -m bench.scale --report
 
 DIR holds the models of `python -m bench.real_models DIR`; PERSEA_DATA the texts. TREE is a checkout
 of an earlier build (`git worktree add TREE COMMIT`). A row is a file of this folder, named in its
@@ -110,14 +111,33 @@ def interval(some: list[dict[str, Any]], this: list[dict[str, Any]]) -> list[flo
     return [round(f(ratios), 3) for f in (statistics.median, min, max)]
 
 
+def markdown(rows: dict[str, Any]) -> str:
+    """Return the table of docs/scale.md."""
+    lines = ["| row | arm | CPU s | times persea's | peak MB |", "|---|---|---|---|---|"]
+    for name, row in rows.items():
+        for title, arm in row["arms"].items():
+            middle, low, high = arm["ratio_to_this"]
+            ratio = "" if middle == low == high == 1 else f"{middle:.2f} ({low:.2f}-{high:.2f})"
+            lines.append(
+                f"| {name} | {title} | {arm['cpu_s']:.1f} | {ratio} | {arm['peak_mb']:,} |"
+            )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="what persea costs at real size")
     parser.add_argument("rows", nargs="*", choices=[[], *(row.name for row in ROWS)])
-    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--models", type=Path)
+    parser.add_argument("--report", action="store_true", help="print the kept rows as a table only")
     parser.add_argument("--against", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"rows": {}}
+    if given.report:
+        print(markdown(results["rows"]))
+        return
+    if given.models is None:
+        parser.error("--models DIR is needed")
     results |= {
         "cpu": cpu_name(),
         "python": platform.python_version(),
