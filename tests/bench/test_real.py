@@ -233,9 +233,7 @@ def test_new_rows_learn_faster_and_nothing_else_changes(student: Speaker, half: 
         model = tiny(len(student.vocabulary))
         before = model.get_input_embeddings().weight.detach().float().clone()
         trainee = Trainee(model, half, first, faster)
-        loss = torch.nn.functional.cross_entropy(
-            trainee.logits(states(model, packed)), packed.labels_S
-        )
+        loss = torch.nn.functional.cross_entropy(trainee.logits(packed), packed.labels_S)
         trainee.step(loss, 1e-3)
         moved.append(trainee.embedding.detach() - before)
     slow, fast = moved
@@ -309,14 +307,17 @@ def test_the_students_own_words_are_scored_by_the_teacher(lessons: Lessons) -> N
     assert grad is not None and grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("half", [False, True])
-def test_a_step_lowers_the_loss(student: Speaker, half: bool) -> None:
-    trainee = Trainee(tiny(len(student.vocabulary)), half)
+@pytest.mark.parametrize("arithmetic", ["single", "half", "autocast"])
+def test_a_step_lowers_the_loss(student: Speaker, arithmetic: str) -> None:
+    trainee = Trainee(
+        tiny(len(student.vocabulary)), arithmetic == "half", autocast=arithmetic == "autocast"
+    )
+    assert (trainee.model.dtype is torch.bfloat16) is (arithmetic == "half")
     ids = student.vocabulary.encode_batch(list(TEXTS))
     packed = pack(ids, student.start, student.renderer.stop_ids[0])
     losses = []
     for _ in range(8):
-        logits = trainee.logits(states(trainee.model, packed))
+        logits = trainee.logits(packed)
         loss = torch.nn.functional.cross_entropy(logits, packed.labels_S)
         losses.append(float(loss.detach()))
         trainee.step(loss, 1e-2)
