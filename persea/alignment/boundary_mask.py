@@ -25,6 +25,8 @@ from persea.tokenization.bpe import expand_groups, group_offsets
 # state of the waiting side); under BPE a state is the last token
 SearchState: TypeAlias = tuple[bool, int, bytes, int]
 MAX_SEARCH_TOKENS = 20_000  # per candidate; about 20 ms
+# Tokens looked at ahead for one candidate, as a multiple of those that may be tried.
+MAX_LOOKAHEAD = 10
 # Tokens of the other side from which a candidate is known to meet, kept so as not to search again.
 WITNESSES_PER_CANDIDATE = 8
 MAX_CACHED_CONTEXTS = 20_000  # some dozen candidates of 100 bytes each
@@ -152,7 +154,7 @@ class BoundaryMask:
             candidate: Token of `own`.
         """
         raw = self.own.vocabulary.bytes_W[candidate] or b""
-        num_tried = [0]
+        num_tried = [0, 0]
         tokens_T = self.other.prefixes.in_search_order(raw)[1]
         for u in tokens_T[~self.other.cannot_follow(context, tokens_T)].tolist():
             is_open_space = self.other.is_open_space(u, raw)
@@ -182,7 +184,7 @@ class BoundaryMask:
 
         Args:
             root: The state.
-            num_tried: One counter of the tokens tried for the candidate, updated.
+            num_tried: The tokens tried for the candidate, and those looked at ahead, updated.
 
         Returns:
             None if the search was given up after `max_search_tokens`.
@@ -216,20 +218,27 @@ class BoundaryMask:
         """Yield the states after one, those where both meet first; count the tokens tried."""
         is_others_turn, last, rest, waiting = root
         side, place = self.other if is_others_turn else self.own, -1
-        following = list[tuple[SearchState, int]]()
-        for u, at in side.following_tokens(last, rest):
-            state = side.derivations.extend(last, u)
-            following.append((self._advance(is_others_turn, state, rest, waiting), at))
-            if not following[-1][0][2]:  # both meet; such a token is among the first
-                yield following[-1][0]
-        # Depth first alone would search a thousand states below a token before the next token,
-        # from which both meet at once: nine tenths of all states.
-        yield from (after for after, _ in following if self._meets_at_once(after))
+        size = len(side.prefixes.in_search_order(rest)[0])
+        following: Iterator[tuple[SearchState, int]] = (
+            (self._advance(is_others_turn, side.derivations.extend(last, u), rest, waiting), at)
+            for u, at in side.following_tokens(last, rest)
+        )
+        num_tried[1] += size
+        if num_tried[1] <= MAX_LOOKAHEAD * self.max_search_tokens:
+            kept = list[tuple[SearchState, int]]()
+            for after, at in following:
+                kept.append((after, at))
+                if not after[2]:  # both meet; such a token is among the first
+                    yield after
+            # Depth first alone would search a thousand states below a token before the next token,
+            # from which both meet at once: nine tenths of all states.
+            yield from (after for after, _ in kept if self._meets_at_once(after))
+            following = iter(kept)
         for after, at in following:
             num_tried[0] += at - place
             place = at
             yield after
-        num_tried[0] += len(side.prefixes.in_search_order(rest)[0]) - 1 - place
+        num_tried[0] += size - 1 - place
         if num_tried[0] > self.max_search_tokens:
             yield root  # so that the search sees that it is given up
 

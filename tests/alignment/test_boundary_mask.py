@@ -407,11 +407,11 @@ def test_a_candidate_whose_search_is_given_up_is_kept_and_not_taken_for_known(
     ) < sum(map(len, whole))
     assert limited._undecided_states
     for state in limited._meeting_states:
-        assert unlimited._search_meeting(state, [0])
+        assert unlimited._search_meeting(state, [0, 0])
     for candidate in np.flatnonzero((limited._witness_WK >= 0).any(1)).tolist():
         raw = mask.own.vocabulary.bytes_W[candidate] or b""
         assert all(
-            unlimited._search_meeting(unlimited._advance(True, u, raw, candidate), [0])
+            unlimited._search_meeting(unlimited._advance(True, u, raw, candidate), [0, 0])
             for u in limited._witness_WK[candidate].tolist()
             if u >= 0
         )
