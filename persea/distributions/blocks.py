@@ -128,7 +128,7 @@ def strip_tokens(like: torch.Tensor) -> int:
 class LogitBuffer:
     """Memory for logits that is used again.
 
-    The system clears new memory page by page: a sixth of the time of a head with 262,144 tokens.
+    The system clears new memory page by page, which takes a part of the time of a large head.
     """
 
     def __init__(self) -> None:

@@ -132,7 +132,7 @@ class Pretokenizer:
             return True
         no_contraction = self.letters_only_in_contractions and "'" not in before_signature
         for signature in next_signatures:
-            if no_contraction:  # a tenth of the texts is left to be split
+            if no_contraction:  # fewer texts are left to be split
                 signature = self._without_letter_literals(signature)
             key = (before_signature, signature)
             if key not in self._stays_joined:
