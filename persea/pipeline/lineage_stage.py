@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persea import storage
-from persea.models.placement import compute_device, uses_bfloat16
 from persea.pipeline.licence_gate import write_notice
 from persea.pipeline.model_refs import BASE
 from persea.storage import digest_json
@@ -35,7 +34,7 @@ def write_lineage(context: RunContext, folder: Path) -> None:
             "recipe": {"seed": context.recipe.seed, "threads": context.recipe.threads},
             "stages": earlier_stage_keys(context),
             "scores": _scores(context),
-            "training": {"learning_rate": models.learning_rate} | _precision(context),
+            "training": {"learning_rate": models.learning_rate} | trained_precision(context.folder),
         }
         | _conditional_entries(context),
     )
@@ -43,12 +42,17 @@ def write_lineage(context: RunContext, folder: Path) -> None:
     storage.write_json_with_checksum(folder / SOURCES_FILE, _sources(context))
 
 
-def _precision(context: RunContext) -> dict[str, str]:
-    """Return the precision of a training that left it to the machine."""
-    if context.recipe.training.precision != "auto":
-        return {}
-    half = uses_bfloat16("auto", compute_device())
-    return {"precision": "bfloat16" if half else "float32"}
+def trained_precision(folder: Path) -> dict[str, str]:
+    """Return the precision of a training that left it to its machine, as that machine chose.
+
+    Args:
+        folder: The run folder.
+
+    Returns:
+        {"precision": "bfloat16" or "float32"}; {} where the recipe names the precision.
+    """
+    counts = storage.read_json(folder / "train" / "dataset.json")
+    return {key: counts[key] for key in ("precision",) if key in counts}
 
 
 def _conditional_entries(context: RunContext) -> dict[str, Any]:

@@ -232,6 +232,8 @@ def _train_rank(
     )
     if not world.rank:
         counts = dataset.stats.to_json() | {"held_out": len(held_out) if held_out else 0}
+        if context.training.precision == "auto":  # this machine decided it
+            counts["precision"] = "bfloat16" if student.options.bf16 else "float32"
         storage.write_json(folder / "dataset.json", counts)
     return student
 

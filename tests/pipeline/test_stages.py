@@ -17,6 +17,8 @@ import pytest
 
 from persea import storage as store
 from persea.evaluation.compatibility import MAX_TEMPLATE_EXCESS_BITS_PER_BYTE
+from persea.models.placement import compute_device, uses_bfloat16
+from persea.pipeline.lineage_stage import trained_precision
 from tests.cli.test_cli import STAGES, TINY, flowed, flowed_copy, persea, recipe, start, tree
 
 FILES = {
@@ -198,6 +200,21 @@ def test_fine_tuning_on_the_text_alone_and_other_ways_to_compute_a_step(tmp_path
         for line in lines
     ]
     assert set(weights[0]) == {1.0} != set(weights[1])  # nothing was heard before the first step
+
+
+def test_a_precision_left_to_the_machine_is_recorded_by_the_training(tmp_path: Path) -> None:
+    run = flowed_copy(tmp_path, "check", "audition", "capture") / "run"
+    options = ("--set", "training.steps=1", "--set", "training.precision=auto")
+    ended = persea("train", "tiny.yaml", "--out", "run", *options, folder=tmp_path)
+    assert ended.code == 0, ended.err
+    counts = json.loads((run / "train" / "dataset.json").read_text())
+    here = "bfloat16" if uses_bfloat16("auto", compute_device()) else "float32"
+    assert counts["precision"] == here
+    # the record tells what the training's machine chose, not the one that writes the record
+    for told in ({"precision": "bfloat16"}, {"precision": "float32"}, {}):
+        kept = {key: value for key, value in counts.items() if key != "precision"}
+        (run / "train" / "dataset.json").write_text(json.dumps(kept | told))
+        assert trained_precision(run) == told
 
 
 def test_an_evaluation_of_other_items_makes_what_follows_again(tmp_path: Path) -> None:
