@@ -1,4 +1,4 @@
-"""How time and memory grow: with prompts, answers, units, positions, vocabulary.
+"""How time and memory grow: with prompts, answers, units, positions, teachers, processes ...
 
     python -m bench.growth [name ...]          (make bench-growth, about 10 minutes)
 

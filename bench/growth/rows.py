@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ from bench.growth.measure import ROOT, Row
 
 Work = Callable[[], dict[str, Any] | None]
 ANSWERS_PER_UNIT = 4096
+TEACHERS = ("qwen-sapling", "gemma-sapling", "gpt-oss-sapling")
+STEPS = 200
 WORDS = ("time", "river", "number", "house", "green", "seven", "letter", "stone", "paper", "window")
 
 
@@ -60,8 +65,13 @@ def draw_rollout_prompts(size: int, folder: Path) -> Work:
 # --- cache ---
 
 
-def _quickstart_answers(num_answers: int) -> tuple[list[Any], Any, Any]:
-    """Return cached answers of a sapling with sampled distributions, and both renderers."""
+def _quickstart_answers(
+    num_answers: int, family: str = TEACHERS[0], name: str = "teacher"
+) -> tuple[list[Any], Any, Any]:
+    """Return cached answers of a sapling with sampled distributions, and both renderers.
+
+    Questions with tools are left out for other families than the first: Gemma has no tools.
+    """
     from persea.cache.unit import CachedAnswer
     from persea.chat.messages import FinishReason
     from persea.distributions import DistributionKind, SparseDistributions
@@ -71,14 +81,13 @@ def _quickstart_answers(num_answers: int) -> tuple[list[Any], Any, Any]:
     from persea.teachers.teacher import Answer
 
     teacher, student = (
-        load_renderer(ModelSource(str(ROOT / "saplings" / name)), name)
-        for name in ("qwen-sapling", "llama-sapling")
+        load_renderer(ModelSource(str(ROOT / "saplings" / folder)), folder)
+        for folder in (family, "llama-sapling")
     )
     rng = np.random.default_rng(0)
+    tasks = [one for one in GENERATED_TASKS if family == TEACHERS[0] or one.name != "tools"]
     items = [
-        item
-        for skill in GENERATED_TASKS
-        for item in skill.items(Split.TRAIN, -(-num_answers // len(GENERATED_TASKS)), 0)
+        item for one in tasks for item in one.items(Split.TRAIN, -(-num_answers // len(tasks)), 0)
     ][:num_answers]
     answers = []
     for k, item in enumerate(items):
@@ -100,7 +109,7 @@ def _quickstart_answers(num_answers: int) -> tuple[list[Any], Any, Any]:
             target_logprob_N=np.array(own, np.float32),
             kind=DistributionKind.SAMPLED,
         )
-        answer = Answer(f"p{k}", "teacher", "skill", "en", conversation, FinishReason.STOP)
+        answer = Answer(f"p{k}", name, "skill", "en", conversation, FinishReason.STOP)
         answers.append(CachedAnswer(answer, tokens, distributions))
     return answers, teacher, student
 
@@ -215,6 +224,67 @@ def make_examples(size: int, folder: Path) -> Work:
     return work
 
 
+# --- teachers and processes ---
+
+
+def make_examples_of_teachers(size: int, folder: Path) -> Work:
+    """Load the event maps of some teachers, and make the examples of 960 answers that they share.
+
+    Beyond three teachers a sapling counts again, under another name.
+    """
+    from persea.alignment.event_map import load_event_map
+    from persea.training.example import ExampleMaker
+
+    answers, renderers, student = [], {}, None
+    for k in range(size):
+        name = f"teacher{k}"
+        family = TEACHERS[k % len(TEACHERS)]
+        some, renderers[name], student = _quickstart_answers(960 // size, family, name)
+        answers += some
+
+    def work() -> dict[str, Any]:
+        maps = {name: load_event_map(one, student) for name, one in renderers.items()}
+        maker = ExampleMaker.create(student, maps, False, "auto")
+        for answer in answers:
+            maker.make(answer)
+        return {"answers": len(answers)}
+
+    return work
+
+
+def loss_teachers(size: int, folder: Path) -> Work:
+    """Loss and gradient over events at 240 positions that some teachers share."""
+    return _event_loss(240, 49_152, num_teachers=size)
+
+
+def train_by_processes(size: int, folder: Path) -> Work:
+    """Train the quickstart's student by some processes of torchrun, whole command.
+
+    CPU time is that of all processes, memory that of the largest.
+    """
+    recipe = ["recipes/quickstart.yaml", "--out", str(folder / "run")]
+    for key, value in (("training.steps", STEPS), ("audition.items", 8), ("evaluation.items", 8)):
+        recipe += ["--set", f"{key}={value}"]
+    for k in range(5):
+        recipe += ["--set", f"corpus.{k}.generate=64"]
+
+    def python(*words: str) -> None:
+        subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=sys.stderr)
+
+    for stage in ("check", "audition", "capture"):
+        python("-m", "persea.cli", stage, *recipe)
+
+    def work() -> dict[str, Any]:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        launch = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(size))
+        python("-m", *launch, "-m", "persea.cli", "train", *recipe)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        return {"cpu_s": round(cpu, 2), "mb": round(after.ru_maxrss / 1000, 1)}
+
+    return work
+
+
 # --- positions and vocabulary, with real tokenizers ---
 
 
@@ -260,7 +330,7 @@ def loss_vocabulary(size: int, folder: Path) -> Work:
     return _event_loss(32, size)
 
 
-def _event_loss(num_positions: int, vocab_size: int) -> Work:
+def _event_loss(num_positions: int, vocab_size: int, num_teachers: int = 1) -> Work:
     import torch
 
     from persea.alignment.event_map import EventMap
@@ -270,19 +340,20 @@ def _event_loss(num_positions: int, vocab_size: int) -> Work:
     rng = np.random.default_rng(0)
     events_V = np.arange(vocab_size, dtype=np.int32)
     emap = EventMap(events_V, events_V.copy(), vocab_size, "growth")
-    row_M = np.repeat(np.arange(num_positions), 8)
-    ids_M = np.concatenate([rng.choice(vocab_size, 8, replace=False) for _ in range(num_positions)])
-    probs_M = np.full(len(row_M), 0.12, np.float32)
-    targets = build_batch_targets(
-        emap,
-        build_event_targets(emap, row_M, ids_M, probs_M, kind=DistributionKind.FULL),
-        num_positions,
-    )
+    ids_N8 = np.stack([rng.choice(vocab_size, 8, replace=False) for _ in range(num_positions)])
+    targets = []
+    for rows_P in np.array_split(np.arange(num_positions), num_teachers):
+        ids_M = ids_N8[rows_P].ravel()
+        probs_M = np.full(len(ids_M), 0.12, np.float32)
+        of_events = build_event_targets(
+            emap, np.repeat(rows_P, 8), ids_M, probs_M, kind=DistributionKind.FULL
+        )
+        targets.append(build_batch_targets(emap, of_events, num_positions))
     logits_NV = torch.randn(num_positions, vocab_size, requires_grad=True)
-    labels_N = torch.from_numpy(ids_M[::8].astype(np.int64))
+    labels_N = torch.from_numpy(ids_N8[:, 0].astype(np.int64))
 
     def work() -> None:
-        event_kl_loss(logits_NV, labels_N, (targets,), 0.7).loss.backward()
+        event_kl_loss(logits_NV, labels_N, targets, 0.7).loss.backward()
 
     work()  # libraries set themselves up in the first call
     return work
@@ -323,4 +394,7 @@ ROWS: tuple[Row, ...] = (
         (49_152, 128_256, 262_144),
         loss_vocabulary,
     ),
+    Row("make 960 answers' examples", "teachers", (1, 2, 3, 4, 5), make_examples_of_teachers),
+    Row("loss and gradient, 240 positions", "teachers", (1, 2, 3, 4, 5), loss_teachers),
+    Row(f"train {STEPS} steps", "processes", (1, 2, 4), train_by_processes),
 )

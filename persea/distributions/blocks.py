@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
 BLOCK_TOKENS = 256
 LIKELY_BLOCK = 1e-3  # float32 sums of blocks below this are off by less than 1e-10
-# Tokens of a strip on a CPU: 2 MiB for 256 positions, which the cache of one core holds. Whole
-# blocks. Other devices take the vocabulary at once.
+# Tokens that a CPU multiplies at a time. Whole blocks. Other devices take the vocabulary at once.
 STRIP_TOKENS = 2048
+# Positions of a strip that a CPU stores and sums at a time: 256 KiB, which a core's own cache holds
+# from one pass to the next.
+TILE_ROWS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +34,10 @@ class BlockedLogits:
     """Logits of N positions. W = vocabulary in whole blocks, B = blocks, K = BLOCK_TOKENS.
 
     Attributes:
-        logits_NW: float32; -inf past the vocabulary.
+        logits_NW: float32, or the bfloat16 or float16 in which they were made; -inf past the
+            vocabulary.
         vocab_size: Number of tokens.
+        min_N: float32, the smallest logit of each position; NaN where one is NaN.
         max_NB: float32, the largest logit of each block.
         log_sum_NB: float64, ln of the sum of exp(logits) of each block.
         log_total_N: float64, what is subtracted from a logit to give its log-probability: ln of the
@@ -42,6 +46,7 @@ class BlockedLogits:
 
     logits_NW: torch.Tensor
     vocab_size: int
+    min_N: torch.Tensor
     max_NB: torch.Tensor
     log_sum_NB: torch.Tensor
     log_total_N: torch.Tensor
@@ -54,6 +59,7 @@ class BlockedLogits:
         return BlockedLogits(
             self.logits_NW[begin:end],
             self.vocab_size,
+            self.min_N[begin:end],
             self.max_NB[begin:end],
             self.log_sum_NB[begin:end],
             self.log_total_N[begin:end],
@@ -85,9 +91,8 @@ class BlockedLogits:
         return logit_PK.double() - self.log_total_N[row_P][:, None]
 
     def block_values(self, row_P: torch.Tensor, block_P: torch.Tensor) -> torch.Tensor:
-        """Return the logits of some blocks, [P, K]."""
-        found: torch.Tensor = _in_blocks(self.logits_NW)[row_P, block_P]
-        return found
+        """Return the logits of some blocks, float32 [P, K]."""
+        return _in_blocks(self.logits_NW)[row_P, block_P].float()
 
     def token_logprobs(self, ids_N: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
         """Return the natural log-probability of one token of each position."""
@@ -110,8 +115,9 @@ class BlockedLogits:
         for begin in range(0, self.vocab_size, step):
             end = min(begin + step, self.vocab_size)
             # Sums of at most a strip are float32; a strip's own largest logit is its zero.
-            max_N1 = self.logits_NW[:, begin:end].amax(1, keepdim=True).clamp(min=-1e30)
-            x_NS = self.logits_NW[:, begin:end] - max_N1
+            strip_NS = self.logits_NW[:, begin:end].float()
+            max_N1 = strip_NS.amax(1, keepdim=True).clamp(min=-1e30)
+            x_NS = strip_NS - max_N1
             mass_N1 = (max_N1[:, 0].double() - self.log_total_N).exp()
             e_NS = x_NS.exp()
             cross_N = (x_NS.clamp_(min=-1e4).sub_(log_frequency_W[begin:end]).mul_(e_NS)).sum(1)
@@ -134,49 +140,66 @@ class LogitBuffer:
     def __init__(self) -> None:
         self._flat: torch.Tensor | None = None
 
-    def rows(self, num_rows: int, width: int, device: torch.device) -> torch.Tensor:
-        """Return memory [num_rows, width], float32; the next call may return the same."""
+    def rows(
+        self, num_rows: int, width: int, device: torch.device, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return memory [num_rows, width]; the next call may return the same."""
         import torch
 
-        size = num_rows * width
-        if self._flat is None or len(self._flat) < size or self._flat.device != device:
-            self._flat = torch.empty(size, device=device)
-        return self._flat[:size].view(num_rows, width)
+        size, flat = num_rows * width, self._flat
+        if flat is None or len(flat) < size or flat.device != device or flat.dtype is not dtype:
+            flat = self._flat = torch.empty(size, device=device, dtype=dtype)
+        return flat[:size].view(num_rows, width)
 
 
 def block_logits(
     num_rows: int,
     vocab_size: int,
-    write_strip: Callable[[torch.Tensor, int, int], None],
+    make_strip: Callable[[int, int], torch.Tensor],
     device: torch.device,
     buffer: LogitBuffer | None = None,
+    dtype: torch.dtype | None = None,
 ) -> BlockedLogits:
-    """Make logits strip by strip, and sum each strip while it is in the cache.
+    """Make logits strip by strip; store and sum each strip while it is in the cache.
 
     Args:
         num_rows: Positions N.
         vocab_size: Number of tokens.
-        write_strip: Called as write_strip(out_NS, begin, end): writes the logits of the tokens
-            [begin, end).
+        make_strip: Called as make_strip(begin, end): returns the logits of the tokens [begin, end)
+            of all positions.
         device: Where the logits are made.
         buffer: Memory for the logits, which the next call with it overwrites; None = new.
+        dtype: In which they are stored; None = float32.
     """
     import torch
 
     width = -(-vocab_size // BLOCK_TOKENS) * BLOCK_TOKENS
-    logits_NW = (buffer or LogitBuffer()).rows(num_rows, width, device)
+    logits_NW = (buffer or LogitBuffer()).rows(num_rows, width, device, dtype or torch.float32)
     logits_NW[:, vocab_size:] = -torch.inf
     step = min(strip_tokens(logits_NW), width)
+    tile = TILE_ROWS if device.type == "cpu" else max(1, num_rows)
+    min_N = torch.full((num_rows,), torch.inf, device=device)
     max_NB = torch.empty(num_rows, width // BLOCK_TOKENS, device=device)
     sum_NB = torch.empty_like(max_NB)
-    scratch = torch.empty(num_rows, step // BLOCK_TOKENS, BLOCK_TOKENS, device=device)
+    scratch = torch.empty(min(tile, num_rows), step, device=device)
     for begin in range(0, width, step):
         end = min(begin + step, vocab_size)
-        write_strip(logits_NW[:, begin:end], begin, end)
-        _sum_blocks(logits_NW, begin, min(begin + step, width), max_NB, sum_NB, scratch)
+        strip_NS = make_strip(begin, end)
+        blocks = slice(begin // BLOCK_TOKENS, min(begin + step, width) // BLOCK_TOKENS)
+        for first in range(0, num_rows, tile):
+            rows = slice(first, first + tile)
+            logits_NW[rows, begin:end] = strip_NS[rows]
+            part_RS = strip_NS[rows]
+            if (end - begin) % BLOCK_TOKENS:
+                part_RS = logits_NW[rows, begin : begin + step]
+            work_RS = scratch[: len(part_RS), : part_RS.shape[1]]
+            part_RS = part_RS if part_RS.dtype is torch.float32 else work_RS.copy_(part_RS)
+            least_R = part_RS[:, : end - begin].amin(1)
+            torch.minimum(min_N[rows], least_R, out=min_N[rows])
+            _sum_blocks(part_RS, max_NB[rows, blocks], sum_NB[rows, blocks], work_RS)
     log_sum_NB = max_NB.double() + sum_NB.double().log()
     return BlockedLogits(
-        logits_NW, vocab_size, max_NB, log_sum_NB, torch.logsumexp(log_sum_NB, dim=1)
+        logits_NW, vocab_size, min_N, max_NB, log_sum_NB, torch.logsumexp(log_sum_NB, dim=1)
     )
 
 
@@ -187,22 +210,15 @@ def _in_blocks(logits_NW: torch.Tensor) -> torch.Tensor:
 
 
 def _sum_blocks(
-    logits_NW: torch.Tensor,
-    begin: int,
-    end: int,
-    max_NB: torch.Tensor,
-    sum_NB: torch.Tensor,
-    scratch: torch.Tensor,
+    logits_RS: torch.Tensor, max_RB: torch.Tensor, sum_RB: torch.Tensor, work_RS: torch.Tensor
 ) -> None:
-    """Write the maxima and the sums of exp(logit - maximum) of the blocks in [begin, end)."""
+    """Write the maxima and the sums of exp(logit - maximum) of whole blocks, and to `work_RS`."""
     import torch
 
-    blocks = slice(begin // BLOCK_TOKENS, end // BLOCK_TOKENS)
-    part_NBK = _in_blocks(logits_NW[:, begin:end])
-    torch.amax(part_NBK, dim=-1, out=max_NB[:, blocks])
-    shift_NB1 = max_NB[:, blocks, None].clamp(min=-1e30)  # a block of -inf alone has the sum 0
-    minus = torch.sub(part_NBK, shift_NB1, out=scratch[:, : blocks.stop - blocks.start])
-    torch.sum(minus.exp_(), dim=-1, out=sum_NB[:, blocks])
+    part_RBK, work_RBK = _in_blocks(logits_RS), _in_blocks(work_RS)
+    torch.amax(part_RBK, dim=-1, out=max_RB)
+    shift_RB1 = max_RB.clamp(min=-1e30)[:, :, None]  # a block of -inf alone has the sum 0
+    torch.sum(torch.sub(part_RBK, shift_RB1, out=work_RBK).exp_(), dim=-1, out=sum_RB)
 
 
 def blocks_of_logits(logits_NV: torch.Tensor) -> BlockedLogits:
@@ -211,11 +227,12 @@ def blocks_of_logits(logits_NV: torch.Tensor) -> BlockedLogits:
     Args:
         logits_NV: Logits [positions, vocabulary]; one value may be added to all of a position.
     """
-
-    def copy_strip(out_NS: torch.Tensor, begin: int, end: int) -> None:
-        out_NS.copy_(logits_NV[:, begin:end])
-
-    return block_logits(len(logits_NV), logits_NV.shape[1], copy_strip, logits_NV.device)
+    return block_logits(
+        len(logits_NV),
+        logits_NV.shape[1],
+        lambda begin, end: logits_NV[:, begin:end],
+        logits_NV.device,
+    )
 
 
 def blocks_of_logprobs(

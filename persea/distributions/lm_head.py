@@ -46,6 +46,19 @@ class LMHead:
             else logits_NV
         )
 
+    def stored_dtype(self, hidden_ND: torch.Tensor) -> torch.dtype:
+        """Return the type of `blocked_logits`.
+
+        On a CPU a product in bfloat16 stays as it is: float32 would add nothing. What follows a
+        product (bias, scale, cap) is computed in float32.
+        """
+        return hidden_ND.dtype if self._is_product(hidden_ND) else torch.float32
+
+    def _is_product(self, hidden_ND: torch.Tensor) -> bool:
+        """Return whether the logits are the product of hidden states and weight alone."""
+        is_plain = self.bias_V is None and self.logit_scale == 1 and not self.logit_softcap
+        return is_plain and hidden_ND.device.type == "cpu"
+
     def blocked_logits(
         self, hidden_ND: torch.Tensor, buffer: LogitBuffer | None = None
     ) -> BlockedLogits:
@@ -58,15 +71,26 @@ class LMHead:
             hidden_ND: Hidden states.
             buffer: Memory for the logits, which the next call with it overwrites; None = new.
         """
-        weight_VD = self.weight_VD.detach()
+        weight_VD, hidden_ND = self.weight_VD.detach(), hidden_ND.contiguous()
 
-        def write_strip(out_NS: torch.Tensor, begin: int, end: int) -> None:
-            project_strip(hidden_ND, weight_VD[begin:end], out_NS)
+        def make_strip(begin: int, end: int) -> torch.Tensor:
+            strip_NS = project_strip(hidden_ND, weight_VD[begin:end])
+            if self._is_product(hidden_ND):
+                return strip_NS
+            strip_NS = strip_NS.float()
             if self.bias_V is not None:
-                out_NS += self.bias_V.detach()[begin:end]
+                strip_NS += self.bias_V.detach()[begin:end]
             if self.logit_scale != 1:
-                out_NS *= self.logit_scale
+                strip_NS *= self.logit_scale
             if self.logit_softcap:
-                out_NS.div_(self.logit_softcap).tanh_().mul_(self.logit_softcap)
+                strip_NS.div_(self.logit_softcap).tanh_().mul_(self.logit_softcap)
+            return strip_NS
 
-        return block_logits(len(hidden_ND), self.vocab_size, write_strip, hidden_ND.device, buffer)
+        return block_logits(
+            len(hidden_ND),
+            self.vocab_size,
+            make_strip,
+            hidden_ND.device,
+            buffer,
+            self.stored_dtype(hidden_ND),
+        )

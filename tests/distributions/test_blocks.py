@@ -12,7 +12,9 @@ from persea.distributions import SparseDistributions
 from persea.distributions.blocks import (
     BLOCK_TOKENS,
     STRIP_TOKENS,
+    TILE_ROWS,
     BlockedLogits,
+    LogitBuffer,
     blocks_of_logits,
 )
 from persea.distributions.lm_head import LMHead
@@ -112,6 +114,16 @@ def test_a_logit_that_is_not_finite_is_in_its_total(bad: float) -> None:
     assert torch.isfinite(blocks_of_logits(made).log_total_N).tolist() == [True, False, True]
 
 
+@pytest.mark.parametrize("at", [0, 255, 650, 699])
+def test_the_smallest_logit_shows_minus_infinity_and_nan(at: int) -> None:
+    made = logits(0, 2 * TILE_ROWS + 3, 700, 1.0)
+    made[1, at], made[2 * TILE_ROWS, at] = -torch.inf, torch.nan
+    found = blocks_of_logits(made).min_N
+    assert found[1] == -torch.inf and found[2 * TILE_ROWS].isnan()
+    others = [k for k in range(len(made)) if k not in (1, 2 * TILE_ROWS)]
+    assert torch.equal(found[others], made[others].amin(1))
+
+
 def test_tokens_without_probability_are_never_stored() -> None:
     made = torch.full((2, 600), -torch.inf)
     made[0, 300], made[1, [5, 599]] = 2.0, torch.tensor([0.0, 0.0])
@@ -170,3 +182,35 @@ def test_a_heads_blocks_are_its_logits(bias: bool, scale: float, softcap: float)
         blocks.logits_NW[:, :size], head.logits(hidden_ND), rtol=1e-5, atol=1e-5
     )
     assert blocks.vocab_size == size
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("size", [300, 2 * STRIP_TOKENS, STRIP_TOKENS + 300])
+def test_a_heads_blocks_in_bfloat16_are_its_products(softcap: float, size: int) -> None:
+    """Products stay as they are, what follows is float32, and sums are those of what is stored."""
+    generator = torch.Generator().manual_seed(0)
+    weight_VD, hidden_ND = (
+        torch.randn(n, 16, generator=generator).bfloat16() for n in (size, TILE_ROWS + 5)
+    )
+    head = LMHead(weight_VD, size, logit_softcap=softcap)
+    buffer = LogitBuffer()
+    head.blocked_logits(torch.full_like(hidden_ND, 9.0), buffer)  # leaves other logits in it
+    blocks = head.blocked_logits(hidden_ND, buffer)
+    product_NV = torch.cat(
+        [hidden_ND @ part.T for part in weight_VD.split(STRIP_TOKENS)], dim=1
+    )  # one matrix product may round otherwise than two
+    assert blocks.logits_NW.dtype is (torch.float32 if softcap else torch.bfloat16)
+    assert head.stored_dtype(hidden_ND) is blocks.logits_NW.dtype
+    wanted = softcap * torch.tanh(product_NV.float() / softcap) if softcap else product_NV.float()
+    stored = blocks.logits_NW[:, :size].float()
+    torch.testing.assert_close(stored, wanted, rtol=2**-7, atol=1e-3)
+    again = blocks_of_logits(stored)
+    for name in ("min_N", "max_NB", "log_sum_NB", "log_total_N"):
+        assert torch.equal(getattr(blocks, name), getattr(again, name)), name
+    target, uniform_N = np.arange(len(blocks)) * 7, np.random.default_rng(0).random(len(blocks))
+    one, other = (sample_blocks(x, target, uniform_N, 0.02) for x in (blocks, again))
+    assert np.array_equal(one.ids_M, other.ids_M) and np.array_equal(one.probs_M, other.probs_M)
+    assert np.array_equal(one.target_logprob_N, other.target_logprob_N)
+    frequency_V = np.full(size, 1 / size)
+    one, other = (topk_blocks_within_kl(x, target, 0.01, frequency_V) for x in (blocks, again))
+    assert np.array_equal(one.ids_M, other.ids_M) and np.array_equal(one.probs_M, other.probs_M)

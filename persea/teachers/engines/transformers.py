@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -39,11 +39,11 @@ from persea.teachers.engines.token_sampling import (
     seeded_generator,
 )
 
-# Logits that exist at once: 256 MiB in float32 on a CPU, 512 MiB elsewhere. 256 positions of
-# Gemma's 262k tokens take .85 of the time of 128 in bfloat16, and about as long in float32. Another
-# value moves results in their last digits only.
-MAX_LOGIT_ELEMENTS = {"cpu": 1 << 26}
-MAX_LOGIT_ELEMENTS_ELSEWHERE = 1 << 27
+# Bytes of logits that exist at once. More positions at once make a head of 262k tokens faster in
+# bfloat16 (512 take little longer than 256), but not in float32. Another value moves results in
+# their last digits only.
+MAX_LOGIT_BYTES = {"cpu": 1 << 28}
+MAX_LOGIT_BYTES_ELSEWHERE = 1 << 29
 MAX_TOKENS_PER_FORWARD = 2048  # padding included; a longer sequence is computed in pieces
 LOCAL_CAPABILITIES = EngineCapabilities(DistributionKind.FULL, has_local_model=True)
 
@@ -59,6 +59,7 @@ class TransformersEngine(Engine):
         batch_size: Sequences in one forward pass.
         sampling: How `generate` draws answers.
         on_progress: Called with the share of a `generate` that is done, after each token.
+        free_buffers: Memory of logits that no call uses now.
     """
 
     model: PreTrainedModel
@@ -66,6 +67,7 @@ class TransformersEngine(Engine):
     batch_size: int = 64
     sampling: Sampling = GREEDY
     on_progress: Callable[[float], None] = lambda share: None
+    free_buffers: list[LogitBuffer] = field(default_factory=list, repr=False)
 
     def reporting(self, on_progress: Callable[[float], None]) -> TransformersEngine:
         """Return this engine with another `on_progress`. See Engine."""
@@ -242,7 +244,7 @@ class TransformersEngine(Engine):
         Sequences keep their order. The head runs at supervised positions only.
         """
         for blocks, index_N, _ in self._iter_blocks(sequences, loss_masks, range(len(sequences))):
-            logprobs_NW = blocks.logits_NW[:, : self.vocab_size]
+            logprobs_NW = blocks.logits_NW[:, : self.vocab_size].float()
             logprobs_NW -= blocks.log_total_N[:, None].float()
             for index, begin, end in _runs(index_N):
                 yield index, logprobs_NW[begin:end].cpu()
@@ -263,7 +265,8 @@ class TransformersEngine(Engine):
             for ids_T, mask_T in zip(sequences, loss_masks, strict=True)
         ]
         order = sorted(range(len(sequences)), key=lambda k: -len(sequences[k]))
-        buffer = LogitBuffer()  # nothing refers to logits once they are reduced
+        # Nothing refers to logits once they are reduced.
+        buffer = self.free_buffers.pop() if self.free_buffers else LogitBuffer()
         for blocks, index_N, row_N in self._iter_blocks(sequences, loss_masks, order, buffer):
             target_N = np.array(
                 [targets[k][n] for k, n in zip(index_N, row_N, strict=True)], np.int64
@@ -271,6 +274,7 @@ class TransformersEngine(Engine):
             reduced = reducer.reduce(blocks, index_N, row_N, target_N)
             for index, begin, end in _runs(index_N):
                 yield index, slice_distributions(reduced, begin, end)
+        self.free_buffers.append(buffer)
         nothing = np.empty(0, np.int64)
         for index in (k for k, target_N in enumerate(targets) if not len(target_N)):
             blocks = blocks_of_logits(torch.empty(0, self.vocab_size))
@@ -302,7 +306,9 @@ class TransformersEngine(Engine):
                 row_N, place_N, number_N = map(np.concatenate, (rows, places, numbers))
                 output_NX = output_BTX[torch.from_numpy(row_N), torch.from_numpy(place_N)]
                 index_N = np.array(chosen, np.int64)[row_N]
-                step = max(1, _max_logit_elements(output_NX.device) // self._logits_width())
+                dtype = torch.float32 if head is None else head.stored_dtype(output_NX)
+                elements = _max_logit_elements(output_NX.device, dtype)
+                step = max(1, elements // self._logits_width())
                 for begin in range(0, len(output_NX), step):
                     span = slice(begin, begin + step)
                     blocks = (
@@ -443,8 +449,8 @@ def _scaling_of(model: PreTrainedModel, vocab_size: int) -> LogitScaling | None:
     return _SCALINGS[model]
 
 
-def _max_logit_elements(device: torch.device) -> int:
-    return MAX_LOGIT_ELEMENTS.get(device.type, MAX_LOGIT_ELEMENTS_ELSEWHERE)
+def _max_logit_elements(device: torch.device, dtype: torch.dtype = torch.float32) -> int:
+    return MAX_LOGIT_BYTES.get(device.type, MAX_LOGIT_BYTES_ELSEWHERE) // dtype.itemsize
 
 
 def _runs(index_N: npt.NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
@@ -457,8 +463,7 @@ def _runs(index_N: npt.NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
 
 def _require_finite_blocks(blocks: BlockedLogits, index_N: npt.NDArray[np.int64]) -> None:
     """Check that every logit is finite. The largest of each block is in the total already."""
-    least_N = blocks.logits_NW[:, : blocks.vocab_size].amin(1)
-    is_finite_N = torch.isfinite(least_N) & torch.isfinite(blocks.log_total_N)
+    is_finite_N = torch.isfinite(blocks.min_N) & torch.isfinite(blocks.log_total_N)
     if not bool(is_finite_N.all()):
         row = int((~is_finite_N).nonzero()[0])
         raise TeacherError(

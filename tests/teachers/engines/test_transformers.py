@@ -256,7 +256,7 @@ def test_a_forward_has_no_more_positions_and_logits_than_it_may(
     )
     monkeypatch.setattr(local, "MAX_TOKENS_PER_FORWARD", 250)
     width = model.get_output_embeddings().weight.shape[0]
-    monkeypatch.setattr(local, "MAX_LOGIT_ELEMENTS", {"cpu": 100 * width})
+    monkeypatch.setattr(local, "MAX_LOGIT_BYTES", {"cpu": 4 * 100 * width})
     if not is_known:
         monkeypatch.setattr(local, "_scaling_of", lambda model, vocab_size: None)
     try:
@@ -293,7 +293,7 @@ def test_a_long_answer_comes_in_pieces_that_are_the_whole(
     assert [len(w) for w in whole] == [369, 0, 1]
     monkeypatch.setattr(local, "MAX_TOKENS_PER_FORWARD", 150)
     width = model.get_output_embeddings().weight.shape[0]
-    monkeypatch.setattr(local, "MAX_LOGIT_ELEMENTS", {"cpu": 37 * width})
+    monkeypatch.setattr(local, "MAX_LOGIT_BYTES", {"cpu": 4 * 37 * width})
     pieces = list(engine(name).iter_logprobs(sequences, learn))
     assert max(len(some) for _, some in pieces) <= 37
     # 119, 150 and 100 supervised tokens in three pieces of the text, and each text once
