@@ -29,6 +29,7 @@ from persea.distributions.matmul import (
     padded_rows,
     project_to_hidden,
     project_to_logits,
+    rounding_factors,
 )
 from persea.errors import DataError
 from persea.losses.divergence import Divergence, divergence_with_gradient
@@ -230,8 +231,8 @@ def _chunk_bounds(head: LMHead, hidden_ND: torch.Tensor, columns: int) -> list[i
 def _matmul_dtype(hidden_ND: torch.Tensor) -> torch.dtype:
     """Return the dtype of matrix products.
 
-    A GPU multiplies half precision as it is, with float32 sums. A CPU multiplies in float32, with a
-    float32 copy of a half-precision weight.
+    A GPU multiplies half precision as it is, with float32 sums. A CPU multiplies float32 copies,
+    whose factors it rounds to bfloat16 if that is what the hidden states are (`rounding_factors`).
     """
     exact = hidden_ND.device.type == "cpu" or hidden_ND.dtype is torch.float32
     return (
@@ -281,6 +282,7 @@ class _ChunkLogits:
     def __init__(self, head: LMHead, hidden_ND: torch.Tensor, bounds: Sequence[int]) -> None:
         self.dtype = _matmul_dtype(hidden_ND)
         self.is_half = self.dtype in (torch.bfloat16, torch.float16)
+        self.rounds = hidden_ND.dtype is torch.bfloat16 and hidden_ND.device.type == "cpu"
         self.head, self.hidden_ND = head, hidden_ND.detach()
         self.weight_VD = head.weight_VD.detach()[: head.vocab_size].to(self.dtype)
         longest = padded_rows(max(end - begin for begin, end in pairwise(bounds)), self.weight_VD)
@@ -314,7 +316,8 @@ class _ChunkLogits:
         if self.is_half:
             logits_CV = torch.mm(hidden_PD, self.weight_VD.T, out_dtype=torch.float32)
         else:
-            project_to_logits(hidden_PD, self.weight_VD, self.buffer_PV[: len(hidden_PD)])
+            with rounding_factors(self.rounds):
+                project_to_logits(hidden_PD, self.weight_VD, self.buffer_PV[: len(hidden_PD)])
             logits_CV = self.buffer_PV[: positions.stop - positions.start]
         if self.head.bias_V is not None:
             logits_CV += self.head.bias_V.detach()[: self.head.vocab_size]
@@ -372,17 +375,19 @@ class _ChunkedHeadLoss(torch.autograd.Function):
             if bias_grad_V is not None:
                 bias_grad_V[: head.vocab_size].addmv_(grad_CV.T, factor_C.to(sums))
             grad_PV = chunks.padded_gradient(grad_CV)
-            if hidden_grad_ND is not None:
-                hidden_grad_ND[positions] = (
-                    project_to_hidden(grad_PV, chunks.weight_VD)[: end - begin] * factor_C[:, None]
-                )
-            if weight_grad_VD is not None:
-                accumulate_weight_gradient(
-                    weight_grad_VD[: head.vocab_size],
-                    grad_PV,
-                    chunks.padded_hidden(positions, factor_C),
-                    is_first=k == 0,
-                )
+            with rounding_factors(chunks.rounds):
+                if hidden_grad_ND is not None:
+                    hidden_grad_ND[positions] = (
+                        project_to_hidden(grad_PV, chunks.weight_VD)[: end - begin]
+                        * factor_C[:, None]
+                    )
+                if weight_grad_VD is not None:
+                    accumulate_weight_gradient(
+                        weight_grad_VD[: head.vocab_size],
+                        grad_PV,
+                        chunks.padded_hidden(positions, factor_C),
+                        is_first=k == 0,
+                    )
         if hidden_grad_ND is not None:
             grad_norms.append(
                 torch.linalg.vector_norm(hidden_grad_ND, dim=1, dtype=sums) * len(weight_N)

@@ -4,6 +4,9 @@ vocabulary or in many.
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -18,6 +21,7 @@ from persea.distributions.matmul import (
     padded_rows,
     project_to_hidden,
     project_to_logits,
+    rounding_factors,
 )
 from persea.losses import Divergence, LMHead, divergence_loss_from_hidden
 
@@ -66,7 +70,7 @@ def test_products_are_exact_to_float32(
         torch.full((V, D), torch.nan if first else 0.5),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "can_use_onednn", lambda like_XY: quick and HAS_ONEDNN)
+        patch.setattr(products, "is_onednn_faster", lambda like_XY: quick and HAS_ONEDNN)
         project_to_logits(hidden_CD, weight_VD, into_CV)
         back_CD = project_to_hidden(pull_CV, weight_VD)
         accumulate_weight_gradient(into_VD, pull_CV, hidden_CD, first)
@@ -82,6 +86,7 @@ def test_products_are_exact_to_float32(
 @pytest.mark.skipif(not HAS_ONEDNN, reason="a processor without AVX-512")
 def test_onednn_is_asked_where_it_is_quicker_and_nowhere_else(monkeypatch: pytest.MonkeyPatch):
     times = asked(monkeypatch)
+    monkeypatch.setattr(products, "is_made_by_intel", lambda: False)
     x, w = torch.randn(3, 4), torch.randn(STRIP_ROWS + 1, 4)
     project_to_logits(x, w, torch.empty(3, len(w)))
     assert times == [2]  # two strips
@@ -89,6 +94,10 @@ def test_onednn_is_asked_where_it_is_quicker_and_nowhere_else(monkeypatch: pytes
     accumulate_weight_gradient(torch.zeros(len(w), 4), torch.randn(3, len(w)), x, is_first=False)
     assert times == [5]
     project_to_logits(x.double(), w.double(), torch.empty(3, len(w), dtype=torch.float64))
+    with monkeypatch.context() as intel:
+        intel.setattr(products, "is_made_by_intel", lambda: True)
+        project_to_logits(x, w, torch.empty(3, len(w)))
+        assert times == [5] and padded_rows(129, x) == max_padded_rows(129, x) == 129
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     project_to_logits(x, w, torch.empty(3, len(w)))
     assert times == [5]
@@ -102,6 +111,45 @@ def test_other_processors_and_precisions_keep_to_torch(monkeypatch: pytest.Monke
     assert can_use_onednn(torch.zeros(1)) == HAS_ONEDNN
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert not can_use_onednn(torch.zeros(1))
+
+
+@pytest.mark.parametrize("text", ["vendor_id : GenuineIntel", "vendor_id : AuthenticAMD"])
+def test_the_maker_is_read_from_the_system(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(products, "Path", lambda name: tmp_path / "cpuinfo")
+    assert products.is_made_by_intel.__wrapped__() == ("Intel" in text)
+    monkeypatch.setattr(products, "Path", lambda name: tmp_path / "none")
+    monkeypatch.setattr(platform, "processor", lambda: text)
+    assert products.is_made_by_intel.__wrapped__() == ("Intel" in text)
+
+
+def test_rounded_factors_give_the_product_of_bfloat16_or_float32_and_nothing_else() -> None:
+    """A processor without bfloat16 keeps to float32; either way the sums are float32."""
+    generator = torch.Generator().manual_seed(0)
+    x_CD, w_VD = (torch.randn(n, 512, generator=generator) for n in (64, 300))
+    plain_CV, rounded_CV = torch.empty(2, 64, 300)
+    with rounding_factors(True):
+        project_to_logits(x_CD, w_VD, rounded_CV)
+    project_to_logits(x_CD, w_VD, plain_CV)
+    exact = x_CD.double() @ w_VD.double().T
+    of_rounded = x_CD.bfloat16().double() @ w_VD.bfloat16().double().T
+    torch.testing.assert_close(plain_CV.double(), exact, rtol=1e-5, atol=1e-4)
+    errors = [float((rounded_CV.double() - one).abs().max()) for one in (exact, of_rounded)]
+    assert min(errors) < 1e-4, errors  # far below what a rounded sum would be off (about .1)
+
+
+def test_rounding_ends_with_its_block_even_after_an_error() -> None:
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    with pytest.raises(ValueError), rounding_factors(True):
+        assert setting.fp32_precision == "bf16"
+        raise ValueError
+    assert setting.fp32_precision == before
+    with rounding_factors(False):
+        assert setting.fp32_precision == before
+    torch.get_float32_matmul_precision()  # raises if settings contradict each other
 
 
 def test_half_precision_is_summed_in_float32():
@@ -123,15 +171,16 @@ def test_half_precision_is_summed_in_float32():
 def test_there_are_few_numbers_of_rows(count: int):
     """Eight in an octave from 128 on, multiples of 16 below: oneDNN keeps a routine for each."""
     like = torch.zeros(1)
-    if not can_use_onednn(like):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "is_onednn_faster", lambda like_XY: True)
+        rows = padded_rows(count, like)
+        assert count <= rows < count + max(16, count / 8 + 1) and rows % 16 == 0
+        assert padded_rows(rows, like) == rows
+        few = max_padded_rows(count, like)
+        assert 1 <= few <= count and (few == padded_rows(few, like) or count < 16)
+        assert few > count - max(16, count / 8 + 1)
+        patch.setattr(products, "is_onednn_faster", lambda like_XY: False)
         assert padded_rows(count, like) == max_padded_rows(count, like) == count
-        return
-    rows = padded_rows(count, like)
-    assert count <= rows < count + max(16, count / 8 + 1) and rows % 16 == 0
-    assert padded_rows(rows, like) == rows
-    few = max_padded_rows(count, like)
-    assert 1 <= few <= count and (few == padded_rows(few, like) or count < 16)
-    assert few > count - max(16, count / 8 + 1)
     double = torch.zeros(1, dtype=torch.float64)
     assert padded_rows(count, double) == max_padded_rows(count, double) == count
 
@@ -145,6 +194,7 @@ def test_batches_of_ever_other_sizes_ask_for_few_shapes(monkeypatch: pytest.Monk
         return real(left, right)
 
     monkeypatch.setattr(products, "_matmul_transposed", seen)
+    monkeypatch.setattr(products, "is_made_by_intel", lambda: False)
     weight, theirs = torch.randn(50, 4, requires_grad=True), torch.randn(50, 4)
     for n in range(100, 257):
         hidden = torch.randn(n, 4, requires_grad=True)

@@ -350,6 +350,34 @@ def test_float32_and_bfloat16_stay_near_float64(dtype: torch.dtype):
         torch.testing.assert_close(a.double(), b, rtol=rtol, atol=atol)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cpu_rounds_factors_where_hidden_states_are_bfloat16(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All three products, of a float32 weight; and no product after them."""
+    seen, setting = [], torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+
+    def watch(name: str) -> None:
+        real = getattr(heads, name)
+
+        def product(*args: Any, **named: Any) -> Any:
+            seen.append(setting.fp32_precision)
+            return real(*args, **named)
+
+        monkeypatch.setattr(heads, name, product)
+
+    for name in ("project_to_logits", "project_to_hidden", "accumulate_weight_gradient"):
+        watch(name)
+    c = case(3, dtype=torch.float32)
+    N, V = c.logits_NV.shape
+    head = LMHead(torch.randn(V, 32, requires_grad=True), V)
+    hidden = torch.randn(N, 32).to(dtype).requires_grad_()
+    event_kl_loss_from_hidden(hidden, head, c.labels_N, [t.targets for t in c.teachers], 0.7)
+    assert seen == 3 * ["bf16" if dtype is torch.bfloat16 else before]
+    assert setting.fp32_precision == before and head.weight_VD.dtype is torch.float32
+
+
 @pytest.mark.parametrize("divergence", [None, *DIVERGENCES])
 @given(
     seed=seeds,
