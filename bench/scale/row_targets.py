@@ -14,8 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from persea.alignment import token_order
 from persea.alignment.event_map import load_event_map
 from persea.cache.unit import CachedAnswer
@@ -24,18 +22,9 @@ from persea.distributions import sample_distributions
 from persea.models.loading import ModelSource, load_model, load_renderer
 from persea.teachers.engines.transformers import TransformersEngine
 from persea.teachers.teacher import Answer, Teacher
-from persea.training.dataset import build_dataset
+from persea.training.example import ExampleMaker
 
 LANGUAGES, TEXTS, LINES, TAU = ("ind", "tha", "vie", "eng"), 6, 3, 0.02
-
-
-class Listed(tuple[CachedAnswer, ...]):
-    """Cached answers in memory."""
-
-    __slots__ = ()
-
-    def epoch_order(self, seed: int, epoch: int) -> Any:
-        return torch.arange(len(self)).numpy()
 
 
 def documents() -> list[str]:
@@ -68,7 +57,7 @@ def capture(models: Path, file: Path) -> None:
 def prepare(arm: str, models: Path, folder: Path) -> Callable[[int], Any]:
     file = folder / "answers.pickle"
     subprocess.run([sys.executable, __file__, str(models), str(file)], check=True)
-    answers = Listed(pickle.loads(file.read_bytes()))
+    answers = pickle.loads(file.read_bytes())
     teacher, student = (
         load_renderer(ModelSource(str(models / name)), name) for name in ("gemma3-270m", "smollm2")
     )
@@ -79,12 +68,10 @@ def prepare(arm: str, models: Path, folder: Path) -> Callable[[int], Any]:
         if arm == "persea":
             token_order._TOKEN_ORDERS.clear()
             events = {"gemma": load_event_map(teacher, student)}
-        feed = build_dataset(
-            [(answers, 1.0)], student, events, batch_size=8, seed=0, max_length=2048
-        )
-        batches = [feed.batch(k) for k in range(len(answers) // 8)]
+        maker = ExampleMaker.create(student, events, False, "auto")
+        examples = [maker.make(answer) for answer in answers]
         return {
-            "student_tokens": sum(len(one.labels_N) for one in batches),
+            "student_tokens": sum(int(one.tokens.loss_mask_T.sum()) for one in examples),
             "teacher_tokens": sum(int(a.tokens.loss_mask_T.sum()) for a in answers),
         }
 

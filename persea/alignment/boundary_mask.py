@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from typing import TypeAlias
 
 import numpy as np
@@ -29,7 +30,7 @@ MAX_SEARCH_TOKENS = 20_000  # per candidate; about 20 ms
 MAX_LOOKAHEAD = 10
 # Tokens of the other side from which a candidate is known to meet, kept so as not to search again.
 WITNESSES_PER_CANDIDATE = 8
-MAX_CACHED_CONTEXTS = 20_000  # some dozen candidates of 100 bytes each
+MAX_CACHED_ANSWERS = 1_000_000  # about 100 bytes each
 MAX_CACHED_STATES = 1_000_000  # about 250 bytes each; when full, all are dropped
 
 
@@ -63,8 +64,8 @@ class BoundaryMask:
     max_search_tokens: int = MAX_SEARCH_TOKENS
     _dead_end_states: set[SearchState] = field(default_factory=set)
     _meeting_states: set[SearchState] = field(default_factory=set)
-    # context -> candidate -> whether it is impossible
-    _answers: dict[int, dict[int, bool]] = field(default_factory=dict)
+    # context * W + candidate -> whether it is impossible
+    _answers: dict[int, bool] = field(default_factory=dict)
     # first states of searches that were given up; they are not searched again
     _undecided_states: set[SearchState] = field(default_factory=set)
 
@@ -98,31 +99,44 @@ class BoundaryMask:
         if context == UNRESTRICTED_CONTEXT:
             return np.empty(0, np.int64)
         if candidates is not None:
-            return self._impossible_candidates(context, candidates)
+            candidates_C = np.asarray(candidates, np.int64)
+            contexts_C = np.full(len(candidates_C), context)
+            return np.sort(candidates_C[self.are_impossible(contexts_C, candidates_C)])
         offsets, order = self._candidates_by_first_token
         blocked = self.other.impossible_next_tokens(context)
         return self._test(
             context, order[expand_groups(offsets, blocked)[0]], range(len(self.first_token_W))
         )
 
-    def _impossible_candidates(
-        self, context: int, candidates: npt.NDArray[np.integer]
-    ) -> npt.NDArray[np.int64]:
-        """Return the impossible ones of some candidates; the answers of a context are kept."""
-        answers, wanted = self._answers.get(context), candidates.tolist()
-        if answers is None:
-            if len(self._answers) >= MAX_CACHED_CONTEXTS:
-                self._answers.clear()
-            answers = self._answers[context] = {}
-        new = [c for c in wanted if c not in answers]
-        if new:
-            first_N = self.first_token_W[new]
-            known, first = np.array(new, np.int64)[first_N >= 0], first_N[first_N >= 0]
-            # a candidate whose first token is possible here is possible itself
-            doubtful = known[self.other.cannot_follow(context, first)]
-            impossible = set(self._test(context, doubtful, new).tolist())
-            answers.update((c, c in impossible) for c in new)
-        return np.array(sorted(c for c in wanted if answers[c]), np.int64)
+    def are_impossible(
+        self, context_P: npt.NDArray[np.integer], token_P: npt.NDArray[np.integer]
+    ) -> npt.NDArray[np.bool_]:
+        """Return whether each token is impossible at a boundary in its context; answers are kept.
+
+        Args:
+            context_P: Contexts in `other` (`TokenOrder.context_ids`).
+            token_P: Ids of `own` tokens.
+        """
+        out_P: npt.NDArray[np.bool_] = np.asarray(context_P) != UNRESTRICTED_CONTEXT
+        keys_P = context_P[out_P].astype(np.int64) * len(self.first_token_W) + token_P[out_P]
+        if len(self._answers) >= MAX_CACHED_ANSWERS:
+            self._answers.clear()
+        keys = keys_P.tolist()
+        unknown = {key for key in keys if key not in self._answers}
+        for context, pairs in groupby(sorted(unknown), lambda k: k // len(self.first_token_W)):
+            self._answer(context, [key % len(self.first_token_W) for key in pairs])
+        out_P[out_P] = [self._answers[key] for key in keys]
+        return out_P
+
+    def _answer(self, context: int, candidates: list[int]) -> None:
+        """Find out which candidates are impossible in a context, and keep the answers."""
+        first_N = self.first_token_W[candidates]
+        known, first = np.array(candidates, np.int64)[first_N >= 0], first_N[first_N >= 0]
+        # a candidate whose first token is possible here is possible itself
+        doubtful = known[self.other.cannot_follow(context, first)]
+        impossible = set(self._test(context, doubtful, candidates).tolist())
+        begin = context * len(self.first_token_W)
+        self._answers.update((begin + c, c in impossible) for c in candidates)
 
     def _test(
         self, context: int, doubtful: npt.NDArray[np.int64], among: Sequence[int]

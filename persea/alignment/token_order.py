@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +19,10 @@ import numpy.typing as npt
 from persea.alignment.impossible_pairs import ImpossiblePairs
 from persea.alignment.kept_heads import TokenHeads, keep_heads
 from persea.alignment.prefix_index import PrefixIndex
+from persea.alignment.token_runs import split_run
 from persea.tokenization.bpe import BpeDerivations, derive_bpe
 from persea.tokenization.pretokenizer import (
-    PROBE_PREFIXES,
     Pretokenizer,
-    char_to_byte_offsets,
     decode_whole_characters,
     load_pretokenizer,
 )
@@ -41,6 +39,7 @@ MAX_CACHED_CONTEXTS = 4096
 # state and 20 for a known one.
 MIN_VECTOR_TOKENS = 32
 MAX_CACHED_TOKEN_ORDERS = 8
+MAX_CACHED_WORDS = 100_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +62,7 @@ class TokenOrder:
     # word signature -> by number of a token's leading signatures: whether a word end is possible
     # between them; -1 = not computed yet
     _may_cut_cache: dict[str, npt.NDArray[np.int8]] = field(default_factory=dict)
+    _word_signatures: dict[bytes, str] = field(default_factory=dict)
     _ending_signatures: dict[int, tuple[str, ...]] = field(default_factory=dict)
     _can_cut_cache: dict[tuple[str, ...], npt.NDArray[np.int8]] = field(default_factory=dict)
     _can_cut_ahead_cache: dict[tuple[int, bytes], bool] = field(default_factory=dict)
@@ -75,6 +75,10 @@ class TokenOrder:
     @cached_property
     def _pairs(self) -> ImpossiblePairs:
         return ImpossiblePairs(self.derivations, len(self.vocabulary))
+
+    @cached_property
+    def _is_control_W(self) -> npt.NDArray[np.bool_]:
+        return np.array([raw is None for raw in self.vocabulary.bytes_W], np.bool_)
 
     @cached_property
     def _token_heads(self) -> TokenHeads:
@@ -163,25 +167,30 @@ class TokenOrder:
             int64 C: context numbers for `impossible_next_tokens`; `UNRESTRICTED_CONTEXT` at the
             start and after control tokens.
         """
-        control = np.array([self.vocabulary.bytes_W[i] is None for i in ids_T.tolist()], bool)
+        control = self._is_control_W[ids_T]
         edges = np.flatnonzero(np.diff(np.concatenate([[True], control, [True]]).astype(np.int8)))
-        begins = edges[::2]
-        runs = [self._split_run(ids_T[b:e]) for b, e in zip(begins, edges[1::2], strict=True)]
-        states = [
-            self._states_of_run(ids_T[b : b + len(ends_T)].tolist(), cuts, ends_T)
-            for b, (_, cuts, ends_T) in zip(begins, runs, strict=True)
+        raws = list[bytes]()
+        # of each token: its run, its state, where its word begins and where it ends in the run
+        columns_4T = np.zeros((4, len(ids_T)), np.int64)
+        for begin, end in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+            raw, cuts, ends_T = split_run(
+                ids_T[begin:end], self.vocabulary, self.pretokenizer, self._added_tokens
+            )
+            columns_4T[:, begin:end] = (
+                np.full(end - begin, len(raws)),
+                self._states_of_run(ids_T[begin:end].tolist(), cuts, ends_T),
+                cuts[np.searchsorted(cuts, ends_T) - 1],
+                ends_T,
+            )
+            raws.append(raw)
+        position_C = np.asarray(positions, np.int64)
+        found_C = np.full(len(position_C), UNRESTRICTED_CONTEXT, np.int64)
+        inner_C = (position_C > 0) & ~control[position_C - 1] if len(ids_T) else position_C > 0
+        found_C[inner_C] = [
+            self.context_id(state, raws[run][begin:end])
+            for run, state, begin, end in columns_4T[:, position_C[inner_C] - 1].T.tolist()
         ]
-        found = []
-        for k in positions:
-            if k == 0 or control[k - 1]:
-                found.append(UNRESTRICTED_CONTEXT)
-                continue
-            run = int(np.searchsorted(begins, k, side="left")) - 1
-            raw, cuts, ends_T = runs[run]
-            end = int(ends_T[k - 1 - begins[run]])
-            begin = int(cuts[np.searchsorted(cuts, end, side="left") - 1])
-            found.append(self.context_id(states[run][k - 1 - begins[run]], raw[begin:end]))
-        return np.array(found, np.int64)
+        return found_C
 
     def supervised_context_ids(
         self, tokens: RenderedTokens, positions_C: npt.NDArray[np.integer]
@@ -200,28 +209,6 @@ class TokenOrder:
         inner_C = tokens.loss_mask_T[np.maximum(positions_C - 1, 0)] & (positions_C > 0)
         found[inner_C] = self.context_ids(tokens.ids_T, positions_C[inner_C].tolist())
         return found
-
-    def _split_run(
-        self, ids: npt.NDArray[np.integer]
-    ) -> tuple[bytes, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return (bytes of the tokens, byte positions of word starts, end of each token)."""
-        raw = b"".join(self.vocabulary.bytes_W[i] or b"" for i in ids.tolist())
-        ends_T = np.cumsum(self.vocabulary.lengths_W[ids])
-        if self.pretokenizer.never_splits:
-            return raw, np.zeros(1, np.int64), ends_T
-        # added tokens are cut out first; the text before and after each is split on its own
-        edges = {0, len(raw)} | {
-            int(e)
-            for i, end in zip(ids.tolist(), ends_T.tolist(), strict=True)
-            if self.vocabulary.bytes_W[i] in self.added_token_bytes
-            for e in (end - self.vocabulary.lengths_W[i], end)
-        }
-        cuts: list[int] = []
-        for begin, end in pairwise(sorted(edges)):
-            text = decode_whole_characters(raw[begin:end])[0]
-            offsets = char_to_byte_offsets(text, self.pretokenizer.split_positions(text))
-            cuts += [begin, *(begin + offsets).tolist()]
-        return raw, np.unique(np.array(cuts, np.int64)), ends_T
 
     def _states_of_run(
         self, ids: list[int], cuts: npt.NDArray[np.int64], ends_T: npt.NDArray[np.int64]
@@ -248,12 +235,22 @@ class TokenOrder:
             state: The state after the last token; under BPE the token itself.
             word: Bytes of the current word so far; they end with the token.
         """
-        text, rest = ("", b"") if self.pretokenizer.never_splits else decode_whole_characters(word)
-        key = (state, MID_CHARACTER if rest else self.pretokenizer.class_signature(text))
+        key = (state, "" if self.pretokenizer.never_splits else self._word_signature(word))
         if key not in self._context_ids:
             self._context_ids[key] = len(self._context_keys)
             self._context_keys.append(key)
         return self._context_ids[key]
+
+    def _word_signature(self, word: bytes) -> str:
+        """Return the signature of a word so far; cached."""
+        found = self._word_signatures.get(word)
+        if found is None:
+            if len(self._word_signatures) >= MAX_CACHED_WORDS:
+                self._word_signatures.clear()
+            text, rest = decode_whole_characters(word)
+            found = MID_CHARACTER if rest else self.pretokenizer.class_signature(text)
+            self._word_signatures[word] = found
+        return found
 
     def impossible_next_tokens(self, context: int) -> npt.NDArray[np.int64]:
         """Return the sorted ids of tokens that cannot follow in a context; cached."""
@@ -461,7 +458,9 @@ class TokenOrder:
         word, cut_off = decode_whole_characters(raw.lstrip(bytes(range(0x80, 0xC0))))
         if cut_off:
             return ()
-        signatures = (self.pretokenizer.class_signature(p + word) for p in PROBE_PREFIXES)
+        signatures = (
+            self.pretokenizer.class_signature(p + word) for p in self.pretokenizer.probe_prefixes
+        )
         return tuple(dict.fromkeys(signatures))
 
 

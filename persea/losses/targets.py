@@ -14,9 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from persea.alignment.boundary_mask import BoundaryMask
 from persea.alignment.event_map import EventMap
-from persea.alignment.token_order import UNRESTRICTED_CONTEXT
 from persea.distributions import MASS_TOLERANCE, DistributionKind
 from persea.errors import DataError
 
@@ -146,14 +144,14 @@ def build_event_targets(
     )
     keep_M = event_M >= 0
     if student_context_N is not None and event_map.teacher_mask is not None:
-        keep_M &= ~_is_impossible(event_map.teacher_mask, student_context_N[row_M], ids_M)
+        keep_M &= ~event_map.teacher_mask.are_impossible(student_context_N[row_M], ids_M)
     dropped = [(row_M[~keep_M & (event_M >= 0)], event_M[~keep_M & (event_M >= 0)])]
     row_M, event_M, probs_M = row_M[keep_M], event_M[keep_M], probs_M[keep_M]
     entry_D = token_D = np.empty(0, np.int64)
     if teacher_context_N is not None and event_map.student_mask is not None and len(event_M):
         entry_G, token_G = event_map.tokens_of_events(event_M)
-        impossible_G = _is_impossible(
-            event_map.student_mask, teacher_context_N[row_M[entry_G]], token_G
+        impossible_G = event_map.student_mask.are_impossible(
+            teacher_context_N[row_M[entry_G]], token_G
         )
         # An event none of whose student tokens can follow the teacher's boundary: the event maps
         # disagree here, and the mass goes to the cross-entropy.
@@ -329,23 +327,6 @@ def is_fully_named(
     event = key % (event_map.num_events + 1) - 1
     is_whole_M: npt.NDArray[np.bool_] = ((event < 0) | (named == sizes[event]))[which]
     return is_whole_M
-
-
-def _is_impossible(
-    mask: BoundaryMask, context_P: npt.NDArray[np.integer], token_P: npt.NDArray[np.integer]
-) -> npt.NDArray[np.bool_]:
-    """Return whether each token is impossible in its context, [P]."""
-    out = np.zeros(len(token_P), bool)
-    order = np.argsort(context_P, kind="stable")
-    begins = np.flatnonzero(np.diff(context_P[order], prepend=UNRESTRICTED_CONTEXT - 1))
-    for begin, end in pairwise([*begins.tolist(), len(order)]):
-        context = int(context_P[order[begin]])
-        if context != UNRESTRICTED_CONTEXT:
-            candidates = token_P[order[begin:end]]
-            out[order[begin:end]] = np.isin(
-                candidates, mask.impossible_tokens(context, np.unique(candidates))
-            )
-    return out
 
 
 def _refuse_invalid_probs(

@@ -38,6 +38,8 @@ PROBE_PREFIXES = (
     "'l", "'r", "'v",
 )
 # fmt: on
+MAX_PROBED_COUNT = 8  # a pattern may name how long a word is at most, as [ab]{1,3}; beyond: unknown
+COUNT_PATTERN = re.compile(r"\{(\d+)(?:,(\d*))?\}")
 # The pattern of the ByteLevel pre-tokenizer.
 GPT2_SPLIT_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 BUILTIN_SPLIT_PATTERNS = {"Digits": r"\p{N}", "Punctuation": r"\p{P}\p{S}"}
@@ -70,6 +72,7 @@ class Pretokenizer:
         char_ranges: (first, last) of the character ranges in the split patterns.
         letters_only_in_contractions: Whether letters in the patterns matter only after an
             apostrophe.
+        max_count: Largest number of repetitions that a pattern names, as 3 in {1,3}; 1 = none.
     """
 
     splitter: pre_tokenizers.PreTokenizer | None
@@ -80,6 +83,7 @@ class Pretokenizer:
     literals: frozenset[str]
     char_ranges: tuple[tuple[str, str], ...]
     letters_only_in_contractions: bool
+    max_count: int = 1
     _representatives: dict[tuple[str, bool], str] = field(default_factory=dict)
     _first_by_class: dict[tuple[str, bool], str] = field(default_factory=dict)
     _property_splitters: dict[str, pre_tokenizers.Split] = field(default_factory=dict)
@@ -107,6 +111,18 @@ class Pretokenizer:
         """
         ignore_letter_literals = self.letters_only_in_contractions and "'" not in text
         return "".join([self._representative_of(c, ignore_letter_literals) for c in text])
+
+    @cached_property
+    def probe_prefixes(self) -> tuple[str, ...]:
+        """PROBE_PREFIXES, and beginnings of words of limited length: a and aa for [ab]{1,3}."""
+        named = {c for c in PROBE_PREFIXES if len(c) == 1} | self.literals
+        counted = [
+            c * k
+            for c in sorted(named | {low for low, _ in self.char_ranges})
+            if self.max_count > 1 and len(self.split_positions(c * (self.max_count + 1))) > 1
+            for k in range(1, self.max_count)
+        ]
+        return tuple(dict.fromkeys((*PROBE_PREFIXES, *counted)))
 
     @cached_property
     def _probe_suffixes(self) -> tuple[str, ...]:
@@ -242,6 +258,10 @@ def load_pretokenizer(vocabulary: Vocabulary) -> Pretokenizer:
         TRAILING_SPACE_LOOKAHEAD_PATTERN.sub("", pattern_text)
     ):
         unsupported = unsupported or f"pattern {pattern_text!r}"
+    counts = (n for pair in COUNT_PATTERN.findall(pattern_text) for n in pair if n)
+    max_count = max(map(int, counts), default=1)
+    if max_count > MAX_PROBED_COUNT:
+        unsupported = unsupported or f"pattern {pattern_text!r}"
     # SentencePiece: the normaliser replaces every space before the pre-tokenizer runs.
     marks_spaces = '"content": "▁"' in json.dumps(normaliser, ensure_ascii=False)
     never_splits = not unsupported and (not patterns or (marks_spaces and set(patterns) == {" "}))
@@ -264,6 +284,7 @@ def load_pretokenizer(vocabulary: Vocabulary) -> Pretokenizer:
         frozenset(literals.casefold()),
         char_ranges,
         letters_only_in_contractions,
+        max_count,
     )
 
 
@@ -321,6 +342,7 @@ def _characters_with_prefix(prefix: bytes) -> tuple[str, ...]:
 
 def char_to_byte_offsets(text: str, positions: Sequence[int]) -> npt.NDArray[np.int64]:
     """Return int64 UTF-8 byte offsets of character positions."""
-    sizes = np.fromiter((len(c.encode()) for c in text), np.int64, len(text))
+    codes = np.frombuffer(text.encode("utf-32-le"), np.dtype("<u4"))
+    sizes = 1 + sum((codes >= least).astype(np.int64) for least in (0x80, 0x800, 0x10000))
     ends = np.concatenate([[0], np.cumsum(sizes)])
     return ends[np.asarray(positions, np.int64)]

@@ -33,7 +33,7 @@ from persea.tokenization.tokens import RenderedTokens
 from persea.training.dataset_stats import ExampleSummary, ExampleSummaryBuilder
 from persea.training.example import Example, ExampleMaker, render_answer
 
-EXAMPLE_FORMAT = 1  # raise it whenever the examples of the same answers change
+EXAMPLE_FORMAT = 2  # raise it whenever the examples of the same answers change
 MAX_OPEN_FILES = 128  # each holds a file descriptor, and 256 is the smallest limit in use
 SUMMARY_NAMES = (
     "teacher_A",

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from persea.alignment import boundary_mask
 from persea.alignment.boundary_mask import BoundaryMask
 from persea.alignment.event_map import first_tokens
 from persea.alignment.token_order import (
@@ -181,6 +182,40 @@ def test_no_possible_token_is_masked(one: Vocabulary, two: Vocabulary):
     lost, seen = deleted(masks(one, two), STRINGS[::3])
     assert seen > 1000
     assert lost == 0
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize(
+    "pattern",
+    [r"[ab]{1,3}| +", r"[ab]{2}|[ab]| +", r" ?[ab]{3,}|[ab]| +", r"[a-b]{1,4}|\s", r"\w{1,5}|\W"],
+)
+def test_no_possible_token_is_masked_where_a_pattern_counts(pattern: str, added: bool) -> None:
+    """A word of limited length ends after any of its characters, however far back it begins."""
+    chosen = [(19, 1), (16, 19), (12, 10), (10, 16), (16, 19), (18, 16), (14, 15), (6, 2)]
+    one, two = byte_level(chosen, pattern, False), byte_level([], r" ?a+b?| ?b+|\s+", added)
+    for pair in ((one, two), (two, one)):
+        lost, seen = deleted(masks(*pair), STRINGS[::3])
+        assert (lost, seen > 1000) == (0, True)
+
+
+def test_answers_are_kept_forgotten_and_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For many contexts and tokens at once as for one, whatever was asked before."""
+    one, two = byte_level([(0, 1), (1, 3)], PATTERNS[1], False), sentencepiece([(1, 0), (2, 3)])
+    asked = []
+    for text in STRINGS[::40]:
+        ids, both = common((one, two), text)
+        contexts = get_token_order(one).context_ids(ids[0], [k for k, _ in both])
+        asked += [(c, j) for c in contexts.tolist() for j in {*ids[1].tolist(), 7, len(two) - 1}]
+    context_P, token_P = np.array(asked).T
+    of_two = masks(one, two)[1]
+    found_P = of_two.are_impossible(context_P, token_P)
+    assert found_P.any() and not found_P[context_P == UNRESTRICTED_CONTEXT].any()
+    assert np.array_equal(of_two.are_impossible(context_P, token_P), found_P)
+    monkeypatch.setattr(boundary_mask, "MAX_CACHED_ANSWERS", 3)
+    other = masks(one, two)[1]
+    for (context, token), wanted in zip(asked, found_P.tolist(), strict=True):
+        assert len(other.impossible_tokens(context, np.array([token]))) == wanted
+        assert len(other._answers) <= 3
 
 
 @settings(max_examples=15)

@@ -11,6 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from persea.tokenization.pretokenizer import (
     LOOKAHEAD_CHARS,
+    PROBE_PREFIXES,
     Pretokenizer,
     char_to_byte_offsets,
     decode_whole_characters,
@@ -153,3 +154,22 @@ def test_places_are_bytes(text: str):
         whole, rest = decode_whole_characters(raw[:size])
         assert whole.encode() + rest == raw[:size]
         assert text.startswith(whole) and len(rest) < 4
+
+
+@pytest.mark.parametrize(
+    ("pattern", "wanted"),
+    [
+        (r"[xy]{1,3}|.", {"x", "xx", "y", "yy"}),
+        (r"[k-m]{2,4}|.", {"k", "kk", "kkk"}),
+        (r"\p{N}{1,3}|\D+", {"1", "11"}),
+        (r"\p{L}+|\P{L}", set()),
+    ],
+)
+def test_words_of_limited_length_are_probed_to_their_end(pattern: str, wanted: set[str]) -> None:
+    found = set(split_by(pattern).probe_prefixes) - set(PROBE_PREFIXES)
+    assert found >= wanted - set(PROBE_PREFIXES) and bool(found) == bool(wanted)
+
+
+def test_words_of_great_limited_length_may_end_anywhere() -> None:
+    assert not split_by(r"[ab]{1,8}|.").unsupported
+    assert "{1,9}" in split_by(r"[ab]{1,9}|.").unsupported
