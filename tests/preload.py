@@ -6,6 +6,7 @@ and, if it loads a model, as much on transformers' table of weight conversions.
 
 from __future__ import annotations
 
+import atexit
 import gc
 from importlib import import_module
 from pathlib import Path
@@ -55,5 +56,6 @@ for name in MODULES:
     import_module(name)
 import_module("persea.config.recipe").load_recipe(RECIPES / "quickstart.yaml")
 import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
+atexit.register(gc.unfreeze)  # extension modules count what is left at the end
 gc.freeze()  # a child does not search them, so it does not copy their pages either
 gc.enable()
