@@ -12,6 +12,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,8 @@ def data_folder() -> Path:
     )
 
 
-def documents(data: Path, domain: str) -> list[Document]:
+@cache
+def documents(data: Path, domain: str) -> tuple[Document, ...]:
     """Return all documents of a domain, NFC, in file order, without duplicates."""
     seen: dict[str, Document] = {}
     for source in SOURCES[domain]:
@@ -107,7 +109,7 @@ def documents(data: Path, domain: str) -> list[Document]:
             text = unicodedata.normalize("NFC", raw).replace("\r\n", "\n").strip()
             if text:
                 seen.setdefault(text, Document(domain, page, text))
-    return list(seen.values())
+    return tuple(seen.values())
 
 
 def page_of(name: str) -> str:

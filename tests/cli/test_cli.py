@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -132,32 +133,12 @@ def enter(arguments: tuple[str, ...], folder: Path, said: Path) -> None:
 
 @functools.cache
 def warm() -> ForkServerContext:
-    """Children of a server that has imported torch and transformers once: each is a process of its
-    own and starts at once.
+    """Children of a server that has imported everything once (`tests.preload`): each is a process
+    of its own and starts at once.
     """
     context = multiprocessing.get_context("forkserver")
-    models = [
-        f"transformers.models.{m}.modeling_{m}" for m in ("llama", "qwen3", "gemma3", "gpt_oss")
-    ]
-    context.set_forkserver_preload(
-        [
-            "torch",
-            "torch.distributed.checkpoint",
-            "persea.pipeline.stages",
-            "persea.pipeline.plan",
-            "persea.teachers.engines.transformers",
-            "persea.training.student",
-            "persea.training.loop",
-            "persea.evaluation.evaluate",
-            "persea.training.dataset",
-            "persea.losses",
-            "persea.report.page",
-            "transformers.models.auto.modeling_auto",
-            "transformers.models.auto.tokenization_auto",
-            "transformers.generation.utils",
-            *models,
-        ]
-    )
+    context.set_forkserver_preload(["tests.preload"])
+    forkserver.ensure_running()
     return context
 
 
