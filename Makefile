@@ -47,6 +47,8 @@ BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Where bytecode is not kept, every process of the tests compiles persea again, for half a second.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: quickstart test lint docs chaos chaos-ray results bench bench-audit bench-bias bench-cache bench-fleet bench-growth bench-rollouts bench-train bench-onpolicy bench-plan bench-objectives bench-extension bench-real bench-scale real templates graders bench-gpu engines export soak saplings clean
 .DELETE_ON_ERROR:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby
 from typing import TypeAlias
 
 import numpy as np
@@ -30,8 +29,39 @@ MAX_SEARCH_TOKENS = 20_000  # per candidate; about 20 ms
 MAX_LOOKAHEAD = 10
 # Tokens of the other side from which a candidate is known to meet, kept so as not to search again.
 WITNESSES_PER_CANDIDATE = 8
-MAX_CACHED_ANSWERS = 1_000_000  # about 100 bytes each
+MAX_CACHED_ANSWERS = 4_000_000  # 9 bytes each
 MAX_CACHED_STATES = 1_000_000  # about 250 bytes each; when full, all are dropped
+
+
+@dataclass(eq=False)
+class _Answers:
+    """Whether a candidate is impossible in a context, by context * W + candidate.
+
+    Attributes:
+        key_K: int64, sorted.
+        is_impossible_K: The answers.
+    """
+
+    key_K: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    is_impossible_K: npt.NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_))
+
+    def find(
+        self, key_P: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """Return the answers, and which of them are known."""
+        if not len(self.key_K):
+            return np.zeros(len(key_P), np.bool_), np.zeros(len(key_P), np.bool_)
+        at_P = np.minimum(np.searchsorted(self.key_K, key_P), len(self.key_K) - 1)
+        return self.is_impossible_K[at_P], self.key_K[at_P] == key_P
+
+    def add(self, key_N: npt.NDArray[np.int64], is_impossible_N: npt.NDArray[np.bool_]) -> None:
+        """Keep the answers of new keys, which are sorted."""
+        at_N = np.searchsorted(self.key_K, key_N)
+        self.key_K = np.insert(self.key_K, at_N, key_N)
+        self.is_impossible_K = np.insert(self.is_impossible_K, at_N, is_impossible_N)
+
+    def clear(self) -> None:
+        self.key_K, self.is_impossible_K = self.key_K[:0], self.is_impossible_K[:0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +94,7 @@ class BoundaryMask:
     max_search_tokens: int = MAX_SEARCH_TOKENS
     _dead_end_states: set[SearchState] = field(default_factory=set)
     _meeting_states: set[SearchState] = field(default_factory=set)
-    # context * W + candidate -> whether it is impossible
-    _answers: dict[int, bool] = field(default_factory=dict)
+    _answers: _Answers = field(default_factory=lambda: _Answers())
     # first states of searches that were given up; they are not searched again
     _undecided_states: set[SearchState] = field(default_factory=set)
 
@@ -118,25 +147,31 @@ class BoundaryMask:
             token_P: Ids of `own` tokens.
         """
         out_P: npt.NDArray[np.bool_] = np.asarray(context_P) != UNRESTRICTED_CONTEXT
-        keys_P = context_P[out_P].astype(np.int64) * len(self.first_token_W) + token_P[out_P]
-        if len(self._answers) >= MAX_CACHED_ANSWERS:
-            self._answers.clear()
-        keys = keys_P.tolist()
-        unknown = {key for key in keys if key not in self._answers}
-        for context, pairs in groupby(sorted(unknown), lambda k: k // len(self.first_token_W)):
-            self._answer(context, [key % len(self.first_token_W) for key in pairs])
-        out_P[out_P] = [self._answers[key] for key in keys]
+        width = len(self.first_token_W)
+        keys_P = context_P[out_P].astype(np.int64) * width + token_P[out_P]
+        found_P, is_known_P = self._answers.find(keys_P)
+        if not is_known_P.all():
+            unknown = np.unique(keys_P[~is_known_P])
+            if len(self._answers.key_K) + len(unknown) > MAX_CACHED_ANSWERS:
+                self._answers.clear()
+                unknown = np.unique(keys_P)
+            begins = np.flatnonzero(np.diff(unknown // width, prepend=-1))
+            answers = [
+                self._answer(int(part[0]) // width, part % width)
+                for part in np.split(unknown, begins[1:])
+            ]
+            self._answers.add(unknown, np.concatenate(answers))
+            found_P = self._answers.find(keys_P)[0]
+        out_P[out_P] = found_P
         return out_P
 
-    def _answer(self, context: int, candidates: list[int]) -> None:
-        """Find out which candidates are impossible in a context, and keep the answers."""
-        first_N = self.first_token_W[candidates]
-        known, first = np.array(candidates, np.int64)[first_N >= 0], first_N[first_N >= 0]
+    def _answer(self, context: int, candidate_C: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Find out which candidates are impossible in a context."""
+        first_C = self.first_token_W[candidate_C]
+        known, first = candidate_C[first_C >= 0], first_C[first_C >= 0]
         # a candidate whose first token is possible here is possible itself
         doubtful = known[self.other.cannot_follow(context, first)]
-        impossible = set(self._test(context, doubtful, candidates).tolist())
-        begin = context * len(self.first_token_W)
-        self._answers.update((begin + c, c in impossible) for c in candidates)
+        return np.isin(candidate_C, self._test(context, doubtful, candidate_C.tolist()))
 
     def _test(
         self, context: int, doubtful: npt.NDArray[np.int64], among: Sequence[int]
