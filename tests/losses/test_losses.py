@@ -770,8 +770,9 @@ class Fixed:
     def __init__(self, dead: dict[int, list[int]]) -> None:
         self.table = dead
 
-    def impossible_tokens(self, context: int, candidates: np.ndarray) -> np.ndarray:
-        return np.intersect1d(self.table[context], candidates)
+    def are_impossible(self, context_P: np.ndarray, token_P: np.ndarray) -> np.ndarray:
+        pairs = zip(context_P.tolist(), token_P.tolist(), strict=True)
+        return np.array([t in self.table.get(c, []) for c, t in pairs], bool)
 
 
 @given(seed=seeds, share=st.sampled_from([0.3, 1.0]))
