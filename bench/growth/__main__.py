@@ -48,8 +48,8 @@ def main() -> None:
             "points": points,
             "exponent_cpu": exponent(points, "cpu_s", row.fit_from),
             "exponent_mb": exponent(points, "mb", row.fit_from),
+            "made_by": made_by(),
         }
-        result |= made_by()
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
         print(f"{name:40} exponent {result['rows'][name]['exponent_cpu']}", flush=True)
 
