@@ -3,9 +3,9 @@
     python -m bench.real.stops FOLDER [--stops 24]
 
 FOLDER holds what `make real` prepares there. Each start goes on where the last one was stopped;
-SIGTERM comes a random time after the first line of a stage, then further into it. Writes
-bench/results/real_stops.json: seconds until the process is gone, exit code, stage; ends with 1 if
-one took longer than LIMIT_S or had another code than 143.
+SIGTERM comes a random time after the start. Writes bench/results/real_stops.json: seconds until the
+process is gone, exit code, stage; ends with 1 if one took longer than LIMIT_S or had another code
+than 143.
 """
 
 from __future__ import annotations
