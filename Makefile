@@ -6,7 +6,7 @@
 #                   run (10 minutes)
 # make chaos-ray    a capture on a Ray cluster of two nodes: a node, a worker and persea itself are killed; an on-policy training loses a node
 #                   (installs Ray; 5 minutes of CPU time)
-# make real         two real small models teach one student six languages: downloads them (330 MB), needs PERSEA_DATA; 45 minutes of CPU time, two threads
+# make real         two real small models teach one student six languages: downloads them (330 MB), needs PERSEA_DATA; 33 to 45 minutes of CPU time, two threads
 # make bench-real   which method teaches best with real models: the next MINUTES=60 of runs (resumes; downloads as above; installs TRL)
 # make results      the quickstart with three seeds, and its comparisons (about 90 minutes; resumes)
 # make bench-scale  what persea costs with real models, beside bare PyTorch and, with AGAINST=FOLDER, beside an earlier checkout (about
