@@ -14,7 +14,6 @@ from collections import Counter
 from pathlib import Path
 from statistics import median
 
-from bench.objectives.vocabularies import Speaker
 from bench.real.__main__ import RESULTS
 from bench.real.models import student_speaker
 from bench.real.texts import LANGUAGES, train_texts
@@ -32,7 +31,7 @@ def main() -> None:
     options = parser.parse_args()
     world = World(options.models, options.cache)
     first_new = len(world.student.vocabulary)
-    longer: Speaker = student_speaker(world.spec(options.count, LANGUAGES, options.kilobytes))
+    longer = student_speaker(world.spec(options.count, LANGUAGES, options.kilobytes))
     found = {}
     for language in LANGUAGES:
         texts = [t.text for t in train_texts(language, options.kilobytes)]

@@ -1,11 +1,11 @@
 """How soon `persea run` with real models ends after SIGTERM, in each of its stages.
 
-    python -m bench.real.stops FOLDER [--stops 24]
+    python -m bench.real.stops FOLDER [--stops 24] [--more]
 
 FOLDER holds what `make real` prepares there. Each start goes on where the last one was stopped;
 SIGTERM comes a random time after the start. Writes bench/results/real_stops.json: seconds until the
 process is gone, exit code, stage; ends with 1 if one took longer than LIMIT_S or had another code
-than 143.
+than 143. With --more the stops of the file stay, since late stages need further calls.
 """
 
 from __future__ import annotations
@@ -65,9 +65,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--stops", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--more", action="store_true", help="add to the stops of the file")
     options = parser.parse_args()
-    rng, stops = random.Random(options.seed), list[dict[str, Any]]()
-    while len(stops) < options.stops:
+    path, rng = RESULTS / "real_stops.json", random.Random(options.seed)
+    stops: list[dict[str, Any]] = json.loads(path.read_text())["stops"] if options.more else []
+    for _ in range(options.stops):
         found = stop_once(options.folder, rng.uniform(*WAIT_S), options.folder / "stopped.log")
         if found is None:
             print("the run is finished")
@@ -76,7 +78,7 @@ def main() -> None:
         print(json.dumps(found), flush=True)
     worst = max(one["seconds"] for one in stops)
     result = {"worst_s": worst, "limit_s": LIMIT_S, "stops": stops, "made_by": made_by()}
-    (RESULTS / "real_stops.json").write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(json.dumps(result, indent=1) + "\n")
     if worst > LIMIT_S or any(one["code"] != EXIT_CODE for one in stops):
         raise SystemExit(f"the slowest took {worst} s")
 

@@ -118,9 +118,9 @@ def markdown(rows: dict[str, Any]) -> str:
         for title, arm in row["arms"].items():
             middle, low, high = arm["ratio_to_this"]
             ratio = "" if middle == low == high == 1 else f"{middle:.2f} ({low:.2f}-{high:.2f})"
-            lines.append(
-                f"| {name} | {title} | {arm['cpu_s']:.1f} | {ratio} | {arm['peak_mb']:,} |"
-            )
+            digits = 1 if arm["cpu_s"] >= 1 else 3
+            seconds = f"{arm['cpu_s']:.{digits}f}"
+            lines.append(f"| {name} | {title} | {seconds} | {ratio} | {arm['peak_mb']:,} |")
     return "\n".join(lines)
 
 

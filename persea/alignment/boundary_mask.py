@@ -94,7 +94,7 @@ class BoundaryMask:
     max_search_tokens: int = MAX_SEARCH_TOKENS
     _dead_end_states: set[SearchState] = field(default_factory=set)
     _meeting_states: set[SearchState] = field(default_factory=set)
-    _answers: _Answers = field(default_factory=lambda: _Answers())
+    _answers: _Answers = field(default_factory=_Answers)
     # first states of searches that were given up; they are not searched again
     _undecided_states: set[SearchState] = field(default_factory=set)
 

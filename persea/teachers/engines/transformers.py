@@ -59,7 +59,7 @@ class TransformersEngine(Engine):
         batch_size: Sequences in one forward pass.
         sampling: How `generate` draws answers.
         on_progress: Called with the share of a `generate` that is done, after each token.
-        free_buffers: Memory of logits that no call uses now.
+        free_buffers: Memory of logits on a CPU that no call uses now.
     """
 
     model: PreTrainedModel
@@ -274,7 +274,8 @@ class TransformersEngine(Engine):
             reduced = reducer.reduce(blocks, index_N, row_N, target_N)
             for index, begin, end in _runs(index_N):
                 yield index, slice_distributions(reduced, begin, end)
-        self.free_buffers.append(buffer)
+        if self.model.device.type == "cpu":  # a GPU's allocator keeps memory itself
+            self.free_buffers.append(buffer)
         nothing = np.empty(0, np.int64)
         for index in (k for k, target_N in enumerate(targets) if not len(target_N)):
             blocks = blocks_of_logits(torch.empty(0, self.vocab_size))
